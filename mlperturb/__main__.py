@@ -1,0 +1,5 @@
+"""`python -m mlperturb`."""
+
+from mlperturb.cli.main import main
+
+main()

@@ -1,0 +1,276 @@
+"""Every checkpoint format in, one format out; and where the bundled default lies.
+
+Ours is a safetensors file whose metadata says what the tensors are. Its header is JSON and is read here without
+torch, so that label names can be checked, and shown, at once. A plain PyTorch `state_dict` is read with
+`weights_only=True`; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlperturb.errors import CheckpointError
+from mlperturb.files import write_file
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mlperturb.classifier import Classifier
+
+FORMAT = "mlperturb.checkpoint/1"
+BUNDLED = "voc-mobilenet-v2.safetensors"
+_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception v3 and GoogLeNet that only training uses
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        architecture: a torchvision classification model's name.
+        labels: L names.
+        thresholds: L decision thresholds on the probabilities.
+        preprocess: the fields of `preprocess.Preprocess`.
+        provenance: command, data, initial weights and their licence.
+        metrics: Table III's figures by data set, and per label.
+    """
+
+    architecture: str
+    labels: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    preprocess: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def bundled_checkpoint() -> Path:
+    """Return the path of the checkpoint that comes with mlperturb, from a wheel or an editable install."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "weights", package.parent / "weights"):
+        if (folder / BUNDLED).is_file():
+            return folder / BUNDLED
+    raise CheckpointError(f"the bundled checkpoint {BUNDLED} is missing from this installation")
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read what one of our checkpoints says of itself, without torch.
+
+    Raises:
+        CheckpointError: if the file is missing, no safetensors file, or has no metadata of ours.
+    """
+    header = _read_header(path)
+    values = header.get("__metadata__")
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} holds no mlperturb metadata: expected format {FORMAT}; for plain weights give --arch and --labels"
+        )
+    try:
+        labels = tuple(json.loads(values["labels"]))
+        thresholds = tuple(float(value) for value in json.loads(values["thresholds"]))
+        rest = {name: json.loads(values[name]) for name in ("preprocess", "provenance", "metrics")}
+        architecture = values["architecture"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
+    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
+        raise CheckpointError(f"{path} has damaged metadata: expected distinct label names")
+    if len(thresholds) != len(labels) or not all(0 < threshold < 1 for threshold in thresholds):
+        raise CheckpointError(f"{path} has damaged metadata: expected {len(labels)} thresholds inside (0, 1)")
+    if not all(isinstance(value, dict) for value in rest.values()):
+        raise CheckpointError(f"{path} has damaged metadata: expected objects, got {rest!r:.200}")
+    return Metadata(architecture, labels, thresholds, **rest)
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    from safetensors.torch import save
+
+    described = {
+        "format": FORMAT,
+        "architecture": metadata.architecture,
+        **{
+            name: json.dumps(getattr(metadata, name))
+            for name in ("labels", "thresholds", "preprocess", "provenance", "metrics")
+        },
+    }
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, described)
+    write_file(path, data)
+
+
+def load_checkpoint(
+    path: Path,
+    *,
+    architecture: str | None = None,
+    labels: Sequence[str] | None = None,
+    device: str = "cpu",
+) -> tuple[Classifier, Metadata]:
+    """Load a classifier, from our format or from a plain state dict.
+
+    Args:
+        path: `.safetensors`, `.pt` or `.pth`.
+        architecture: a torchvision classification model, for plain weights only.
+        labels: the label names, for plain weights only.
+        device: where to put the classifier.
+
+    Raises:
+        CheckpointError: if the file is no checkpoint, or does not fit the architecture and labels.
+    """
+    from mlperturb.classifier import Classifier
+    from mlperturb.preprocess import Preprocess
+
+    if architecture is None and labels is None:
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path} is no .safetensors file: for plain weights give --arch and --labels")
+        metadata = read_metadata(path)
+    elif architecture is None or labels is None:
+        raise CheckpointError("plain weights need both --arch and --labels")
+    else:
+        thresholds = (0.5,) * len(labels)
+        metadata = Metadata(architecture, tuple(labels), thresholds, default_preprocess(architecture).to_dict())
+    network = build_network(metadata.architecture, len(metadata.labels), meta=True)
+    _fill(network, read_tensors(path), path, len(metadata.labels))
+    preprocess = Preprocess.from_dict(metadata.preprocess)
+    return Classifier(network, metadata.labels, metadata.thresholds, preprocess).to(device), metadata
+
+
+def build_network(architecture: str, outputs: int, *, meta: bool = False) -> nn.Module:
+    """Return a torchvision classification model with `outputs` logits and no auxiliary head.
+
+    Args:
+        architecture: its torchvision name, such as `mobilenet_v2` or `inception_v3`.
+        outputs: L.
+        meta: leave the tensors unallocated, to be filled from a file.
+
+    Raises:
+        CheckpointError: if there is no such model.
+    """
+    import torch
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if architecture not in known:
+        import difflib
+
+        close = difflib.get_close_matches(architecture, known, n=3) or known[:5]
+        raise CheckpointError(f"unknown architecture {architecture!r}: did you mean {' or '.join(close)}?")
+    options: dict[str, Any] = {"num_classes": outputs}
+    if architecture in ("inception_v3", "googlenet"):
+        options |= {"aux_logits": False, "transform_input": False, "init_weights": False}
+    with torch.device("meta" if meta else "cpu"):
+        network: nn.Module = models.get_model(architecture, weights=None, **options)
+    return network
+
+
+def default_preprocess(architecture: str) -> Any:
+    """Return the `Preprocess` of torchvision's own weights for this model."""
+    from torchvision import models
+
+    from mlperturb.preprocess import Preprocess
+
+    try:
+        transforms = models.get_model_weights(architecture).DEFAULT.transforms()  # type: ignore[attr-defined]
+        resize, crop = transforms.resize_size[0], transforms.crop_size[0]
+        mean, std = tuple(transforms.mean), tuple(transforms.std)
+        return Preprocess(max(resize, crop), (crop, crop), mean, std, transforms.interpolation.value)
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"torchvision names no preprocessing for architecture {architecture!r}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a `.safetensors`, `.pt` or `.pth` file, without executing anything in it.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or holds anything but named tensors.
+    """
+    import torch
+
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+
+            try:
+                return load_file(path)
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, *_unpickling_errors()) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} is no plain state dict (weights only): {reason:.200}") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{path} is no state dict: expected named tensors, got {type(loaded).__name__}")
+    return {str(name).removeprefix("module."): value for name, value in loaded.items()}
+
+
+def _unpickling_errors() -> tuple[type[Exception], ...]:
+    import pickle  # for its error type alone: torch's weights-only reader raises it at anything but tensors
+
+    return (pickle.UnpicklingError,)
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Read the JSON header of a safetensors file."""
+    try:
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
+                raise CheckpointError(f"{path} is no safetensors file: its header length is wrong")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON object")
+    return header
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, outputs: int) -> None:
+    """Put a file's tensors into a network built on the meta device.
+
+    Raises:
+        CheckpointError: if a name is missing or unexpected, or a shape differs; the message names them.
+    """
+    import torch
+
+    wanted = network.state_dict()
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(_AUXILIARY)}
+    optional = {name for name in wanted if name.endswith("num_batches_tracked")}
+    missing = sorted(set(wanted) - set(given) - optional)
+    unexpected = sorted(set(given) - set(wanted))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path} does not fit the architecture: missing {_some(missing)}, unexpected {_some(unexpected)}"
+        )
+    wrong = [name for name, tensor in given.items() if tensor.shape != wanted[name].shape]
+    if wrong:
+        name = wrong[-1]
+        got, expected = tuple(given[name].shape), tuple(wanted[name].shape)
+        if len(wrong) <= 2 and got[1:] == expected[1:] and expected[0] == outputs:
+            raise CheckpointError(f"{path} has a head of {got[0]} outputs, expected {outputs}, one for each label")
+        raise CheckpointError(f"{path} does not fit the architecture: {name} expected {expected}, got {got}")
+    full = {name: torch.zeros((), dtype=torch.long) for name in optional} | {
+        name: tensor.to(wanted[name].dtype) for name, tensor in given.items()
+    }
+    network.load_state_dict(full, assign=True)
+
+
+def _some(names: Sequence[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

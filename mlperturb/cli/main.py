@@ -1,0 +1,51 @@
+"""The app, and the only error boundary."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mlperturb import __version__
+from mlperturb.cli.console import print_error
+from mlperturb.cli.train import train
+from mlperturb.errors import MlperturbError
+
+app = typer.Typer(
+    name="mlperturb",
+    help="Attack image files: find the smallest perturbation that flips some labels of a multi-label classifier "
+    "and keeps others, saved as a PNG that works when it is opened again.",
+    epilog="Exit codes: 0 every image processed; 1 some image could not be read or written; 2 usage error; "
+    "3 the run had to stop (disk full, device fault); 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(train)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mlperturb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Hold the options that stand before a command."""
+
+
+def main() -> None:
+    """Run the command line; an error of ours becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except MlperturbError as error:
+        print_error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        sys.exit(130)

@@ -1,0 +1,185 @@
+"""`mlperturb train`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlperturb.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlperturb.training import Progress
+    from mlperturb.voc import Dataset
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
+    voc: Annotated[Path | None, typer.Option(help="A VOCdevkit folder.")] = None,
+    year: Annotated[list[str] | None, typer.Option(help="Year of the VOCdevkit; repeatable, comma-separated.")] = None,
+    train_split: Annotated[str, typer.Option(help="SPLIT of every year, or YEAR:SPLIT,... of several.")] = "train",
+    val_split: Annotated[
+        str | None, typer.Option(help="Calibrated on. Without it, a tenth of the training photos, held out.")
+    ] = None,
+    test_split: Annotated[str | None, typer.Option(help="Measured, tuned nothing on.")] = None,
+    photos: Annotated[Path | None, typer.Option(help="In place of --voc: a folder of photos, with --csv.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Table `image,LABEL,...`: 1, 0, or -1 for difficult.")] = None,
+    test_csv: Annotated[Path | None, typer.Option(help="Like --csv, of the photos to measure on.")] = None,
+    arch: Annotated[str, typer.Option(help="Any torchvision classification model.")] = "mobilenet_v2",
+    init: Annotated[
+        list[str] | None,
+        typer.Option(help="Weights to start from: a file (repeatable, later ones override) or `torchvision`."),
+    ] = None,
+    head_only: Annotated[bool, typer.Option(help="Train the last layer on cached features (the paper's).")] = False,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    batch_size: Annotated[int, typer.Option(min=2)] = 100,
+    lr: Annotated[float, typer.Option(min=0, help="AdamW's peak learning rate.")] = 5e-4,
+    instance_weight: Annotated[float, typer.Option(min=0, help="Lambda of Eq. 12.")] = 0.5,
+    calibration_weight: Annotated[
+        float, typer.Option(min=0, help="Weight of the cross-entropy beside Eq. 12; 0 for Eq. 12 alone.")
+    ] = 1.0,
+    size: Annotated[int, typer.Option(min=0, help="Input side, stretched; 0: torchvision's for --arch.")] = 224,
+    warmup_size: Annotated[int, typer.Option(min=0, help="Input side in the first half; 0: --size.")] = 0,
+    average: Annotated[float, typer.Option(min=0, max=0.9999, help="Decay of the averaged weights.")] = 0.99,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode photos.")] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from OUT.resume.pt.")] = False,
+    source: Annotated[str, typer.Option(help="What to say of the data and initial weights in the checkpoint.")] = "",
+) -> None:
+    """Train a multi-label classifier with the loss of Eq. 12, calibrate it, and measure it (Table III)."""
+    if (voc is None) == (photos is None) or (photos is None) != (csv is None):
+        raise UsageError("expected either --voc with --year, or --photos with --csv")
+    if voc is not None and not year:
+        raise UsageError("expected --year with --voc")
+    if out.suffix != ".safetensors":
+        raise UsageError(f"expected --out to end in .safetensors, got {out}")
+
+    from mlperturb.devices import prepare
+    from mlperturb.training import Recipe
+    from mlperturb.training import train as run
+
+    validation: Dataset | None = None
+    tests: dict[str, Dataset] = {}
+    if voc is not None:
+        years = [name for value in year or () for name in value.split(",")]
+        training = _join(_read_splits(voc, years, train_split))
+        if val_split:
+            validation = _join(_read_splits(voc, years, val_split))
+        if test_split:
+            tests = _read_splits(voc, years, test_split)
+    else:
+        from mlperturb.voc import read_csv
+
+        assert photos is not None and csv is not None
+        training = read_csv(photos, csv)
+        tests = {test_csv.name: read_csv(photos, test_csv)} if test_csv else {}
+    if validation is None:
+        training, validation = _hold_out(training, seed)
+    recipe = Recipe(
+        arch, epochs, batch_size, lr, 1e-2, instance_weight, calibration_weight, head_only, size, warmup_size, average,
+        seed, workers,
+    )  # fmt: skip
+    files = [Path(name) for name in init or () if name != "torchvision"]
+    provenance = {
+        "command": shlex.join(["mlperturb", *sys.argv[1:]]),
+        "source": source,
+        "initial": [path.name for path in files] or list(init or ()),
+        "photos": {"training": len(training), "validation": len(validation)},
+    }
+    metadata = run(
+        recipe,
+        training,
+        validation,
+        tests,
+        output=out,
+        initial=files,
+        pretrained="torchvision" in (init or ()),
+        device=prepare(device, seed),
+        resume=resume,
+        provenance=provenance,
+        report=_Printer(),
+    )
+    _print_metrics(metadata.metrics)
+    typer.echo(f"wrote {out}")
+
+
+def _read_splits(voc: Path, years: list[str], value: str) -> dict[str, Dataset]:
+    """Read `SPLIT` of every year, or `YEAR:SPLIT,...`."""
+    from mlperturb.voc import read_voc
+
+    pairs = []
+    for part in value.split(","):
+        first, colon, second = part.strip().partition(":")
+        pairs += [(first, second)] if colon else [(name, first) for name in years]
+    unknown = sorted({name for name, _ in pairs} - set(years))
+    if unknown:
+        raise UsageError(f"split {value!r} names the year {unknown[0]}, expected one of --year {','.join(years)}")
+    return {f"VOC{name} {split}": read_voc(voc, name, split) for name, split in pairs}
+
+
+def _join(datasets: dict[str, Dataset]) -> Dataset:
+    first, *others = datasets.values()
+    for other in others:
+        first = first + other
+    return first
+
+
+def _hold_out(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off a random tenth."""
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    cut = max(1, len(dataset) // 10)
+    return dataset.subset(np.sort(order[cut:])), dataset.subset(np.sort(order[:cut]))
+
+
+class _Printer:
+    """A progress bar on a terminal; a line now and then, for a log, elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from mlperturb.cli.console import err
+
+        self.terminal = err.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=err, disable=not self.terminal)
+        self.task = self.bar.add_task("training")
+        self.bar.start()
+
+    def __call__(self, progress: Progress) -> None:
+        text = f"epoch {progress.epoch}/{progress.epochs}"
+        done = (progress.epoch - 1) * progress.steps + progress.step
+        if progress.validation is not None:
+            figures = ", ".join(f"{name} {progress.validation[name]:.4f}" for name in ("hamming", "micro_f1", "map"))
+            self.bar.print(f"{text}: validation {figures}")
+            if not self.terminal:
+                typer.echo(f"{text}: validation {figures}", err=True)
+        else:
+            self.bar.update(
+                self.task,
+                completed=done,
+                total=progress.epochs * progress.steps,
+                description=f"{text}, loss {progress.loss:.4f}",
+            )
+            if not self.terminal and progress.step % max(1, progress.steps // 4) == 0:
+                typer.echo(f"{text} step {progress.step}/{progress.steps}: loss {progress.loss:.4f}", err=True)
+        if done == progress.epochs * progress.steps and progress.validation is None:
+            self.bar.stop()
+
+
+def _print_metrics(metrics: dict[str, dict[str, object]]) -> None:
+    from rich.table import Table
+
+    from mlperturb.cli.console import out
+
+    names = ("images", "hamming", "macro_f1", "micro_f1", "ranking_loss", "map")
+    table = Table("data", *names, title="Table III")
+    for data, values in metrics.items():
+        table.add_row(data, *(f"{values[name]:.4f}" if name != "images" else str(values[name]) for name in names))
+    if metrics:
+        out.print(table)

@@ -1,0 +1,64 @@
+"""Choose the device, and make the C allocator keep the memory that a network needs again in a moment."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+from mlperturb.errors import UsageError
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+
+
+def resolve_device(name: str) -> str:
+    """Return the device called `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises:
+        UsageError: if there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UsageError(f"no device {name!r} here: found {count} CUDA devices")
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UsageError("no device 'mps' here")
+    elif device.type != "cpu":
+        raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
+    return name
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc not to give large blocks back to the system after each layer; return whether it was told.
+
+    By default every activation of a network is mapped, zeroed page by page and unmapped again. Kept, a forward and
+    backward pass of MobileNetV2 on the CPU takes about two thirds of the time.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # a C library other than glibc
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_M_TOP_PAD, 1 << 26))
+
+
+def prepare(name: str, seed: int) -> str:
+    """Resolve the device, seed torch, make it deterministic and return the device's name."""
+    device = resolve_device(name)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    if device == "cpu":
+        keep_freed_memory()
+    return device

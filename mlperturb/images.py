@@ -1,0 +1,151 @@
+"""Photos: find, decode, write atomically; the magnified perturbation map."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from mlperturb.errors import ImageError, UsageError
+from mlperturb.files import write_file
+
+Pixels = npt.NDArray[np.uint8]
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A decoded photo.
+
+    Attributes:
+        rgb: (H, W, 3), upright: the EXIF orientation is applied.
+        alpha: (H, W), or None.
+        sha256: of the file.
+        notes: what was done to it that its owner may want to know.
+    """
+
+    rgb: Pixels
+    alpha: Pixels | None
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+
+def find_photos(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]:
+    """Return the photos named, and those in the folders named, without our own outputs, in name order.
+
+    Raises:
+        UsageError: if a path does not exist, or nothing is found.
+    """
+    found: dict[Path, None] = {}
+    folders = []
+    for path in paths:
+        if path.is_dir():
+            folders.append(path)
+            for inside in sorted(path.rglob("*") if recursive else path.iterdir()):
+                if inside.suffix.lower() in EXTENSIONS and inside.is_file() and not is_output(inside):
+                    found.setdefault(inside)
+        elif path.exists():
+            found.setdefault(path)
+        else:
+            raise UsageError(f"no such file or folder: {path}")
+    if not found:
+        where = ", ".join(map(str, folders)) or "the paths given"
+        hint = "" if recursive else " (add -r to search subfolders)"
+        raise UsageError(f"no photo found in {where}: expected {', '.join(sorted(EXTENSIONS))}{hint}")
+    return list(found)
+
+
+def is_output(path: Path) -> bool:
+    """Say whether a file name is one of those that `attack` writes."""
+    return path.name.lower().endswith((".adv.png", ".map.png")) or path.name.startswith(".")
+
+
+def read_photo(path: Path) -> Photo:
+    """Decode a photo to upright 8-bit RGB, and its alpha channel if it has one.
+
+    16-bit samples are scaled to 8 bits, palettes, greys and CMYK converted, the first frame of an animation taken.
+
+    Raises:
+        ImageError: if the file cannot be read, is damaged, of an unknown format, or larger than `MAX_PIXELS`.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
+    if not data:
+        raise ImageError(f"{path} is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata and of sizes; ours is the stricter rule
+            return _decode(path, data)
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"{path} is not an image of a known format ({', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path} has more than {MAX_PIXELS} pixels") from error
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged data: this photo is unreadable
+        raise ImageError(f"{path} is damaged: {str(error) or type(error).__name__:.200}") from error
+
+
+def _decode(path: Path, data: bytes) -> Photo:
+    notes = []
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"{path} has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            notes.append("animated: only the first frame is taken")
+            image.seek(0)
+        image.load()
+        mode = image.mode
+        transparency = "transparency" in image.info
+        upright = ImageOps.exif_transpose(image)
+    if mode.startswith(("I", "F")):
+        notes.append("16-bit: scaled to 8 bits")
+        return Photo(_scale_grey(np.asarray(upright)), None, sha256(data).hexdigest(), tuple(notes))
+    if "A" in mode.upper() and mode != "LAB" or transparency:
+        rgba = np.asarray(upright.convert("RGBA"))
+        return Photo(rgba[..., :3].copy(), rgba[..., 3].copy(), sha256(data).hexdigest(), tuple(notes))
+    return Photo(np.array(upright.convert("RGB")), None, sha256(data).hexdigest(), tuple(notes))
+
+
+def _scale_grey(grey: npt.NDArray[np.generic]) -> Pixels:
+    """Scale 16-bit (or wider) grey samples to 8-bit RGB; a wider range than 16 bits is stretched to fit."""
+    values = grey.astype(np.float64)
+    top = 65535.0 if 1.0 < values.max(initial=0) <= 65535 else max(float(values.max(initial=0)), 1.0)
+    scaled = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
+    return np.repeat(scaled[..., None], 3, axis=2)
+
+
+def read_pixels(path: Path) -> Pixels:
+    """Read back a PNG that `write_png` wrote: (H, W, 3)."""
+    return read_photo(path).rgb
+
+
+def write_png(path: Path, rgb: Pixels, alpha: Pixels | None = None) -> None:
+    """Write a PNG under a temporary name in the same folder, flush it, then rename it.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    pixels = rgb if alpha is None else np.dstack([rgb, alpha])
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG", compress_level=6)
+    write_file(path, stream.getvalue())
+
+
+def magnify(difference: npt.NDArray[np.int16]) -> Pixels:
+    """Return the perturbation map |r| * 255 / max|r|, over all three channels (Section IV-H1); black where r = 0."""
+    size = np.abs(difference).astype(np.float64)
+    top = size.max(initial=0)
+    return np.rint(size * (255.0 / top if top else 0.0)).astype(np.uint8)

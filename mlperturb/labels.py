@@ -1,0 +1,121 @@
+"""Label names -> label numbers. Pure Python, so that a wrong name is told before torch is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mlperturb.errors import LabelError, UsageError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for, as label numbers.
+
+    Attributes:
+        flip: labels whose decision is to be reversed, whatever it is.
+        keep: labels whose decision is to stay.
+        add: labels that are to be present afterwards.
+        remove: labels that are to be absent afterwards.
+        any_label: non-targeted (Section II): flip whichever label outside `keep` lies nearest to its threshold.
+    """
+
+    flip: tuple[int, ...] = ()
+    keep: tuple[int, ...] = ()
+    add: tuple[int, ...] = ()
+    remove: tuple[int, ...] = ()
+    any_label: bool = False
+
+
+def split_names(values: Iterable[str]) -> list[str]:
+    """Split repeated, comma-separated values into names without surrounding space."""
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+
+def find_label(name: str, labels: Sequence[str]) -> int:
+    """Return the number of the label called `name`, in any case.
+
+    Raises:
+        LabelError: if there is none; the message lists close matches, or some labels.
+    """
+    lowered = {label.casefold(): number for number, label in reversed(list(enumerate(labels)))}
+    if name in labels:
+        return labels.index(name)
+    if name.casefold() in lowered:
+        return lowered[name.casefold()]
+    close = difflib.get_close_matches(name.casefold(), list(lowered), n=3, cutoff=0.5)
+    shown = [labels[lowered[match]] for match in close]
+    if shown:
+        hint = f"did you mean {' or '.join(shown)}?"
+    else:
+        hint = f"expected one of {', '.join(labels[:25])}{', ...' if len(labels) > 25 else ''}"
+    raise LabelError(f"unknown label {name!r}: {hint}")
+
+
+def parse_request(
+    labels: Sequence[str],
+    *,
+    flip: Iterable[str] = (),
+    keep: Iterable[str] = (),
+    add: Iterable[str] = (),
+    remove: Iterable[str] = (),
+) -> Request:
+    """Turn label names into a `Request`.
+
+    Args:
+        labels: the classifier's L label names.
+        flip: names, `all` (every label not named elsewhere) or `any` (non-targeted).
+        keep: names, or `rest` (every label not named elsewhere).
+        add: names of labels to be present afterwards.
+        remove: names of labels to be absent afterwards.
+
+    Raises:
+        LabelError: for an unknown label, or one that stands in two sets.
+        UsageError: if there is nothing to change, or `all`, `any` and `rest` contradict each other.
+    """
+    flips, keeps = split_names(flip), split_names(keep)
+    any_label = _take_word("any", flips, labels)
+    flip_all = _take_word("all", flips, labels)
+    keep_rest = _take_word("rest", keeps, labels)
+    if any_label and (flip_all or flips):
+        raise UsageError("--flip any stands alone: expected no further label to flip")
+    if flip_all and keep_rest:
+        raise UsageError("--flip all leaves nothing for --keep rest")
+    sets = {"flip": flips, "keep": keeps, "add": split_names(add), "remove": split_names(remove)}
+    chosen: dict[str, list[int]] = {}
+    taken: dict[int, str] = {}
+    for option, names in sets.items():
+        chosen[option] = []
+        for name in names:
+            number = find_label(name, labels)
+            if taken.setdefault(number, option) != option:
+                raise LabelError(f"label {labels[number]!r} stands in both --{taken[number]} and --{option}")
+            if number not in chosen[option]:
+                chosen[option].append(number)
+    rest = [number for number in range(len(labels)) if number not in taken]
+    if flip_all:
+        chosen["flip"] = sorted(chosen["flip"] + rest)
+    if keep_rest and not any_label:
+        chosen["keep"] = sorted(chosen["keep"] + rest)
+    if any_label and not rest:
+        raise UsageError("--flip any has no label left to flip: every label is named elsewhere")
+    if not (chosen["flip"] or chosen["add"] or chosen["remove"] or any_label):
+        raise UsageError("nothing to change: expected at least one label in --flip, --add or --remove")
+    return Request(
+        flip=tuple(chosen["flip"]),
+        keep=tuple(chosen["keep"]),
+        add=tuple(chosen["add"]),
+        remove=tuple(chosen["remove"]),
+        any_label=any_label,
+    )
+
+
+def _take_word(word: str, names: list[str], labels: Sequence[str]) -> bool:
+    """Take a key word out of `names`, unless the classifier has a label of that name."""
+    if word in (label.casefold() for label in labels):
+        return False
+    found = [name for name in names if name.casefold() == word]
+    for name in found:
+        names.remove(name)
+    return bool(found)

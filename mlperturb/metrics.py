@@ -1,0 +1,136 @@
+"""Distortion, classification and ranking metrics (Section IV-D, Tables III-V); pure tensors.
+
+`truth` is +1 present, -1 absent and 0 for labels left out (difficult ones, or those outside A or B).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """How far x* lies from x, on the 0-255 scale, at the photo's own resolution."""
+
+    rmsd: float
+    l2: float
+    linf: float
+
+
+def distortion(difference: Tensor) -> Distortion:
+    """Measure r = x* - x of one photo, on the 0-255 scale, any shape: RMSD = sqrt(mean(r^2)), L2, L-infinity."""
+    flat = difference.double().flatten()
+    l2 = float(flat.norm())
+    return Distortion(l2 / max(flat.numel(), 1) ** 0.5, l2, float(flat.abs().max()) if flat.numel() else 0.0)
+
+
+def hamming(decisions: Tensor, truth: Tensor) -> float:
+    """Return the share of labels decided wrongly; (N, L) signs; NaN if no label counts."""
+    counted = truth != 0
+    return float((decisions != truth)[counted].double().mean())
+
+
+def f1_scores(decisions: Tensor, truth: Tensor) -> dict[str, float]:
+    """Return instance, micro and macro F1 of (N, L) signs; 0 where nothing is present nor predicted, as scikit-learn."""
+    counted = truth != 0
+    both = ((decisions > 0) & (truth > 0) & counted).double()
+    either = ((decisions > 0) & counted).double() + ((truth > 0) & counted).double()
+
+    def score(dim: int) -> float:
+        return float((2 * both.sum(dim) / either.sum(dim).clamp(min=1)).mean())
+
+    return {
+        "instance_f1": score(1),
+        "micro_f1": float(2 * both.sum() / either.sum().clamp(min=1)),
+        "macro_f1": score(0),
+    }
+
+
+def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
+    """Return the average precision of each row, (R,), NaN for a row without positives.
+
+    Rows are images (instance mAP) or, of the transposed matrices, labels. Ties count as scikit-learn counts them.
+
+    Args:
+        scores: (R, M), larger is more relevant.
+        truth: (R, M).
+    """
+    at_least, hits_at_least = _at_least(scores, truth != 0), _at_least(scores, truth > 0)
+    positive = truth > 0
+    precision = torch.where(positive, hits_at_least / at_least.clamp(min=1), 0.0)
+    return precision.sum(1) / positive.sum(1)
+
+
+def ranking_loss(scores: Tensor, truth: Tensor) -> Tensor:
+    """Return the share of misordered (positive, negative) pairs of each row, (R,); a tie counts as misordered.
+
+    NaN for a row whose relevant set is empty or full.
+    """
+    above = torch.where(truth > 0, _at_least(scores, truth < 0), 0.0)
+    return above.sum(1) / ((truth > 0).sum(1) * (truth < 0).sum(1))
+
+
+def auc(scores: Tensor, truth: Tensor) -> Tensor:
+    """Return the area under the ROC curve of each row, (R,); NaN where the relevant set is empty or full."""
+    negative = truth < 0
+    above = _at_least(scores, negative)
+    ties = above - _above(scores, negative)
+    wrong = torch.where(truth > 0, above - ties / 2, 0.0)
+    return 1 - wrong.sum(1) / ((truth > 0).sum(1) * negative.sum(1))
+
+
+def kendall_tau(scores: Tensor, ranks: Tensor) -> Tensor:
+    """Return Kendall's tau_b of each row's scores against y^tau, (N, L) each -> (N,); NaN if a row is constant."""
+    score_signs = (scores.unsqueeze(2) - scores.unsqueeze(1)).sign()
+    rank_signs = (ranks.unsqueeze(2) - ranks.unsqueeze(1)).sign().to(score_signs.dtype)
+    agreement = (score_signs * rank_signs).sum((1, 2))
+    untied = score_signs.abs().sum((1, 2)) * rank_signs.abs().sum((1, 2))
+    return agreement / untied.sqrt()
+
+
+def classifier_metrics(logits: Tensor, truth: Tensor, boundary: Tensor, labels: tuple[str, ...]) -> dict[str, object]:
+    """Return Table III's figures of a classifier, and average precision and F1 of each label.
+
+    Args:
+        logits: (N, L).
+        truth: annotations, (N, L).
+        boundary: logit(t), (L,).
+        labels: L names.
+    """
+    decisions = torch.where(logits >= boundary, 1, -1)
+    by_label = average_precision(logits.T, truth.T)
+    losses = ranking_loss(logits, truth)
+    return {
+        "images": len(truth),
+        "hamming": hamming(decisions, truth),
+        **f1_scores(decisions, truth),
+        "ranking_loss": float(losses.nanmean()),
+        "map": float(by_label.nanmean()),
+        "per_label": {
+            label: {
+                "positives": int((truth[:, column] > 0).sum()),
+                "average_precision": None if by_label[column].isnan() else round(float(by_label[column]), 4),
+                "f1": round(f1_scores(decisions[:, [column]], truth[:, [column]])["micro_f1"], 4),
+            }
+            for column, label in enumerate(labels)
+        },
+    }
+
+
+def _at_least(scores: Tensor, counted: Tensor) -> Tensor:
+    """Count, for each entry, the entries of its row that are counted and score no less; (R, M)."""
+    return _count(scores, counted, right=False)
+
+
+def _above(scores: Tensor, counted: Tensor) -> Tensor:
+    """Count, for each entry, the entries of its row that are counted and score more; (R, M)."""
+    return _count(scores, counted, right=True)
+
+
+def _count(scores: Tensor, counted: Tensor, *, right: bool) -> Tensor:
+    scores = scores.double().contiguous()
+    ordered = scores.masked_fill(~counted, -torch.inf).sort(dim=1).values
+    return (scores.shape[1] - torch.searchsorted(ordered, scores, right=right)).double()

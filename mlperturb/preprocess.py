@@ -1,0 +1,182 @@
+"""Resize, crop and normalise as one differentiable linear map, for photos of mixed sizes in one batch.
+
+Antialiased resizing is linear and separable: out = R_h X R_w^T. The matrices are made by sending unit images through
+`torch.nn.functional.interpolate`, the very kernel that torchvision's reference transform calls, so the two agree to
+float rounding. A crop keeps some rows of R_h and R_w. A batch of mixed sizes is padded with zeros to its largest
+photo; the padding meets only zero columns of the matrices, so it has no influence and gets no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mlperturb.errors import CheckpointError
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """The preprocessing that a checkpoint was trained with.
+
+    Attributes:
+        resize: (height, width) to stretch to, or one number for the shorter side.
+        crop: (height, width) of the centre crop after resizing, or None.
+        mean: subtracted per channel, in [0, 1] units, after resizing.
+        std: divided by per channel.
+        interpolation: `bilinear` or `bicubic`, both antialiased.
+    """
+
+    resize: int | Size = (224, 224)
+    crop: Size | None = None
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        resize = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise CheckpointError(f"expected interpolation bilinear or bicubic, got {self.interpolation!r}")
+        if min(resize) < 1 or (self.crop and (min(self.crop) < 1 or any(map(int.__gt__, self.crop, resize)))):
+            raise CheckpointError(f"expected a crop within the resized photo, got {self.crop} of {self.resize}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise CheckpointError(f"expected 3 means and 3 positive stds, got {self.mean} and {self.std}")
+
+    @property
+    def output_size(self) -> Size:
+        """The (height, width) that the network gets."""
+        if self.crop:
+            return self.crop
+        return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+
+    def matrices(self, size: Size) -> tuple[Tensor, Tensor]:
+        """Return R_h, (h, H), and R_w, (w, W), for photos of `size` (H, W), in float32 on the CPU."""
+        height, width = size
+        if isinstance(self.resize, int):  # torchvision's rule: the shorter side, the longer one truncated
+            short, long = sorted(size)
+            longer = int(self.resize * long / short)
+            resized = (self.resize, longer) if height <= width else (longer, self.resize)
+        else:
+            resized = self.resize
+        crop = self.crop or resized
+        return (
+            _resize_matrix(height, resized[0], crop[0], self.interpolation),
+            _resize_matrix(width, resized[1], crop[1], self.interpolation),
+        )
+
+    def bind(self, sizes: Sequence[Size], device: torch.device | str, dtype: torch.dtype = torch.float32) -> Resizer:
+        """Return the map for a batch of photos of these (height, width), padded to the largest of them."""
+        pairs = [self.matrices(size) for size in sizes]
+        rows = _stack([pair[0] for pair in pairs], max(size[0] for size in sizes))
+        columns = _stack([pair[1] for pair in pairs], max(size[1] for size in sizes))
+        mean = torch.tensor(self.mean, device=device, dtype=dtype).view(3, 1, 1)
+        std = torch.tensor(self.std, device=device, dtype=dtype).view(3, 1, 1)
+        return Resizer(rows.to(device, dtype), columns.to(device, dtype), mean, std)
+
+    def reference(self) -> Any:
+        """Return the torchvision v2 transform of 8-bit tensors that this module equals."""
+        from torchvision.transforms import InterpolationMode, v2
+
+        steps: list[Any] = [
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Resize(
+                [self.resize] if isinstance(self.resize, int) else list(self.resize),
+                interpolation=InterpolationMode(self.interpolation),
+                antialias=True,
+            ),
+        ]
+        if self.crop:
+            steps.append(v2.CenterCrop(list(self.crop)))
+        return v2.Compose([*steps, v2.Normalize(list(self.mean), list(self.std))])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, as kept in a checkpoint's metadata."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: object) -> Preprocess:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            CheckpointError: if a field is missing, unknown or out of range.
+        """
+        names = set(cls.__dataclass_fields__)
+        if not isinstance(values, dict) or set(values) != names:
+            raise CheckpointError(f"expected preprocessing with the fields {sorted(names)}, got {values!r:.200}")
+        try:
+            resize, crop = values["resize"], values["crop"]
+            return cls(
+                resize=resize if isinstance(resize, int) else (int(resize[0]), int(resize[1])),
+                crop=None if crop is None else (int(crop[0]), int(crop[1])),
+                mean=_three(values["mean"]),
+                std=_three(values["std"]),
+                interpolation=str(values["interpolation"]),
+            )
+        except (TypeError, ValueError, IndexError, KeyError) as error:
+            raise CheckpointError(f"expected preprocessing fields of the right types, got {values!r:.200}") from error
+
+
+@dataclass(frozen=True)
+class Resizer:
+    """`Preprocess` bound to the sizes of one batch.
+
+    Attributes:
+        rows: R_h of each photo, (N, h, H).
+        columns: R_w of each photo, (N, w, W).
+        mean: (3, 1, 1).
+        std: (3, 1, 1).
+    """
+
+    rows: Tensor
+    columns: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map padded photos in [0, 1], (N, 3, H, W), to network input, (N, 3, h, w)."""
+        resized = self.rows.unsqueeze(1) @ images @ self.columns.unsqueeze(1).transpose(2, 3)
+        return (resized - self.mean) / self.std
+
+    def select(self, rows: Tensor) -> Resizer:
+        """Return the map for some photos of the batch."""
+        return Resizer(self.rows[rows], self.columns[rows], self.mean, self.std)
+
+
+def pad_batch(images: Sequence[Tensor]) -> tuple[Tensor, list[Size]]:
+    """Pad photos (3, H_i, W_i) with zeros at the bottom and right to one batch; return it and the sizes."""
+    sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
+    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+    batch = images[0].new_zeros(len(images), 3, height, width)
+    for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
+        batch[number, :, : size[0], : size[1]] = image
+    return batch, sizes
+
+
+@lru_cache(maxsize=256)
+def _resize_matrix(source: int, target: int, crop: int, interpolation: str) -> Tensor:
+    """Return the (crop, source) matrix that resizes a line of `source` pixels to `target` and crops its centre."""
+    parts = []
+    for start in range(0, source, 1024):  # unit images in strips, so that a long side costs little memory
+        count = min(1024, source - start)
+        units = torch.zeros(1, 1, source, count)
+        units[0, 0, range(start, start + count), range(count)] = 1
+        resized = functional.interpolate(units, size=(target, count), mode=interpolation, antialias=True)
+        parts.append(resized[0, 0])
+    top = round((target - crop) / 2)
+    return torch.cat(parts, 1)[top : top + crop].clone()
+
+
+def _stack(matrices: Sequence[Tensor], width: int) -> Tensor:
+    return torch.stack([functional.pad(matrix, (0, width - matrix.shape[1])) for matrix in matrices])
+
+
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    first, second, third = (float(value) for value in values)
+    return first, second, third

@@ -1,0 +1,106 @@
+"""The sets A and B of a batch, the desired signs, and the ONE predicate that says a constraint holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mlperturb.errors import UsageError
+from mlperturb.labels import Request
+
+Space = Literal["logit", "probability"]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What an attacked batch is to be given (METHODS.md, Notation).
+
+    Attributes:
+        flip: A, boolean, (N, L).
+        keep: B, boolean, (N, L), disjoint from A. C is the rest.
+        truth: y, the labels the photos have now, +1 / -1, (N, L).
+        boundary: logit(t_j), the decision threshold of each label on its logit, (L,).
+        margin: by how much a logit must clear its boundary to count; 0 is the bare decision. A little margin
+            keeps a decision that another batch size or device computes in another order of additions.
+    """
+
+    flip: Tensor
+    keep: Tensor
+    truth: Tensor
+    boundary: Tensor
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.flip.shape == self.keep.shape == self.truth.shape or self.flip.dim() != 2:
+            shapes = [tuple(t.shape) for t in (self.flip, self.keep, self.truth)]
+            raise UsageError(f"expected flip, keep and truth of one shape (N, L), got {shapes}")
+        if bool((self.flip & self.keep).any()):
+            raise UsageError("expected disjoint sets A and B, got a label in both")
+
+    @property
+    def desired(self) -> Tensor:
+        """y*: y with the signs of A reversed, (N, L)."""
+        return torch.where(self.flip, -self.truth, self.truth)
+
+    @property
+    def constrained(self) -> Tensor:
+        """A u B, boolean, (N, L)."""
+        return self.flip | self.keep
+
+    def holds(self, logits: Tensor) -> Tensor:
+        """Say which constraints hold: h_j(x*) = y*_j, for j in A u B; (N, L), true outside A u B.
+
+        This is the one predicate of the project. f_j >= t_j is decided as z_j >= logit(t_j). A NaN never holds.
+        """
+        right = torch.where(
+            self.desired > 0, logits >= self.boundary + self.margin, logits < self.boundary - self.margin
+        )
+        return right | ~self.constrained
+
+    def violations(self, logits: Tensor, space: Space = "logit") -> Tensor:
+        """Return y'_j F'_j - c_j of Eq. 4: positive where a constraint is violated, (N, L), -inf outside A u B.
+
+        Args:
+            logits: z, (N, L).
+            space: measure on the logits (whose gradient never dies) or, as the paper does, on the probabilities.
+        """
+        if space == "logit":
+            distance = self.desired * (self.boundary - logits) + self.margin
+        else:
+            edge = torch.sigmoid(self.boundary + self.desired * self.margin)
+            distance = self.desired * (edge - torch.sigmoid(logits))
+        return distance.masked_fill(~self.constrained, -torch.inf)
+
+    def select(self, rows: Tensor) -> Targets:
+        """Return the targets of some images of the batch."""
+        return replace(self, flip=self.flip[rows], keep=self.keep[rows], truth=self.truth[rows])
+
+
+def decide(logits: Tensor, boundary: Tensor) -> Tensor:
+    """Return the decisions h_j as +1 / -1, (N, L), in the dtype of `logits`."""
+    return torch.where(logits >= boundary, 1.0, -1.0).to(logits.dtype)
+
+
+def make_targets(request: Request, truth: Tensor, boundary: Tensor, *, margin: float = 0.0) -> Targets:
+    """Apply a `Request` to the present labels of a batch.
+
+    A label to add (remove) that a photo already has (lacks) becomes a keep constraint of that photo.
+
+    Args:
+        request: what the user asks for; `any_label` must have been resolved (see `attacks.common.nearest_label`).
+        truth: y, +1 / -1, (N, L).
+        boundary: logit(t), (L,).
+        margin: see `Targets`.
+    """
+    flip = torch.zeros_like(truth, dtype=torch.bool)
+    keep = flip.clone()
+    flip[:, list(request.flip)] = True
+    keep[:, list(request.keep)] = True
+    for labels, wanted in ((request.add, 1), (request.remove, -1)):
+        columns = list(labels)
+        flip[:, columns] = truth[:, columns] != wanted
+        keep[:, columns] = truth[:, columns] == wanted
+    return Targets(flip, keep, truth, boundary, margin)

@@ -1,0 +1,464 @@
+"""Train a multi-label classifier: Eq. 12, fitting, calibration (Section IV-B)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from mlperturb.checkpoints import (
+    Metadata,
+    build_network,
+    default_preprocess,
+    read_tensors,
+    save_checkpoint,
+)
+from mlperturb.errors import CheckpointError, DatasetError
+from mlperturb.images import read_photo
+from mlperturb.metrics import classifier_metrics
+from mlperturb.preprocess import Preprocess
+from mlperturb.voc import Dataset
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        architecture: a torchvision classification model.
+        epochs: passes over the training set.
+        batch_size: photos a step; the paper's is 100.
+        learning_rate: AdamW's peak, after a warm-up, before a cosine decay to zero.
+        weight_decay: AdamW's.
+        instance_weight: lambda of Eq. 12, the weight of its instance-wise term.
+        calibration_weight: weight of a binary cross-entropy beside Eq. 12, which alone is blind to a constant added
+            to a label's logits; 0 is the paper's pure ranking loss.
+        head_only: train the last layer on cached features, the paper's partial retraining.
+        size: side of the square network input, stretched; 0 for torchvision's preprocessing of the architecture.
+        warmup_size: side for the first half of the epochs, a cheaper start; 0 for `size` throughout.
+        average: decay a step of the exponential moving average of the weights that is kept; 0 for none.
+        seed: of shuffling and augmentation.
+        workers: processes that decode photos.
+    """
+
+    architecture: str = "mobilenet_v2"
+    epochs: int = 10
+    batch_size: int = 100
+    learning_rate: float = 5e-4
+    weight_decay: float = 1e-2
+    instance_weight: float = 0.5
+    calibration_weight: float = 1.0
+    head_only: bool = False
+    size: int = 224
+    warmup_size: int = 0
+    average: float = 0.99
+    seed: int = 0
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What training tells its caller after a step."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    validation: dict[str, object] | None = None
+
+
+Reporter = Callable[[Progress], None]
+
+
+def eq12_loss(logits: Tensor, truth: Tensor, instance_weight: float = 0.5) -> Tensor:
+    """Return J of Eq. 12: BP-MLL's pairwise exponential loss by image and, across the batch, by label.
+
+    The sum over pairs factorises: sum_pq exp(f_q - f_p) = (sum_q exp(f_q)) (sum_p exp(-f_p)). An image without
+    positives or without negatives, or a label with none in the batch, contributes zero to its mean.
+
+    Args:
+        logits: z, (N, L); f = sigmoid(z).
+        truth: +1, -1, or 0 for a difficult label, which is left out; (N, L).
+        instance_weight: lambda.
+    """
+    probabilities = torch.sigmoid(logits)
+    positive, negative = (truth > 0).to(logits.dtype), (truth < 0).to(logits.dtype)
+    up, down = probabilities.exp() * negative, (-probabilities).exp() * positive
+
+    def pairwise(dim: int) -> Tensor:
+        pairs = positive.sum(dim) * negative.sum(dim)
+        return (up.sum(dim) * down.sum(dim) / pairs.clamp(min=1)).mean()
+
+    return instance_weight * pairwise(1) + pairwise(0)
+
+
+def calibrate(logits: Tensor, truth: Tensor, boundary: Tensor) -> Tensor:
+    """Fit a bias for each label, (L,), so that its threshold separates: Eq. 12 alone does not place it.
+
+    Each bias maximises the likelihood of the annotations at a fixed slope, shrunk a little to zero so that a rare
+    label is not thrown about; then one shift for all labels maximises micro-F1 at the thresholds.
+
+    Args:
+        logits: of validation photos, (N, L).
+        truth: (N, L).
+        boundary: logit(t), (L,).
+    """
+    counted, positive = (truth != 0).double(), (truth > 0).double()
+    scores = logits.double() - boundary
+    bias = torch.zeros(scores.shape[1], dtype=torch.double)
+    for _ in range(50):  # Newton's method on a concave function of one variable a label
+        predicted = torch.sigmoid(scores + bias)
+        slope = ((positive - predicted) * counted).sum(0) - bias
+        curvature = (predicted * (1 - predicted) * counted).sum(0) + 1
+        bias = bias + (slope / curvature).clamp(-1, 1)
+
+    def micro_f1(shift: float) -> float:
+        decided = (scores + bias + shift >= 0).double() * counted
+        return float(2 * (decided * positive).sum() / (decided.sum() + (positive * counted).sum()).clamp(min=1))
+
+    shifts = np.linspace(-1.5, 1.5, 61)
+    smooth = np.convolve([micro_f1(float(shift)) for shift in shifts], np.ones(7) / 7, mode="valid")
+    return (bias + float(shifts[3 + int(np.argmax(smooth))])).to(logits.dtype)
+
+
+def initialise(network: nn.Module, files: Sequence[Path]) -> dict[str, int]:
+    """Copy every tensor that fits by name and shape from each file in turn; return how many each gave.
+
+    Raises:
+        CheckpointError: if a file gives nothing.
+    """
+    own = network.state_dict()
+    counts = {}
+    for path in files:
+        given = {
+            name: tensor.to(own[name].dtype)
+            for name, tensor in read_tensors(path).items()
+            if name in own and own[name].shape == tensor.shape
+        }
+        if not given:
+            raise CheckpointError(f"{path} has no tensor that fits the network by name and shape")
+        network.load_state_dict(given, strict=False)
+        counts[path.name] = len(given)
+    return counts
+
+
+def find_head(network: nn.Module) -> tuple[str, nn.Linear]:
+    """Return the name and module of the last linear layer.
+
+    Raises:
+        CheckpointError: if the network has none.
+    """
+    linear = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise CheckpointError("the network's head is no linear layer: expected one, to calibrate or retrain it")
+    return linear[-1]
+
+
+class PhotoDataset(TorchDataset[tuple[Tensor, Tensor]]):
+    """Decoded photos after a transform, (3, h, w), with their labels, (L,)."""
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Tensor], Tensor]) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return one photo and its labels."""
+        pixels = torch.from_numpy(read_photo(self.dataset.paths[index]).rgb).permute(2, 0, 1)
+        return self.transform(pixels), torch.from_numpy(self.dataset.truth[index])
+
+
+def augmentation(preprocess: Preprocess, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """Return a random crop, flip and colour change of an 8-bit photo, as network input."""
+    from torchvision.transforms import v2
+
+    transform: Callable[[Tensor], Tensor] = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.6, 1.67), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.2, 0.2, 0.2),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(preprocess.mean), list(preprocess.std)),
+        ]
+    )
+    return transform
+
+
+@torch.inference_mode()
+def predict_dataset(
+    network: nn.Module, dataset: Dataset, preprocess: Preprocess, *, device: str, batch_size: int = 64, workers: int = 0
+) -> Tensor:
+    """Return the logits of every photo of a data set, (N, L), on the CPU."""
+    loader = DataLoader(PhotoDataset(dataset, preprocess.reference()), batch_size, num_workers=workers)
+    network.eval()
+    outputs = [network(_to(images, device)).float().cpu() for images, _ in loader]
+    return torch.cat(outputs)
+
+
+def train(
+    recipe: Recipe,
+    training: Dataset,
+    validation: Dataset,
+    tests: dict[str, Dataset],
+    *,
+    output: Path,
+    initial: Sequence[Path] = (),
+    pretrained: bool = False,
+    device: str = "cpu",
+    resume: bool = False,
+    provenance: dict[str, Any] | None = None,
+    report: Reporter | None = None,
+) -> Metadata:
+    """Train, calibrate on `validation`, measure on `tests`, and write the checkpoint to `output`.
+
+    Args:
+        recipe: how.
+        training: photos to fit.
+        validation: photos to calibrate on, and to watch.
+        tests: photos that nothing is tuned on, by name.
+        output: the `.safetensors` file; beside it a `.resume.pt` is written each epoch.
+        initial: weight files to start from, each overriding those before it.
+        pretrained: start from torchvision's own weights, which it downloads.
+        device: where to train.
+        resume: go on from `.resume.pt`.
+        provenance: what to say in the checkpoint's metadata.
+        report: called after every step.
+
+    Raises:
+        DatasetError: if the data sets have different labels, or a batch is larger than the training set.
+        CheckpointError: if the initial weights or the resumed state do not fit.
+    """
+    for dataset in (validation, *tests.values()):
+        if dataset.labels != training.labels:
+            raise DatasetError(f"expected the labels {training.labels}, got {dataset.labels}")
+    torch.manual_seed(recipe.seed)
+    network = build_network(recipe.architecture, len(training.labels))
+    if pretrained:
+        _load_pretrained(network, recipe.architecture)
+    initialise(network, initial)
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if recipe.size:
+        preprocess = Preprocess((recipe.size, recipe.size))
+    else:
+        preprocess = default_preprocess(recipe.architecture)
+    state = Path(f"{output}.resume.pt")
+    fitter = _Fitter(recipe, network, training, preprocess, device)
+    if resume:
+        fitter.load(state)
+    for epoch in range(fitter.epoch, recipe.epochs):
+        fitter.run_epoch(epoch, report)
+        fitter.save(state)
+        if report and (epoch + 1) % 2 == 0 and epoch + 1 < recipe.epochs:
+            report(_validate(fitter, epoch, validation, preprocess, device, recipe))
+    network = fitter.averaged
+    boundary = torch.zeros(len(training.labels))
+    logits = predict_dataset(network, validation, preprocess, device=device, workers=recipe.workers)
+    bias = calibrate(logits, torch.from_numpy(validation.truth), boundary)
+    head = find_head(network)[1]
+    head.bias.data += bias.to(head.bias)
+    metrics = {
+        name: classifier_metrics(
+            predict_dataset(network, dataset, preprocess, device=device, workers=recipe.workers),
+            torch.from_numpy(dataset.truth),
+            boundary,
+            training.labels,
+        )
+        for name, dataset in tests.items()
+    }
+    metadata = Metadata(
+        recipe.architecture,
+        training.labels,
+        (0.5,) * len(training.labels),
+        preprocess.to_dict(),
+        {**(provenance or {}), "recipe": asdict(recipe)},
+        metrics,
+    )
+    save_checkpoint(output, network.state_dict(), metadata)
+    return metadata
+
+
+@dataclass
+class _Fitter:
+    """The state of one training: network, moving average, optimiser, and the epoch to do next."""
+
+    recipe: Recipe
+    network: nn.Module
+    training: Dataset
+    preprocess: Preprocess
+    device: str
+    epoch: int = 0
+    averaged: nn.Module = field(init=False)
+    optimiser: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.training) < self.recipe.batch_size:
+            raise DatasetError(f"{len(self.training)} training photos, expected a batch of {self.recipe.batch_size}")
+        if self.recipe.head_only:
+            self.network.requires_grad_(False)
+            find_head(self.network)[1].requires_grad_(True)
+            self.features = _cache_features(self)
+        parameters = [value for value in self.network.parameters() if value.requires_grad]
+        groups = [
+            {"params": [value for value in parameters if value.dim() > 1]},
+            {"params": [value for value in parameters if value.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.averaged = copy.deepcopy(self.network).requires_grad_(False)
+        self.optimiser = torch.optim.AdamW(groups, self.recipe.learning_rate, weight_decay=self.recipe.weight_decay)
+        self.scaler = torch.amp.GradScaler(enabled=self.device.startswith("cuda"))
+        self.steps = len(self.training) // self.recipe.batch_size
+
+    def run_epoch(self, epoch: int, report: Reporter | None) -> None:
+        """Pass once over the training set."""
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed * 100_003 + epoch)  # so that a resumed run shuffles and crops as an unbroken one
+        module = find_head(self.network)[1] if recipe.head_only else self.network
+        self.network.train(not recipe.head_only)
+        for step, (inputs, truth) in enumerate(self._batches(epoch)):
+            self._set_learning_rate(epoch * self.steps + step)
+            self.optimiser.zero_grad(set_to_none=True)
+            with torch.autocast(self.device.partition(":")[0], enabled=self.device.startswith("cuda")):
+                logits = module(_to(inputs, self.device))
+            logits, truth = logits.float(), truth.to(self.device)
+            loss = eq12_loss(logits, truth, recipe.instance_weight)
+            if recipe.calibration_weight:
+                loss = loss + recipe.calibration_weight * _cross_entropy(logits, truth)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            self._average(epoch * self.steps + step)
+            if report:
+                report(Progress(epoch + 1, recipe.epochs, step + 1, self.steps, float(loss.detach())))
+        self.epoch = epoch + 1
+
+    def save(self, path: Path) -> None:
+        """Write everything that a resumed run needs."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        state = {
+            "recipe": asdict(self.recipe),
+            "epoch": self.epoch,
+            "network": self.network.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        torch.save(state, temporary)
+        temporary.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote, under the same recipe.
+
+        Raises:
+            CheckpointError: if there is nothing to go on from, or another recipe wrote it.
+        """
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise CheckpointError(f"cannot resume from {path}: {error}") from error
+        theirs, ours = state["recipe"], asdict(self.recipe)
+        changed = [name for name in ours if theirs.get(name) != ours[name] and name != "workers"]
+        if changed:
+            raise CheckpointError(f"{path} was written with another {', '.join(changed)}: expected the same to resume")
+        self.epoch = state["epoch"]
+        self.network.load_state_dict(state["network"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        recipe = self.recipe
+        if recipe.head_only:
+            order = torch.randperm(len(self.training))[: self.steps * recipe.batch_size]
+            truth = torch.from_numpy(self.training.truth)
+            for rows in order.split(recipe.batch_size):
+                yield self.features[rows], truth[rows]
+            return
+        early = recipe.warmup_size and epoch < recipe.epochs // 2
+        size = (recipe.warmup_size, recipe.warmup_size) if early else self.preprocess.output_size
+        photos = PhotoDataset(self.training, augmentation(self.preprocess, size))
+        yield from DataLoader(photos, recipe.batch_size, shuffle=True, drop_last=True, num_workers=recipe.workers)
+
+    def _set_learning_rate(self, step: int) -> None:
+        total = self.recipe.epochs * self.steps
+        warmup = max(1, min(total // 20, 200))
+        cosine = (1 + math.cos(math.pi * step / total)) / 2
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.learning_rate * min(1.0, (step + 1) / warmup) * cosine
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        decay = min(self.recipe.average, (step + 1) / (step + 10))
+        current = self.network.state_dict()
+        for name, kept in self.averaged.state_dict().items():
+            if kept.is_floating_point():
+                kept.lerp_(current[name], 1 - decay)
+            else:
+                kept.copy_(current[name])
+
+
+def _validate(
+    fitter: _Fitter, epoch: int, validation: Dataset, preprocess: Preprocess, device: str, recipe: Recipe
+) -> Progress:
+    logits = predict_dataset(fitter.averaged, validation, preprocess, device=device, workers=recipe.workers)
+    truth = torch.from_numpy(validation.truth)
+    metrics = classifier_metrics(logits, truth, torch.zeros(logits.shape[1]), validation.labels)
+    return Progress(epoch + 1, recipe.epochs, fitter.steps, fitter.steps, math.nan, metrics)
+
+
+def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
+    counted = (truth != 0).to(logits.dtype)
+    losses = functional.binary_cross_entropy_with_logits(logits, (truth > 0).to(logits.dtype), reduction="none")
+    return (losses * counted).sum(1).mean() / 2  # summed over labels, so that it weighs as much as Eq. 12's means
+
+
+@torch.inference_mode()
+def _cache_features(fitter: _Fitter) -> Tensor:
+    """Return what the head gets for every training photo, (N, F), on the CPU."""
+    kept: list[Tensor] = []
+    handle = find_head(fitter.network)[1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].cpu()))
+    try:
+        predict_dataset(
+            fitter.network, fitter.training, fitter.preprocess, device=fitter.device, workers=fitter.recipe.workers
+        )
+    finally:
+        handle.remove()
+    return torch.cat(kept).clone()
+
+
+def _to(images: Tensor, device: str) -> Tensor:
+    if images.dim() == 4:
+        return images.to(device, memory_format=torch.channels_last, non_blocking=True)
+    return images.to(device)
+
+
+def _load_pretrained(network: nn.Module, architecture: str) -> None:
+    """Copy torchvision's own pretrained weights, all but the head; they come from the network.
+
+    Raises:
+        CheckpointError: if they cannot be had.
+    """
+    from torchvision import models
+
+    try:
+        weights = models.get_model_weights(architecture).DEFAULT  # type: ignore[attr-defined]
+        given = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot download torchvision's weights of {architecture}: {error}; give a local file with --init"
+        ) from error
+    own = network.state_dict()
+    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    network.load_state_dict(fitting, strict=False)
