@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-import zipfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,11 +72,11 @@ def read_metadata(path: Path) -> Metadata:
             f"{path} holds no mlperturb metadata: expected format {FORMAT}; for plain weights give --arch and --labels"
         )
     try:
-        labels = tuple(json.loads(values["labels"]))
-        thresholds = tuple(float(value) for value in json.loads(values["thresholds"]))
+        labels = tuple(_list(json.loads(values["labels"])))
+        thresholds = tuple(float(value) for value in _list(json.loads(values["thresholds"])))
         rest = {name: json.loads(values[name]) for name in ("preprocess", "provenance", "metrics")}
-        architecture = values["architecture"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        architecture = str(values["architecture"])
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
     if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
         raise CheckpointError(f"{path} has damaged metadata: expected distinct label names")
@@ -135,6 +135,7 @@ def load_checkpoint(
     elif architecture is None or labels is None:
         raise CheckpointError("plain weights need both --arch and --labels")
     else:
+        _check_architecture(architecture)
         thresholds = (0.5,) * len(labels)
         metadata = Metadata(architecture, tuple(labels), thresholds, default_preprocess(architecture).to_dict())
     network = build_network(metadata.architecture, len(metadata.labels), meta=True)
@@ -157,18 +158,24 @@ def build_network(architecture: str, outputs: int, *, meta: bool = False) -> nn.
     import torch
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if architecture not in known:
-        import difflib
-
-        close = difflib.get_close_matches(architecture, known, n=3) or known[:5]
-        raise CheckpointError(f"unknown architecture {architecture!r}: did you mean {' or '.join(close)}?")
+    _check_architecture(architecture)
     options: dict[str, Any] = {"num_classes": outputs}
     if architecture in ("inception_v3", "googlenet"):
         options |= {"aux_logits": False, "transform_input": False, "init_weights": False}
     with torch.device("meta" if meta else "cpu"):
         network: nn.Module = models.get_model(architecture, weights=None, **options)
     return network
+
+
+def _check_architecture(architecture: str) -> None:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if architecture not in known:
+        import difflib
+
+        close = difflib.get_close_matches(architecture, known, n=3) or known[:5]
+        raise CheckpointError(f"unknown architecture {architecture!r}: did you mean {' or '.join(close)}?")
 
 
 def default_preprocess(architecture: str) -> Any:
@@ -178,7 +185,7 @@ def default_preprocess(architecture: str) -> Any:
     from mlperturb.preprocess import Preprocess
 
     try:
-        transforms = models.get_model_weights(architecture).DEFAULT.transforms()  # type: ignore[attr-defined]
+        transforms = models.get_model_weights(architecture).DEFAULT.transforms()
         resize, crop = transforms.resize_size[0], transforms.crop_size[0]
         mean, std = tuple(transforms.mean), tuple(transforms.std)
         return Preprocess(max(resize, crop), (crop, crop), mean, std, transforms.interpolation.value)
@@ -203,23 +210,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 return load_file(path)
             except SafetensorError as error:
                 raise CheckpointError(f"{path} is no safetensors file: {error}") from error
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an odd pickle protocol; what it holds is checked below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, *_unpickling_errors()) as error:
+    except Exception as error:  # torch's weights-only reader raises almost anything at damaged or unsafe data
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} is no plain state dict (weights only): {reason:.200}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if (
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(value, torch.Tensor) for value in loaded.values())
+    ):
         raise CheckpointError(f"{path} is no state dict: expected named tensors, got {type(loaded).__name__}")
     return {str(name).removeprefix("module."): value for name, value in loaded.items()}
-
-
-def _unpickling_errors() -> tuple[type[Exception], ...]:
-    import pickle  # for its error type alone: torch's weights-only reader raises it at anything but tensors
-
-    return (pickle.UnpicklingError,)
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -261,13 +270,19 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, outputs
     if wrong:
         name = wrong[-1]
         got, expected = tuple(given[name].shape), tuple(wanted[name].shape)
-        if len(wrong) <= 2 and got[1:] == expected[1:] and expected[0] == outputs:
+        if len(wrong) <= 2 and got and got[1:] == expected[1:] and expected[0] == outputs:
             raise CheckpointError(f"{path} has a head of {got[0]} outputs, expected {outputs}, one for each label")
         raise CheckpointError(f"{path} does not fit the architecture: {name} expected {expected}, got {got}")
     full = {name: torch.zeros((), dtype=torch.long) for name in optional} | {
         name: tensor.to(wanted[name].dtype) for name, tensor in given.items()
     }
     network.load_state_dict(full, assign=True)
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, got {value!r:.80}")
+    return value
 
 
 def _some(names: Sequence[str]) -> str:

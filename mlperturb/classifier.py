@@ -47,7 +47,7 @@ class Classifier(nn.Module):
             raise CheckpointError(f"expected {len(self.labels)} thresholds, got {len(self.thresholds)}")
         if not all(0 < threshold < 1 for threshold in self.thresholds):
             raise CheckpointError("expected thresholds inside (0, 1), got " + repr(list(self.thresholds))[:200])
-        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.register_buffer("boundary", torch.logit(torch.tensor(self.thresholds, dtype=torch.float32)))
 
     @property

@@ -6,7 +6,8 @@ MlperturbError              what a user can put right; the message is one line
 |-- ImageError              one photo cannot be read; the run records it and goes on
 |-- CheckpointError         a file is no checkpoint, or does not fit its network
 |-- DatasetError            a data set lacks a file, a split or a label
-`-- OutputError             a file cannot be written; the run stops
+`-- OutputError             a file cannot be written
+    `-- StorageError        nothing can be written there (disk full, read-only, gone): the run stops
 """
 
 from __future__ import annotations
@@ -38,3 +39,7 @@ class DatasetError(MlperturbError):
 
 class OutputError(MlperturbError):
     """A result cannot be written."""
+
+
+class StorageError(OutputError):
+    """Nothing can be written there any more: the disk is full, read-only or gone."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import secrets
 from pathlib import Path
 
-from mlperturb.errors import OutputError
+from mlperturb.errors import OutputError, StorageError
+
+_THIS_NAME_ALONE = {errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR}
 
 
 def file_sha256(path: Path) -> str:
@@ -19,9 +24,10 @@ def write_file(path: Path, data: bytes) -> None:
     """Write under a temporary name in the same folder, flush to the disk, then rename.
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if a file of this name cannot be written.
+        StorageError: if nothing can be written there.
     """
-    temporary = path.with_name(f".{os.getpid()}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # a shard on another machine may have our process id
     try:
         with temporary.open("wb") as target:
             target.write(data)
@@ -29,5 +35,7 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(target.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kind = OutputError if error.errno in _THIS_NAME_ALONE else StorageError
+        raise kind(f"cannot write {path}: {error.strerror or error}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.files import write_file
@@ -19,8 +19,10 @@ from mlperturb.files import write_file
 Pixels = npt.NDArray[np.uint8]
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # JPEG covers MPO
 MAX_PIXELS = 100_000_000
+
+Image.init()  # loads every plugin: `Image.open(formats=...)` knows only those loaded
 
 
 @dataclass(frozen=True)
@@ -44,20 +46,23 @@ def find_photos(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]
     """Return the photos named, and those in the folders named, without our own outputs, in name order.
 
     Raises:
-        UsageError: if a path does not exist, or nothing is found.
+        UsageError: if a path does not exist or cannot be read, or nothing is found.
     """
     found: dict[Path, None] = {}
     folders = []
     for path in paths:
-        if path.is_dir():
-            folders.append(path)
-            for inside in sorted(path.rglob("*") if recursive else path.iterdir()):
-                if inside.suffix.lower() in EXTENSIONS and inside.is_file() and not is_output(inside):
-                    found.setdefault(inside)
-        elif path.exists():
-            found.setdefault(path)
-        else:
-            raise UsageError(f"no such file or folder: {path}")
+        try:
+            if path.is_dir():
+                folders.append(path)
+                for inside in sorted(path.rglob("*") if recursive else path.iterdir()):
+                    if inside.suffix.lower() in EXTENSIONS and inside.is_file() and not is_output(inside):
+                        found.setdefault(inside)
+            elif path.exists():
+                found.setdefault(path)
+            else:
+                raise UsageError(f"no such file or folder: {path}")
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
     if not found:
         where = ", ".join(map(str, folders)) or "the paths given"
         hint = "" if recursive else " (add -r to search subfolders)"
@@ -79,6 +84,8 @@ def read_photo(path: Path) -> Photo:
         ImageError: if the file cannot be read, is damaged, of an unknown format, or larger than `MAX_PIXELS`.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe may wait for ever
+            raise ImageError(f"cannot read {path}: it is no regular file")
         data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
@@ -90,7 +97,7 @@ def read_photo(path: Path) -> Photo:
             return _decode(path, data)
     except ImageError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(f"{path} is not an image of a known format ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} has more than {MAX_PIXELS} pixels") from error
@@ -121,8 +128,10 @@ def _decode(path: Path, data: bytes) -> Photo:
 
 def _scale_grey(grey: npt.NDArray[np.generic]) -> Pixels:
     """Scale 16-bit (or wider) grey samples to 8-bit RGB; a wider range than 16 bits is stretched to fit."""
-    values = grey.astype(np.float64)
-    top = 65535.0 if 1.0 < values.max(initial=0) <= 65535 else max(float(values.max(initial=0)), 1.0)
+    values = np.nan_to_num(grey.astype(np.float64))
+    highest = float(values.max(initial=0))
+    unit = np.issubdtype(grey.dtype, np.floating) and highest <= 1  # floats in [0, 1]
+    top = 1.0 if unit else max(highest, 65535.0)
     scaled = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
     return np.repeat(scaled[..., None], 3, axis=2)
 

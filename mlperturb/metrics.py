@@ -34,7 +34,7 @@ def hamming(decisions: Tensor, truth: Tensor) -> float:
 
 
 def f1_scores(decisions: Tensor, truth: Tensor) -> dict[str, float]:
-    """Return instance, micro and macro F1 of (N, L) signs; 0 where nothing is present nor predicted, as scikit-learn."""
+    """Return instance, micro and macro F1 of (N, L) signs; 0 where none is present nor predicted, as scikit-learn."""
     counted = truth != 0
     both = ((decisions > 0) & (truth > 0) & counted).double()
     either = ((decisions > 0) & counted).double() + ((truth > 0) & counted).double()
@@ -133,4 +133,5 @@ def _above(scores: Tensor, counted: Tensor) -> Tensor:
 def _count(scores: Tensor, counted: Tensor, *, right: bool) -> Tensor:
     scores = scores.double().contiguous()
     ordered = scores.masked_fill(~counted, -torch.inf).sort(dim=1).values
-    return (scores.shape[1] - torch.searchsorted(ordered, scores, right=right)).double()
+    count = scores.shape[1] - torch.searchsorted(ordered, scores, right=right)
+    return count.minimum(counted.sum(1, keepdim=True)).double()  # a score of -inf ties with what is not counted

@@ -8,6 +8,7 @@ photo; the padding meets only zero columns of the matrices, so it has no influen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -46,7 +47,8 @@ class Preprocess:
             raise CheckpointError(f"expected interpolation bilinear or bicubic, got {self.interpolation!r}")
         if min(resize) < 1 or (self.crop and (min(self.crop) < 1 or any(map(int.__gt__, self.crop, resize)))):
             raise CheckpointError(f"expected a crop within the resized photo, got {self.crop} of {self.resize}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        numbers = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != 3 or len(self.std) != 3 or not numbers or min(self.std) <= 0:
             raise CheckpointError(f"expected 3 means and 3 positive stds, got {self.mean} and {self.std}")
 
     @property
@@ -113,13 +115,13 @@ class Preprocess:
         try:
             resize, crop = values["resize"], values["crop"]
             return cls(
-                resize=resize if isinstance(resize, int) else (int(resize[0]), int(resize[1])),
-                crop=None if crop is None else (int(crop[0]), int(crop[1])),
+                resize=resize if isinstance(resize, int) else _two(resize),
+                crop=None if crop is None else _two(crop),
                 mean=_three(values["mean"]),
                 std=_three(values["std"]),
                 interpolation=str(values["interpolation"]),
             )
-        except (TypeError, ValueError, IndexError, KeyError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"expected preprocessing fields of the right types, got {values!r:.200}") from error
 
 
@@ -175,6 +177,13 @@ def _resize_matrix(source: int, target: int, crop: int, interpolation: str) -> T
 
 def _stack(matrices: Sequence[Tensor], width: int) -> Tensor:
     return torch.stack([functional.pad(matrix, (0, width - matrix.shape[1])) for matrix in matrices])
+
+
+def _two(values: Sequence[int]) -> Size:
+    first, second = values
+    if not isinstance(first, int) or not isinstance(second, int):
+        raise TypeError("expected two integers")
+    return first, second
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +25,8 @@ from mlperturb.checkpoints import (
     read_tensors,
     save_checkpoint,
 )
-from mlperturb.errors import CheckpointError, DatasetError
+from mlperturb.errors import CheckpointError, DatasetError, OutputError
+from mlperturb.files import write_file
 from mlperturb.images import read_photo
 from mlperturb.metrics import classifier_metrics
 from mlperturb.preprocess import Preprocess
@@ -129,7 +132,8 @@ def calibrate(logits: Tensor, truth: Tensor, boundary: Tensor) -> Tensor:
 
     shifts = np.linspace(-1.5, 1.5, 61)
     smooth = np.convolve([micro_f1(float(shift)) for shift in shifts], np.ones(7) / 7, mode="valid")
-    return (bias + float(shifts[3 + int(np.argmax(smooth))])).to(logits.dtype)
+    best = shifts[3:-3][smooth >= smooth.max() - 1e-9]  # a plateau where many shifts decide alike
+    return (bias + float(best[np.argmin(np.abs(best))])).to(logits.dtype)
 
 
 def initialise(network: nn.Module, files: Sequence[Path]) -> dict[str, int]:
@@ -239,25 +243,26 @@ def train(
 
     Raises:
         DatasetError: if the data sets have different labels, or a batch is larger than the training set.
-        CheckpointError: if the initial weights or the resumed state do not fit.
+        CheckpointError: if the initial weights or the resumed state do not fit, or the head is no linear layer.
+        OutputError: if the checkpoint, or the state to resume from, cannot be written.
     """
     for dataset in (validation, *tests.values()):
         if dataset.labels != training.labels:
             raise DatasetError(f"expected the labels {training.labels}, got {dataset.labels}")
     torch.manual_seed(recipe.seed)
     network = build_network(recipe.architecture, len(training.labels))
+    find_head(network)  # calibration needs it: better told now than after the last epoch
     if pretrained:
         _load_pretrained(network, recipe.architecture)
     initialise(network, initial)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if recipe.size:
-        preprocess = Preprocess((recipe.size, recipe.size))
-    else:
-        preprocess = default_preprocess(recipe.architecture)
+    preprocess = Preprocess((recipe.size, recipe.size)) if recipe.size else default_preprocess(recipe.architecture)
     state = Path(f"{output}.resume.pt")
     fitter = _Fitter(recipe, network, training, preprocess, device)
     if resume:
         fitter.load(state)
+    if recipe.head_only:
+        fitter.features = _cache_features(fitter)
     for epoch in range(fitter.epoch, recipe.epochs):
         fitter.run_epoch(epoch, report)
         fitter.save(state)
@@ -301,6 +306,7 @@ class _Fitter:
     device: str
     epoch: int = 0
     averaged: nn.Module = field(init=False)
+    features: Tensor = field(init=False)  # what the head gets, (N, F), if only the head is trained
     optimiser: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -309,9 +315,8 @@ class _Fitter:
         if self.recipe.head_only:
             self.network.requires_grad_(False)
             find_head(self.network)[1].requires_grad_(True)
-            self.features = _cache_features(self)
         parameters = [value for value in self.network.parameters() if value.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [value for value in parameters if value.dim() > 1]},
             {"params": [value for value in parameters if value.dim() <= 1], "weight_decay": 0.0},
         ]
@@ -344,9 +349,15 @@ class _Fitter:
         self.epoch = epoch + 1
 
     def save(self, path: Path) -> None:
-        """Write everything that a resumed run needs."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        """Write everything that a resumed run needs.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
         state = {
             "recipe": asdict(self.recipe),
             "epoch": self.epoch,
@@ -355,8 +366,9 @@ class _Fitter:
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        torch.save(state, temporary)
-        temporary.replace(path)
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        write_file(path, stream.getvalue())
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote, under the same recipe.
@@ -366,24 +378,28 @@ class _Fitter:
         """
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
-            raise CheckpointError(f"cannot resume from {path}: {error}") from error
-        theirs, ours = state["recipe"], asdict(self.recipe)
+            theirs, ours = dict(state["recipe"]), asdict(self.recipe)
+        except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise CheckpointError(f"cannot resume from {path}: {reason}") from error
         changed = [name for name in ours if theirs.get(name) != ours[name] and name != "workers"]
         if changed:
             raise CheckpointError(f"{path} was written with another {', '.join(changed)}: expected the same to resume")
-        self.epoch = state["epoch"]
-        self.network.load_state_dict(state["network"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.scaler.load_state_dict(state["scaler"])
+        try:
+            self.network.load_state_dict(state["network"])
+            self.averaged.load_state_dict(state["averaged"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.epoch = state["epoch"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not fit this network and data set: {error!s:.200}") from error
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         recipe = self.recipe
         if recipe.head_only:
             order = torch.randperm(len(self.training))[: self.steps * recipe.batch_size]
             truth = torch.from_numpy(self.training.truth)
-            for rows in order.split(recipe.batch_size):
+            for rows in torch.split(order, recipe.batch_size):
                 yield self.features[rows], truth[rows]
             return
         early = recipe.warmup_size and epoch < recipe.epochs // 2
@@ -453,7 +469,7 @@ def _load_pretrained(network: nn.Module, architecture: str) -> None:
     from torchvision import models
 
     try:
-        weights = models.get_model_weights(architecture).DEFAULT  # type: ignore[attr-defined]
+        weights = models.get_model_weights(architecture).DEFAULT
         given = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(

@@ -8,7 +8,11 @@ from typing import Annotated
 import typer
 
 from mlperturb import __version__
+from mlperturb.cli.attack import attack
 from mlperturb.cli.console import print_error
+from mlperturb.cli.demo import demo
+from mlperturb.cli.info import labels, methods
+from mlperturb.cli.predict import predict
 from mlperturb.cli.train import train
 from mlperturb.errors import MlperturbError
 
@@ -23,7 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(train)
+for command in (attack, demo, predict, labels, methods, train):
+    app.command()(command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -156,8 +156,9 @@ class _Printer:
         done = (progress.epoch - 1) * progress.steps + progress.step
         if progress.validation is not None:
             figures = ", ".join(f"{name} {progress.validation[name]:.4f}" for name in ("hamming", "micro_f1", "map"))
-            self.bar.print(f"{text}: validation {figures}")
-            if not self.terminal:
+            if self.terminal:
+                self.bar.print(f"{text}: validation {figures}")
+            else:
                 typer.echo(f"{text}: validation {figures}", err=True)
         else:
             self.bar.update(

@@ -1,0 +1,242 @@
+"""What every attack shares: the problem and its count of passes, the goal, the best iterate of each image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mlperturb.errors import UsageError
+from mlperturb.targets import Space, Targets
+
+
+class Model(Protocol):
+    """Images in [0, 1], (N, 3, H, W), to logits, (N, L).
+
+    A model whose answer depends on the place of an image in the batch (as one bound to mixed photo sizes does) has a
+    method `select(rows)` that returns the model of some images.
+    """
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Return the logits."""
+        ...
+
+
+class Goal(Protocol):
+    """What an attack is after, apart from how it gets there."""
+
+    def violations(self, logits: Tensor) -> Tensor:
+        """Return how far each constraint is from holding: positive if violated, -inf if absent; (N, K)."""
+        ...
+
+    def met(self, logits: Tensor) -> Tensor:
+        """Say for which images every constraint holds, (N,)."""
+        ...
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Return how good each image is, distortion apart, (N,); images that meet the goal score highest."""
+        ...
+
+    def select(self, rows: Tensor) -> Goal:
+        """Return the goal of some images."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClassificationGoal:
+    """Eq. 1: every label of A flipped, every label of B kept; the more constraints hold, the better."""
+
+    targets: Targets
+    space: Space = "logit"
+
+    def violations(self, logits: Tensor) -> Tensor:
+        """Return y'_j F'_j - c_j of Eq. 4, (N, L)."""
+        return self.targets.violations(logits, self.space)
+
+    def met(self, logits: Tensor) -> Tensor:
+        """Say for which images every constraint holds, (N,)."""
+        return self.targets.holds(logits).all(1)
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Count the constraints that hold, (N,)."""
+        return self.targets.holds(logits).sum(1).to(logits.dtype)
+
+    def select(self, rows: Tensor) -> ClassificationGoal:
+        """Return the goal of some images."""
+        return replace(self, targets=self.targets.select(rows))
+
+
+@dataclass
+class Meter:
+    """The forward and backward passes spent on each image of a batch, on the CPU.
+
+    Attributes:
+        forward: (N,).
+        backward: (N,).
+        limit: no image may spend more passes, forward and backward together; None for no limit.
+    """
+
+    forward: Tensor
+    backward: Tensor
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A batch to attack, or some images of it.
+
+    Attributes:
+        model: maps images in [0, 1] to logits.
+        images: the clean photos x, (n, 3, H, W), in [0, 1].
+        targets: A, B and y of these images.
+        rows: their places in the whole batch, (n,), on the CPU.
+        meter: the passes spent, shared by all parts of the batch.
+    """
+
+    model: Model
+    images: Tensor
+    targets: Targets
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    meter: Meter = field(default_factory=lambda: Meter(torch.empty(0), torch.empty(0)))
+
+    @classmethod
+    def start(cls, model: Model, images: Tensor, targets: Targets, *, limit: int | None = None) -> Problem:
+        """Return the problem of a whole batch, nothing spent.
+
+        Raises:
+            UsageError: if the images are not (N, 3, H, W) with one row of targets each.
+        """
+        if images.dim() != 4 or len(images) != len(targets.truth):
+            shape = tuple(images.shape)
+            raise UsageError(f"expected images (N, 3, H, W) with {len(targets.truth)} targets, got {shape}")
+        count = len(images)
+        meter = Meter(torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long), limit)
+        return cls(model, images, targets, torch.arange(count), meter)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, keep: Tensor) -> Problem:
+        """Return the problem of some of these images: `keep` is boolean, (n,)."""
+        chosen = keep.nonzero().flatten()
+        narrower = getattr(self.model, "select", None)
+        return Problem(
+            narrower(chosen) if narrower else self.model,
+            self.images[chosen],
+            self.targets.select(chosen),
+            self.rows[chosen.cpu()],
+            self.meter,
+        )
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return z, (n, L): one forward pass for each image."""
+        self.meter.forward[self.rows] += 1
+        return self.model(images)
+
+    def gradient(self, losses: Tensor, images: Tensor) -> Tensor:
+        """Return the gradient of each image's own loss, (n,), at `images`: one backward pass for each."""
+        self.meter.backward[self.rows] += 1
+        return torch.autograd.grad(losses.sum(), images)[0]
+
+    def jacobian(self, outputs: Tensor, images: Tensor, present: Tensor) -> Tensor:
+        """Return d outputs / d images, (n, K, 3, H, W); zero where `present`, (n, K), is false.
+
+        A backward pass is counted for each output present. On CUDA they run as one batched pass; on the CPU, where
+        that measures slower, one after the other.
+        """
+        self.meter.backward[self.rows] += present.sum(1).cpu()
+        slots = int(present.sum(1).max())
+        order = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
+        seeds = torch.zeros(slots, *outputs.shape, dtype=outputs.dtype, device=outputs.device)
+        seeds.scatter_(2, order.T.unsqueeze(2), present.gather(1, order).T.unsqueeze(2).to(outputs.dtype))
+        if outputs.is_cuda:
+            packed = torch.autograd.grad(outputs, images, seeds, is_grads_batched=True)[0]
+        else:
+            packed = torch.stack([torch.autograd.grad(outputs, images, s, retain_graph=True)[0] for s in seeds])
+        full = packed.new_zeros(outputs.shape[1], *images.shape)
+        rows = torch.arange(len(images), device=images.device).expand(slots, -1)
+        full[order.T, rows] = packed * present.gather(1, order).T.view(slots, -1, 1, 1, 1)
+        return full.transpose(0, 1)
+
+    def affordable(self, passes: int | Tensor) -> Tensor:
+        """Say which images may spend so many more passes, (n,), on the images' device."""
+        spent = (self.meter.forward + self.meter.backward)[self.rows]
+        limit = torch.iinfo(torch.long).max if self.meter.limit is None else self.meter.limit
+        return (spent + passes <= limit).to(self.images.device)
+
+
+class Best:
+    """The best iterate of each image of a batch: the highest score, then the least L2 distortion.
+
+    Attributes:
+        images: (N, 3, H, W); the clean photos until something better comes.
+        score: (N,), of `Goal.score`.
+        norm: ||x* - x||_2 in [0, 1] units, (N,).
+        met: whether the goal is met, (N,).
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        count = len(images)
+        self.images = images.clone()
+        self.score = images.new_full((count,), -torch.inf)
+        self.norm = images.new_full((count,), torch.inf)
+        self.met = torch.zeros(count, dtype=torch.bool, device=images.device)
+
+    @torch.no_grad()
+    def update(self, problem: Problem, goal: Goal, images: Tensor, logits: Tensor) -> Tensor:
+        """Take over the iterates that beat those held; return which images meet the goal now, (n,)."""
+        rows = problem.rows.to(images.device)
+        score, norm, met = goal.score(logits), norms(images - problem.images), goal.met(logits)
+        held_score, held_norm = self.score[rows], self.norm[rows]
+        better = (score > held_score) | ((score == held_score) & (norm < held_norm))
+        self.score[rows] = torch.where(better, score, held_score)
+        self.norm[rows] = torch.where(better, norm, held_norm)
+        self.met[rows] = torch.where(better, met, self.met[rows])
+        self.images[rows] = torch.where(spread(better), images, self.images[rows])
+        return met
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack found.
+
+    Attributes:
+        images: the best iterates x*, float, in [0, 1], (N, 3, H, W).
+        met: whether the goal is met, (N,).
+        goal: what the attack was after; the search for an 8-bit photo is after the same.
+    """
+
+    images: Tensor
+    met: Tensor
+    goal: Goal
+
+
+def norms(images: Tensor) -> Tensor:
+    """Return the L2 norm of each image, (n,)."""
+    return torch.linalg.vector_norm(images.flatten(1), dim=1)
+
+
+def spread(values: Tensor) -> Tensor:
+    """Shape one value an image, (n,), to meet images, (n, 1, 1, 1)."""
+    return values.view(-1, 1, 1, 1)
+
+
+def nearest_label(problem: Problem, candidates: Tensor) -> Tensor:
+    """Return, for a non-targeted attack (Section II), the label nearest to its threshold, one-hot boolean, (N, L).
+
+    Nearest is by the linearised distance |z_j - logit(t_j)| / ||grad z_j||, as DeepFool measures it.
+
+    Args:
+        problem: the batch.
+        candidates: labels that may be flipped, boolean, (N, L).
+    """
+    images = problem.images.clone().requires_grad_()
+    logits = problem.logits(images)
+    gradients = problem.jacobian(logits, images, candidates).flatten(2).norm(dim=2)
+    distance = (logits.detach() - problem.targets.boundary).abs() / gradients.clamp(min=1e-12)
+    nearest = distance.masked_fill(~candidates, torch.inf).argmin(1)
+    chosen = torch.zeros_like(candidates)
+    chosen[torch.arange(len(chosen), device=chosen.device), nearest] = True
+    return chosen & candidates

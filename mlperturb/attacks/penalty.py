@@ -1,0 +1,78 @@
+"""The optimiser of ML-CW, Rank I and Rank II: min ||r|| + lambda * sum of hinges, lambda searched per image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlperturb.attacks.common import Best, Goal, Outcome, Problem
+from mlperturb.attacks.schedule import Schedule
+
+_EDGE = 1e-6  # keeps artanh finite at black and white pixels
+_CHECK = 25  # least number of iterations between looks at which images are done: each look waits for the device
+
+
+def minimise_penalty(problem: Problem, goal: Goal, schedule: Schedule) -> Outcome:
+    """Minimise ||r||_2 + lambda * sum_k max(0, violation_k) over x + r = (tanh(w) + 1) / 2 with Adam.
+
+    lambda is an image's own: ten times more on failure until it first succeeds, then bisection between the largest
+    that failed (0 at first, which halves it) and the smallest that succeeded. Of all iterates the best is kept, by
+    the goal's score, then by the least distortion.
+    """
+    best = Best(problem.images)
+    clean_met = best.update(problem, goal, problem.images, problem.logits(problem.images).detach())
+    weight = torch.full_like(best.norm, schedule.initial_weight)
+    low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
+    open_ = ~clean_met  # nothing to do where the clean photo already meets the goal
+    for _ in range(schedule.searches):
+        open_ &= problem.affordable(2)
+        if not bool(open_.any()):
+            break
+        part, rows = problem.select(open_), open_.nonzero().flatten()
+        start = best.images[rows] if schedule.warm else part.images
+        reached = _descend(part, goal.select(rows), start, weight[rows], best, schedule)
+        high[rows] = torch.where(reached, weight[rows].minimum(high[rows]), high[rows])
+        low[rows] = torch.where(reached, low[rows], weight[rows])
+        weight = torch.where(high.isinf(), weight * 10, (low + high) / 2)
+        open_ &= (high - low) > schedule.precision * high
+    return Outcome(best.images, best.met, goal)
+
+
+def _descend(problem: Problem, goal: Goal, start: Tensor, weight: Tensor, best: Best, schedule: Schedule) -> Tensor:
+    """Run Adam for one lambda an image; return which images met the goal on the way, (n,).
+
+    A warm start may meet the goal under any lambda, so there only the second half of the way counts.
+    """
+    reached = torch.zeros(len(problem), dtype=torch.bool, device=start.device)
+    place = torch.arange(len(problem), device=start.device)  # of the images still in the batch
+    w = torch.atanh((2 * start - 1).clamp(-1 + _EDGE, 1 - _EDGE))
+    mean, square = torch.zeros_like(w), torch.zeros_like(w)
+    previous = torch.full_like(weight, torch.inf)
+    interval = max(schedule.iterations // 10, _CHECK)
+    for step in range(schedule.iterations):
+        w.requires_grad_()
+        images = (torch.tanh(w) + 1) / 2
+        logits = problem.logits(images)
+        hinges = goal.violations(logits).clamp(min=0).sum(1)
+        # The norm has no gradient at r = 0: a tiny constant under the root gives it the gradient 0 there.
+        losses = ((images - problem.images).square().flatten(1).sum(1) + 1e-12).sqrt() + weight * hinges  # (n,)
+        gradient = problem.gradient(losses, w)
+        w = w.detach()
+        met = best.update(problem, goal, images.detach(), logits.detach())
+        if step >= schedule.iterations // 2 or not schedule.warm:
+            reached[place] |= met
+        mean = mean.lerp(gradient, 0.1)
+        square = square.lerp(gradient.square(), 0.001)
+        rate = schedule.rate(step) / (1 - 0.9 ** (step + 1))
+        w = w - rate * mean / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        keep = None if problem.meter.limit is None else problem.affordable(2)
+        if (step + 1) % interval == 0:
+            improving = losses.detach() < previous * (1 - schedule.patience)
+            previous = losses.detach()
+            keep = improving if keep is None else keep & improving
+        if keep is not None and not bool(keep.all()):
+            if not bool(keep.any()):
+                break
+            problem, goal, place = problem.select(keep), goal.select(keep.nonzero().flatten()), place[keep]
+            w, mean, square, weight, previous = (t[keep] for t in (w, mean, square, weight, previous))
+    return reached

@@ -1,0 +1,296 @@
+"""`mlperturb attack`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlperturb.attacks import BUDGETS, METHODS, find_method
+from mlperturb.cli.console import out as stdout
+from mlperturb.cli.console import print_error, print_note, printable
+from mlperturb.cli.options import (
+    Arch,
+    Checkpoint,
+    Device,
+    Json,
+    Labels,
+    Paths,
+    Recursive,
+    Seed,
+    Source,
+    find_source,
+)
+from mlperturb.errors import StorageError, UsageError
+from mlperturb.labels import Request, parse_request
+
+if TYPE_CHECKING:
+    from mlperturb.report import Record
+    from mlperturb.runner import Job, Settings
+
+
+def attack(
+    paths: Paths,
+    flip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="Labels to reverse: repeatable, comma-separated; `all`, or `any` one."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="Labels to leave as they are; `rest`: all others. Without it, none."),
+    ] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="Labels to be present: kept where they are, flipped where they are not."),
+    ] = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="Labels to be absent: flipped where they are present, else kept absent."),
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.")] = "ml-cw",
+    budget: Annotated[str, typer.Option(help=f"How long to search: {', '.join(BUDGETS)}.")] = "balanced",
+    passes: Annotated[
+        int | None, typer.Option(help="At most so many forward plus backward passes for a photo, in all.")
+    ] = None,
+    between: Annotated[
+        str | None,
+        typer.Option(
+            help="rank-1, rank-2: which labels lie between: rest, rest-positive, rest-negative, none, "
+            "or the decision `threshold` in their place."
+        ),
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="ml-dp: pinv (the paper's equalities) or nnls (exact).")] = None,
+    space: Annotated[str | None, typer.Option(help="ml-cw, ml-dp: constraints on logit or probability.")] = None,
+    checkpoint: Checkpoint = None,
+    arch: Arch = None,
+    labels: Labels = None,
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs and report.json.")] = Path("mlperturb-out"),
+    report: Annotated[Path | None, typer.Option(help="Write the report there, not to OUT/report.json.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace outputs that are there already.")] = False,
+    recursive: Recursive = False,
+    batch_size: Annotated[str, typer.Option(help="Photos attacked together, or auto.")] = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Write adversarial PNGs on which the --flip labels are reversed and the --keep labels are not.
+
+    Beside each NAME.adv.png lies NAME.map.png, the magnified perturbation, and for all of them report.json.
+    """
+    source = find_source(checkpoint, arch, labels)
+    request = parse_request(source.labels, flip=flip or (), keep=keep or (), add=add or (), remove=remove or ())
+    options = {"between": between, "solver": solver, "space": space}
+    find_method(method).tuning(budget, **options)
+    names = {"flip": flip or [], "keep": keep or [], "add": add or [], "remove": remove or []}
+    raise typer.Exit(
+        run(
+            source, paths, request, names, method=method, budget=budget, passes=passes, options=options, out=out,
+            report=report, overwrite=overwrite, recursive=recursive, batch_size=_parse_batch_size(batch_size),
+            device=device, seed=seed, json=json, quiet=quiet,
+        )
+    )  # fmt: skip
+
+
+def run(
+    source: Source,
+    paths: list[Path],
+    request: Request,
+    names: dict[str, list[str]],
+    *,
+    method: str = "ml-cw",
+    budget: str = "balanced",
+    passes: int | None = None,
+    options: dict[str, str | None] | None = None,
+    out: Path,
+    report: Path | None = None,
+    overwrite: bool = False,
+    recursive: bool = False,
+    batch_size: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    json: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Run an attack whose labels have been checked; return the exit code."""
+    from mlperturb.images import find_photos
+    from mlperturb.runner import Settings, plan_outputs
+
+    settings = Settings(method, budget, request, passes, batch_size, options=options or {})
+    jobs = plan_outputs(find_photos(paths, recursive=recursive))
+    report = report or out / "report.json"
+    _prepare_folder(out, report, jobs, overwrite)
+    renamed = [job for job in jobs if job.adversarial != f"{job.source.stem}.adv.png"]
+    if renamed:
+        print_note(f"{len(renamed)} photos share another's name; {renamed[0].source} becomes {renamed[0].adversarial}")
+
+    from mlperturb.devices import prepare
+
+    name = prepare(device, seed)
+    described: dict[str, Any] = {
+        "method": method,
+        "budget": budget,
+        **names,
+        "seed": seed,
+        "device": name,
+        "passes": passes,
+        "batch_size": batch_size or "auto",
+        "margin": settings.margin,
+        **{key: value for key, value in settings.options.items() if value is not None},
+    }
+    return _Run(source, settings, jobs, out, report, described, name, json=json, quiet=quiet).go()
+
+
+class _Run:
+    """One run: its records, its progress bar, and what it prints at the end."""
+
+    def __init__(
+        self,
+        source: Source,
+        settings: Settings,
+        jobs: list[Job],
+        out: Path,
+        report: Path,
+        described: dict[str, Any],
+        device: str,
+        *,
+        json: bool,
+        quiet: bool,
+    ) -> None:
+        self.source, self.settings, self.jobs, self.out, self.report = source, settings, jobs, out, report
+        self.described, self.device, self.json, self.quiet = described, device, json, quiet
+        self.records: list[Record] = []
+
+    def go(self) -> int:
+        """Attack, report, print; return the exit code."""
+        from mlperturb.report import exit_code, make_report, to_json
+        from mlperturb.runner import run_attack
+
+        started = time.perf_counter()
+        classifier, description = self.source.load(self.device)
+        stopped: int | None = None
+        self._start_bar()
+        try:
+            run_attack(classifier, self.jobs, self.out, self.settings, self._done)
+        except KeyboardInterrupt:
+            stopped = 130
+        except StorageError as error:
+            print_error(str(error))
+            stopped = 3
+        finally:
+            self.bar.stop()
+        order = {str(job.source): place for place, job in enumerate(self.jobs)}
+        self.records.sort(key=lambda record: order[record.source])
+        result = make_report(self.described, description, self.records, time.perf_counter() - started)
+        self._write_report(to_json(result))
+        if self.json:
+            print(to_json(result))
+        elif not self.quiet:
+            self._print_tables(result)
+        if stopped == 130:
+            print_note(f"interrupted: {len(self.records)} of {len(self.jobs)} photos are done and reported")
+        return exit_code(self.records) if stopped is None else stopped
+
+    def _write_report(self, text: str) -> None:
+        from mlperturb.files import write_file
+
+        write_file(self.report, text.encode())
+
+    def _print_tables(self, result: dict[str, Any]) -> None:
+        from mlperturb.tables import image_line, image_table, summary_table
+
+        if len(self.records) <= 3:
+            for record in self.records:
+                stdout.print(image_line(record), soft_wrap=True)
+                if record.probabilities:
+                    stdout.print(image_table(record))
+        else:
+            stdout.print(summary_table(result["summary"]))
+        for record in self.records:
+            for note in record.notes:
+                print_note(f"{record.source}: {note}")
+            if record.error:
+                print_error(record.error["message"])
+            elif record.status != "success":
+                print_note(f"{record.source}: {advice(record, self.settings.method, self.settings.budget)}")
+        stdout.print(f"files in {printable(str(self.out))}, report {printable(str(self.report))}", soft_wrap=True)
+
+    def _start_bar(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from mlperturb.cli.console import err
+
+        columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=err, transient=True, disable=self.quiet or not err.is_terminal)
+        self.task = self.bar.add_task("loading", total=len(self.jobs))
+        self.bar.start()
+
+    def _done(self, record: Record) -> None:
+        from mlperturb.report import summarise
+
+        self.records.append(record)
+        summary = summarise(self.records, 0.0)
+        rate, rmsd = summary["success_rate"], summary["rmsd"]["mean"]
+        text = f"success {rate:.0%}" if rate is not None else "success -"
+        text += f", mean RMSD {rmsd:.2f}" if rmsd is not None else ""
+        self.bar.update(self.task, advance=1, description=text)
+
+
+def advice(record: Record, method: str, budget: str) -> str:
+    """Say in a line what fell short, and what may help."""
+    constraints = record.constraints or {"held": 0, "total": 0, "violated": []}
+    missing = constraints["total"] - constraints["held"]
+    if record.ranking and record.ranking["satisfied"]:
+        return (
+            f"the ranking holds, but {missing} of {constraints['total']} decisions do not "
+            "(ranking attacks do not see thresholds); try --between threshold"
+        )
+    hints = []
+    if method in ("fgs", "fg", "ml-dp"):
+        hints.append("--method ml-cw")
+    if budget != "paper":
+        hints.append("--budget " + ("balanced" if budget == "fast" else "paper"))
+    written = "" if record.files["adversarial"] else ", and no label flipped: no file written"
+    return (
+        f"{missing} of {constraints['total']} constraints do not hold "
+        f"({', '.join(constraints['violated'][:5])}){written}" + (f"; try {' or '.join(hints)}" if hints else "")
+    )
+
+
+def _prepare_folder(out: Path, report: Path, jobs: list[Job], overwrite: bool) -> None:
+    """Make the output folder; refuse outputs that exist, unless they may be replaced.
+
+    Raises:
+        UsageError: if the folder cannot be made or written, or something is there already.
+    """
+    import os
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        report.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the output folder {error.filename}: {error.strerror}") from error
+    for folder in {out, report.parent}:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot write to the output folder {folder}")
+    if report.is_dir():
+        raise UsageError(f"expected a file for --report, got the folder {report}")
+    targets = [report, *(out / name for job in jobs for name in (job.adversarial, job.map))]
+    sources = {job.source.resolve() for job in jobs}
+    if any(target.resolve() in sources for target in targets):
+        raise UsageError(f"an output would replace its own photo: choose another --out than {out}")
+    existing = [target for target in targets if os.path.lexists(target)]
+    if existing and not overwrite:
+        raise UsageError(
+            f"{len(existing)} outputs exist already, the first {existing[0]}: give --overwrite or another --out"
+        )
+
+
+def _parse_batch_size(value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise UsageError(f"expected --batch-size auto or a number of at least 1, got {value!r}")
+    return int(value)

@@ -1,0 +1,43 @@
+"""`mlperturb labels` and `mlperturb methods`."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from mlperturb.attacks import METHODS
+from mlperturb.cli.console import out, printable
+from mlperturb.cli.options import Arch, Checkpoint, Json, Labels, find_source
+
+
+def labels(checkpoint: Checkpoint = None, arch: Arch = None, labels: Labels = None, json: Json = False) -> None:
+    """Show the label names, thresholds and metadata of a checkpoint."""
+    from mlperturb.checkpoints import read_metadata
+    from mlperturb.report import to_json
+
+    source = find_source(checkpoint, arch, labels)
+    if source.names is not None:
+        thresholds, details = (0.5,) * len(source.labels), {"architecture": source.architecture}
+    else:
+        metadata = read_metadata(source.path)
+        thresholds = metadata.thresholds
+        names = ("architecture", "preprocess", "provenance", "metrics")
+        details = {name: getattr(metadata, name) for name in names}
+    if json:
+        described = dict(zip(source.labels, thresholds, strict=True))
+        print(to_json({"checkpoint": str(source.path), "thresholds": described, **details}))
+        return
+    table = Table("label", "threshold", box=None, pad_edge=False)
+    for label, threshold in zip(source.labels, thresholds, strict=True):
+        table.add_row(printable(label), f"{threshold:.3f}")
+    out.print(table)
+    for name, value in details.items():
+        out.print(f"{name}: {printable(str(value))}", soft_wrap=True)
+    out.print(f"checkpoint: {printable(str(source.path))}", soft_wrap=True)
+
+
+def methods() -> None:
+    """Show the attacks: name, what each does, its equation and options."""
+    table = Table("method", "what it does", "paper", "options", box=None, pad_edge=False)
+    for name, method in METHODS.items():
+        table.add_row(name, method.summary, method.equation, ", ".join(f"--{option}" for option in method.options))
+    out.print(table)

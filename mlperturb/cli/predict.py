@@ -1,0 +1,70 @@
+"""`mlperturb predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from mlperturb.cli.console import out, print_error
+from mlperturb.cli.options import Arch, Checkpoint, Device, Json, Labels, Paths, Recursive, Source, find_source
+from mlperturb.errors import ImageError
+
+SCHEMA = "mlperturb.predictions/1"
+
+
+def predict(
+    paths: Paths,
+    checkpoint: Checkpoint = None,
+    arch: Arch = None,
+    labels: Labels = None,
+    recursive: Recursive = False,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Show the labels that a classifier sees in photos, adversarial PNGs included."""
+    from mlperturb.images import find_photos
+
+    source = find_source(checkpoint, arch, labels)
+    photos = find_photos(paths, recursive=recursive)
+    raise typer.Exit(run(source, photos, device=device, json=json))
+
+
+def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool = False) -> int:
+    """Predict and print; return the exit code."""
+    import torch
+
+    from mlperturb.devices import prepare
+    from mlperturb.images import read_photo
+    from mlperturb.report import to_json
+    from mlperturb.tables import clean, prediction_table
+
+    classifier, description = source.load(prepare(device, 0))
+    images: list[dict[str, Any]] = []
+    thresholds = dict(zip(classifier.labels, classifier.thresholds, strict=True))
+    for photo in photos:
+        entry: dict[str, Any] = {"source": str(photo), "probabilities": None, "labels": None, "error": None}
+        images.append(entry)
+        try:
+            pixels = torch.from_numpy(read_photo(photo).rgb).permute(2, 0, 1)
+        except ImageError as error:
+            entry["error"] = {"type": type(error).__name__, "message": str(error)}
+            print_error(str(error))
+            continue
+        with torch.inference_mode():
+            logits = classifier([pixels.to(classifier.device).float() / 255])[0]
+        if not bool(logits.isfinite().all()):
+            entry["error"] = {"type": "NumericalError", "message": "the network's outputs are not finite"}
+            print_error(f"{photo}: the network's outputs are not finite")
+            continue
+        values = torch.sigmoid(logits.double().cpu()).tolist()
+        entry["probabilities"] = dict(zip(classifier.labels, values, strict=True))
+        present = (logits >= classifier.boundary).tolist()
+        entry["labels"] = [label for label, there in zip(classifier.labels, present, strict=True) if there]
+        if not json:
+            out.print(clean(str(photo)), soft_wrap=True)
+            out.print(prediction_table(entry["probabilities"], thresholds))
+    if json:
+        print(to_json({"schema": SCHEMA, "classifier": description, "images": images}))
+    return int(any(entry["error"] for entry in images))

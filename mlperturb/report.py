@@ -1,0 +1,113 @@
+"""Records of images -> `report.json`, its summary and the exit code."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from typing import Any, Literal, get_args
+
+from mlperturb import __version__
+from mlperturb.metrics import Distortion
+
+SCHEMA = "mlperturb.report/1"
+
+Status = Literal["success", "partial", "failed", "unreadable"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a report, as the JSON has it; see `schemas/report-1.json`.
+
+    Attributes:
+        source: the photo's path, as given.
+        sha256: of the photo's file.
+        width: in pixels, upright.
+        height: in pixels, upright.
+        status: `success` if every constraint holds on the PNG as read back, `partial` if some label of A flipped,
+            `failed` if none did (no file is written), `unreadable` if the photo could not be decoded.
+        truth: y, the classifier's decisions on the photo.
+        flip: A.
+        keep: B.
+        probabilities: `before` of the photo, `after` of the PNG as read back.
+        constraints: `held`, `total` and the labels `violated`.
+        distortion: of the PNG, on the 0-255 scale.
+        distortion_float: of the attack's float result.
+        success_float: whether every constraint holds on the float result.
+        ranking: for a ranking attack, whether its constraints hold on the PNG, and Kendall's tau_b.
+        cost: passes and seconds.
+        files: names relative to the report's folder.
+        notes: what was done to the photo on reading.
+        error: its type and message.
+    """
+
+    source: str
+    sha256: str | None = None
+    width: int | None = None
+    height: int | None = None
+    status: Status = "unreadable"
+    truth: dict[str, bool] | None = None
+    flip: list[str] = field(default_factory=list)
+    keep: list[str] = field(default_factory=list)
+    probabilities: dict[str, dict[str, float] | None] | None = None
+    constraints: dict[str, Any] | None = None
+    distortion: Distortion | None = None
+    distortion_float: Distortion | None = None
+    success_float: bool | None = None
+    ranking: dict[str, Any] | None = None
+    cost: dict[str, float] = field(default_factory=lambda: {"forward": 0, "backward": 0, "seconds": 0.0})
+    files: dict[str, str | None] = field(default_factory=lambda: {"adversarial": None, "map": None})
+    notes: list[str] = field(default_factory=list)
+    error: dict[str, str] | None = None
+
+
+def summarise(records: Sequence[Record], seconds: float) -> dict[str, Any]:
+    """Count statuses; the success rate is over the photos that could be read, the RMSD over the successes."""
+    statuses = [record.status for record in records]
+    count = {status: statuses.count(status) for status in get_args(Status)}
+    attacked = len(records) - count["unreadable"]
+    sizes = [r.distortion.rmsd for r in records if r.status == "success" and r.distortion is not None]
+    return {
+        "images": len(records),
+        **count,
+        "success_rate": count["success"] / attacked if attacked else None,
+        "rmsd": {
+            "mean": statistics.fmean(sizes) if sizes else None,
+            "median": statistics.median(sizes) if sizes else None,
+        },
+        "forward": sum(int(r.cost["forward"]) for r in records),
+        "backward": sum(int(r.cost["backward"]) for r in records),
+        "seconds": round(seconds, 3),
+    }
+
+
+def make_report(
+    settings: dict[str, Any], classifier: dict[str, Any], records: Sequence[Record], seconds: float
+) -> dict[str, Any]:
+    """Return the report as plain JSON values."""
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "settings": settings,
+        "classifier": classifier,
+        "images": [asdict(record) for record in records],
+        "summary": summarise(records, seconds),
+    }
+
+
+def read_schema() -> dict[str, Any]:
+    """Return the JSON Schema of `report.json`."""
+    schema: dict[str, Any] = json.loads((files("mlperturb") / "schemas" / "report-1.json").read_text())
+    return schema
+
+
+def exit_code(records: Sequence[Record]) -> int:
+    """Return 0 if every image was processed, 1 if one could not be read, classified or written."""
+    return int(any(record.error is not None for record in records))
+
+
+def to_json(value: object) -> str:
+    """Return JSON that any reader takes: no NaN or infinity, no raw control character."""
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=True)

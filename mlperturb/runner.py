@@ -1,0 +1,298 @@
+"""The batch: photos in, adversarial PNGs and records out; one bad photo is recorded and the run goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlperturb.attacks import find_method
+from mlperturb.attacks.common import Outcome, Problem, nearest_label
+from mlperturb.attacks.ranking import RankingGoal
+from mlperturb.classifier import BoundClassifier, Classifier
+from mlperturb.errors import ImageError, OutputError, StorageError, UsageError
+from mlperturb.images import Photo, magnify, read_photo, read_pixels, write_png
+from mlperturb.labels import Request
+from mlperturb.metrics import distortion, kendall_tau
+from mlperturb.preprocess import Size, pad_batch
+from mlperturb.quantise import Lattice, quantise
+from mlperturb.report import Record, Status
+from mlperturb.targets import Targets, decide, make_targets
+
+MIN_PASSES = 10
+_LATTICE = {"fast": (6, 20), "balanced": (8, 40), "paper": (10, 100)}  # scales and iterations of `quantise`
+_BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do with every photo.
+
+    Attributes:
+        method: a name of `attacks.METHODS`.
+        budget: a name of `attacks.BUDGETS`.
+        request: the labels to flip, keep, add and remove.
+        passes: the most forward and backward passes, together, that a photo may cost; None for no cap.
+        batch_size: photos at a time; None to choose by device and photo size.
+        margin: by how much a logit must clear its threshold during the search, see `Targets`.
+        options: of the method: `between`, `solver`, `space`.
+    """
+
+    method: str
+    budget: str
+    request: Request
+    passes: int | None = None
+    batch_size: int | None = None
+    margin: float = 0.01
+    options: dict[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        find_method(self.method).tuning(self.budget, **self.options)
+        if self.passes is not None and self.passes < MIN_PASSES:
+            raise UsageError(f"expected --passes of at least {MIN_PASSES}, got {self.passes}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A photo and the names of its two output files in the output folder."""
+
+    source: Path
+    adversarial: str
+    map: str
+
+
+def plan_outputs(sources: Sequence[Path]) -> list[Job]:
+    """Name the outputs: `NAME.adv.png` and `NAME.map.png`, numbered where two photos have one name.
+
+    Names that differ in case alone count as one: some file systems cannot tell them apart.
+    """
+    taken: set[str] = set()
+    jobs = []
+    for source in sources:
+        name, number = source.stem, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{source.stem}-{number}"
+        taken.add(name.casefold())
+        jobs.append(Job(source, f"{name}.adv.png", f"{name}.map.png"))
+    return jobs
+
+
+def run_attack(
+    classifier: Classifier, jobs: Sequence[Job], out: Path, settings: Settings, done: Callable[[Record], None]
+) -> None:
+    """Attack every photo, write its files to `out`, and hand each record to `done` as soon as it is final.
+
+    Raises:
+        StorageError: if nothing can be written to `out` any more.
+    """
+    for batch in _batches(jobs, settings, classifier.device, done):
+        for record in _attack_batch(classifier, batch, out, settings):
+            done(record)
+
+
+def _batches(
+    jobs: Sequence[Job], settings: Settings, device: torch.device, done: Callable[[Record], None]
+) -> Iterator[list[tuple[Job, Photo]]]:
+    """Decode photos and group them; a photo that cannot be decoded becomes a record at once."""
+    limit, pixels = _BATCH.get(device.type, _BATCH["cpu"])
+    limit = settings.batch_size or limit
+    batch: list[tuple[Job, Photo]] = []
+    for job in jobs:
+        try:
+            photo = read_photo(job.source)
+        except ImageError as error:
+            done(Record(source=str(job.source), error=_describe(error)))
+            continue
+        sizes = [other.rgb.shape for _, other in [*batch, (job, photo)]]
+        padded = len(sizes) * max(size[0] for size in sizes) * max(size[1] for size in sizes)
+        if batch and (len(batch) == limit or (settings.batch_size is None and padded > pixels)):
+            yield batch
+            batch = []
+        batch.append((job, photo))
+    if batch:
+        yield batch
+
+
+def _attack_batch(
+    classifier: Classifier, batch: Sequence[tuple[Job, Photo]], out: Path, settings: Settings
+) -> list[Record]:
+    started = time.perf_counter()
+    images, sizes = pad_batch([_to_tensor(photo.rgb, classifier.device) for _, photo in batch])
+    model = classifier.bind(sizes)
+    with torch.no_grad():
+        before = model(images)
+    finite = before.isfinite().all(1)
+    records: dict[int, Record] = {
+        row: Record(
+            **_facts(*batch[row]),
+            status="failed",
+            error={"type": "NumericalError", "message": "the network's outputs are not finite"},
+        )
+        for row in (~finite).nonzero().flatten().tolist()
+    }
+    rows = finite.nonzero().flatten()
+    if len(rows):
+        found = _search(model.select(rows), images[rows], before[rows], settings)
+        seconds = time.perf_counter() - started
+        for place, row in enumerate(rows.tolist()):
+            job, photo = batch[row]
+            share = seconds / len(rows)
+            records[row] = _finish(classifier, job, photo, sizes[row], found, place, before[row], out, share)
+    return [records[row] for row in range(len(batch))]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the search of one batch came to."""
+
+    problem: Problem
+    outcome: Outcome
+    lattice: Lattice
+    success_float: Tensor
+
+
+def _search(model: BoundClassifier, images: Tensor, before: Tensor, settings: Settings) -> _Found:
+    """Attack a batch, then find the 8-bit photos; no image spends more than `settings.passes`."""
+    boundary = model.classifier.boundary
+    truth = decide(before, boundary)
+    targets = make_targets(settings.request, truth, boundary, margin=settings.margin)
+    problem = Problem.start(model, images, targets)
+    problem.meter.forward += 1  # `before`
+    after = 2  # the float result's decision, and the PNG's as read back
+    scales, iterations = _LATTICE[settings.budget]
+    if settings.passes is not None:
+        reserved = min(scales + 2 * iterations + 1, settings.passes // 3)
+        problem.meter.limit = settings.passes - after - reserved
+    if settings.request.any_label:
+        problem = _resolve_any(problem, settings.request)
+    method = find_method(settings.method)
+    outcome = method.load()(problem, **method.tuning(settings.budget, **settings.options))
+    with torch.no_grad():
+        logits = problem.logits(outcome.images)
+    if settings.passes is not None:
+        problem.meter.limit = settings.passes - 1
+    bare = Targets(problem.targets.flip, problem.targets.keep, truth, boundary)
+    lattice = quantise(problem, outcome, scales=scales, iterations=iterations)
+    return _Found(problem, outcome, lattice, bare.holds(logits).all(1))
+
+
+def _resolve_any(problem: Problem, request: Request) -> Problem:
+    """Turn `--flip any` into A = the label nearest to its threshold."""
+    targets = problem.targets
+    fixed = torch.zeros_like(targets.flip)
+    fixed[:, [*request.keep, *request.add, *request.remove]] = True
+    flip = targets.flip | nearest_label(problem, ~fixed)
+    resolved = Targets(flip, targets.keep & ~flip, targets.truth, targets.boundary, targets.margin)
+    return Problem(problem.model, problem.images, resolved, problem.rows, problem.meter)
+
+
+def _finish(
+    classifier: Classifier,
+    job: Job,
+    photo: Photo,
+    size: Size,
+    found: _Found,
+    row: int,
+    before: Tensor,
+    out: Path,
+    seconds: float,
+) -> Record:
+    """Write one photo's files, read the PNG back, and judge by what was read."""
+    height, width = size
+    labels, targets = classifier.labels, found.problem.targets.select(torch.tensor([row]))
+    bare = Targets(targets.flip, targets.keep, targets.truth, targets.boundary)
+    exact = found.outcome.images[row, :, :height, :width] * 255 - _to_tensor(photo.rgb, classifier.device) * 255
+    facts: dict[str, Any] = _facts(job, photo) | {
+        "truth": {label: bool(sign > 0) for label, sign in zip(labels, targets.truth[0].tolist(), strict=True)},
+        "flip": _chosen(labels, targets.flip[0]),
+        "keep": _chosen(labels, targets.keep[0]),
+        "distortion_float": distortion(exact),
+        "success_float": bool(found.success_float[row]),
+    }
+    meter = found.problem.meter
+    cost = {"forward": int(meter.forward[row]), "backward": int(meter.backward[row]), "seconds": round(seconds, 4)}
+    pixels = (found.lattice.images[row, :, :height, :width] * 255).round().to(torch.uint8)
+    rgb = pixels.permute(1, 2, 0).cpu().numpy()
+    probabilities: dict[str, dict[str, float] | None] = {"before": _probabilities(labels, before), "after": None}
+    if not (bare.flip.any() and np.array_equal(rgb, photo.rgb)):
+        try:
+            write_png(out / job.adversarial, rgb, photo.alpha)
+            write_png(out / job.map, magnify(rgb.astype(np.int16) - photo.rgb))
+            saved = read_pixels(out / job.adversarial)
+        except StorageError:
+            raise
+        except (OutputError, ImageError) as error:
+            return Record(**facts, status="failed", probabilities=probabilities, cost=cost, error=_describe(error))
+        with torch.no_grad():
+            after = classifier([_to_tensor(saved, classifier.device)])
+        cost["forward"] += 1
+    else:
+        saved, after = photo.rgb, before.unsqueeze(0)
+    held = bare.holds(after)
+    flipped = bool((held & bare.flip).any()) or not bool(bare.flip.any())
+    status: Status = "success" if bool(held.all()) else "partial" if flipped else "failed"
+    violated = _chosen(labels, ~held[0])
+    facts |= {
+        "probabilities": probabilities,
+        "constraints": {
+            "held": int((held & bare.constrained).sum()),
+            "total": int(bare.constrained.sum()),
+            "violated": violated,
+        },
+        "cost": cost,
+    }
+    if status == "failed":
+        for name in (job.adversarial, job.map):
+            (out / name).unlink(missing_ok=True)
+        return Record(**facts, status=status)
+    probabilities["after"] = _probabilities(labels, after[0])
+    return Record(
+        **facts,
+        status=status,
+        distortion=distortion(torch.from_numpy(saved.astype(np.int16) - photo.rgb)),
+        ranking=_ranking(found.outcome, row, after, targets),
+        files={"adversarial": job.adversarial, "map": job.map},
+    )
+
+
+def _facts(job: Job, photo: Photo) -> dict[str, Any]:
+    return {
+        "source": str(job.source),
+        "sha256": photo.sha256,
+        "width": photo.rgb.shape[1],
+        "height": photo.rgb.shape[0],
+        "notes": list(photo.notes),
+    }
+
+
+def _ranking(outcome: Outcome, row: int, after: Tensor, targets: Targets) -> dict[str, Any] | None:
+    """Say how the PNG ranks, if ranking was the goal."""
+    if not isinstance(outcome.goal, RankingGoal):
+        return None
+    bare = Targets(targets.flip, targets.keep, targets.truth, targets.boundary)
+    goal = RankingGoal(bare, outcome.goal.between, outcome.goal.separate)
+    tau = float(kendall_tau(after, goal.ranks())[0])
+    return {"satisfied": bool(goal.met(after)[0]), "kendall_tau": None if tau != tau else tau}
+
+
+def _chosen(labels: Sequence[str], mask: Tensor) -> list[str]:
+    return [label for label, wanted in zip(labels, mask.tolist(), strict=True) if wanted]
+
+
+def _probabilities(labels: Sequence[str], logits: Tensor) -> dict[str, float]:
+    return dict(zip(labels, torch.sigmoid(logits.double().cpu()).tolist(), strict=True))
+
+
+def _describe(error: Exception) -> dict[str, str]:
+    return {"type": type(error).__name__, "message": str(error)}
+
+
+def _to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(rgb).to(device).permute(2, 0, 1).float() / 255

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mlperturb.classifier import Classifier
+from mlperturb.errors import CheckpointError, UsageError
+from mlperturb.preprocess import Preprocess
+
+PREPROCESS = Preprocess((8, 8))
+
+
+def _classifier(thresholds=(0.5, 0.2, 0.9)) -> Classifier:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 3))
+    return Classifier(network, ("a", "b", "c"), thresholds, PREPROCESS)
+
+
+def test_logits_are_those_of_the_network_on_reference_preprocessing():
+    classifier = _classifier()
+    photo = torch.randint(0, 256, (3, 20, 13), dtype=torch.uint8)
+    expected = classifier.network(PREPROCESS.reference()(photo)[None])
+    torch.testing.assert_close(classifier(photo[None] / 255), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_boundary_is_the_logit_of_the_threshold():
+    torch.testing.assert_close(torch.sigmoid(_classifier().boundary), torch.tensor([0.5, 0.2, 0.9]))
+    assert torch.equal(_classifier(None).boundary, torch.zeros(3))
+
+
+def test_a_photo_gets_the_same_logits_alone_and_in_a_batch_of_mixed_sizes():
+    classifier = _classifier()
+    photos = [torch.rand(3, *size) for size in [(20, 13), (5, 40), (8, 8)]]
+    alone = torch.cat([classifier(photo[None]) for photo in photos])
+    torch.testing.assert_close(classifier(photos), alone)
+
+
+def test_a_backward_pass_reaches_the_photo_and_no_parameter():
+    classifier = _classifier()
+    photo = torch.rand(1, 3, 20, 13, requires_grad=True)
+    classifier(photo).sum().backward()
+    assert bool((photo.grad != 0).all())
+    assert all(not value.requires_grad and value.grad is None for value in classifier.parameters())
+
+
+def test_training_mode_is_never_entered():
+    classifier = _classifier()
+    assert classifier.train() is classifier
+    assert not any(module.training for module in classifier.modules())
+    photo = torch.rand(1, 3, 9, 9)
+    assert torch.equal(classifier(photo), classifier(photo))
+
+
+def test_selected_photos_of_a_bound_batch_get_their_own_logits():
+    classifier = _classifier()
+    bound = classifier.bind([(20, 13), (5, 40)])
+    batch = torch.zeros(2, 3, 20, 40)
+    batch[0, :, :20, :13] = torch.rand(3, 20, 13)
+    batch[1, :, :5] = torch.rand(3, 5, 40)
+    rows = torch.tensor([1])
+    torch.testing.assert_close(bound.select(rows)(batch[rows]), bound(batch)[rows])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8), (1, 8, 8, 3)])
+def test_images_of_another_layout_are_refused(shape):
+    with pytest.raises(UsageError, match="expected images"):
+        _classifier()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("labels", "thresholds", "message"),
+    [
+        (("a", "a"), None, "distinct"),
+        ((), None, "distinct"),
+        (("a", "b"), (0.5,), "expected 2 thresholds, got 1"),
+        (("a", "b"), (0.5, 1.0), "inside"),
+        (("a", "b"), (0.0, 0.5), "inside"),
+        (("a", "b"), (float("nan"), 0.5), "inside"),
+    ],
+)
+def test_labels_and_thresholds_that_do_not_fit_are_refused(labels, thresholds, message):
+    with pytest.raises(CheckpointError, match=message):
+        Classifier(nn.Identity(), labels, thresholds)

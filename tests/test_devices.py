@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlperturb import devices
+from mlperturb.devices import prepare, resolve_device
+from mlperturb.errors import UsageError
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Pretend that this machine has so many CUDA devices, and MPS or not."""
+
+    def pretend(cuda: int = 0, mps: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "chosen"), [(2, False, "cuda"), (1, True, "cuda"), (0, True, "mps"), (0, False, "cpu")]
+)
+def test_auto_takes_the_fastest_device_there_is(found, cuda, mps, chosen):
+    found(cuda, mps)
+    assert resolve_device("auto") == chosen
+
+
+def test_a_device_that_is_here_keeps_its_name(found):
+    found(2, True)
+    assert [resolve_device(name) for name in ("cpu", "cuda", "cuda:1", "mps")] == ["cpu", "cuda", "cuda:1", "mps"]
+
+
+@pytest.mark.parametrize(("name", "cuda"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2), ("mps", 2)])
+def test_a_device_that_is_not_here_is_a_usage_error(found, name, cuda):
+    found(cuda)
+    with pytest.raises(UsageError, match=f"no device '{name}' here"):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:x", "meta", "CPU", "xla"])
+def test_an_unknown_device_lists_the_known_ones(name):
+    with pytest.raises(UsageError, match="expected auto, cpu, cuda, cuda:N or mps"):
+        resolve_device(name)
+
+
+def test_preparing_seeds_torch_and_asks_for_determinism(monkeypatch):
+    monkeypatch.setattr(devices, "keep_freed_memory", lambda: True)
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        assert prepare("cpu", 7) == "cpu"
+        first = torch.rand(3)
+        prepare("cpu", 7)
+        assert torch.equal(torch.rand(3), first)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.mark.parametrize(("platform", "library"), [("darwin", None), ("linux", object())])
+def test_a_c_library_without_mallopt_is_left_alone(monkeypatch, platform, library):
+    monkeypatch.setattr(devices.sys, "platform", platform)
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda _: library)
+    assert devices.keep_freed_memory() is False
+
+
+def test_glibc_is_told_to_keep_what_is_freed(monkeypatch):
+    class Glibc:
+        calls: list[tuple[int, int]] = []
+
+        def mallopt(self, option: int, value: int) -> int:
+            self.calls.append((option, value))
+            return 1
+
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda _: Glibc())
+    assert devices.keep_freed_memory() is True
+    assert {option for option, _ in Glibc.calls} == {-1, -2, -4}

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlperturb.errors import DatasetError
+from mlperturb.voc import VOC_LABELS, Dataset, read_csv, read_voc
+
+
+@pytest.fixture
+def devkit(tmp_path) -> Path:
+    """Make a VOCdevkit of three photos and two labels; the photos are empty files, for they are not opened here."""
+    sets = tmp_path / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
+    photos = tmp_path / "VOCdevkit" / "VOC2007" / "JPEGImages"
+    sets.mkdir(parents=True)
+    photos.mkdir()
+    for name in ("000005", "000007", "000009"):
+        (photos / f"{name}.jpg").touch()
+    (sets / "trainval.txt").write_text("000005\n000007\n000009\n\n")
+    (sets / "dog_trainval.txt").write_text("000005  1\n000007 -1\n000009  0\n")
+    (sets / "cat_trainval.txt").write_text("000009 -1\n000007  1\n000005 -1\n")  # in another order
+    (sets / "val.txt").write_text("000007\n")
+    (sets / "dog_val.txt").write_text("000007 -1\n")
+    return tmp_path / "VOCdevkit"
+
+
+def test_the_labels_of_voc_are_its_twenty_classes_in_order():
+    assert len(set(VOC_LABELS)) == 20
+    assert list(VOC_LABELS) == sorted(VOC_LABELS)
+
+
+def test_a_split_is_read_with_difficult_labels_as_zero(devkit):
+    dataset = read_voc(devkit, "2007", "trainval")
+    assert dataset.labels == ("cat", "dog")
+    assert [path.name for path in dataset.paths] == ["000005.jpg", "000007.jpg", "000009.jpg"]
+    assert dataset.truth.tolist() == [[-1, 1], [1, -1], [-1, 0]]
+    assert dataset.truth.dtype == np.int8
+    assert all(path.is_file() for path in dataset.paths)
+
+
+def test_the_folder_above_the_devkit_will_do(devkit):
+    assert read_voc(devkit.parent, "2007", "trainval").paths == read_voc(devkit, "2007", "trainval").paths
+
+
+def test_a_split_does_not_take_the_label_files_of_another(devkit):
+    dataset = read_voc(devkit, "2007", "val")
+    assert (dataset.labels, len(dataset)) == (("dog",), 1)
+
+
+def test_a_missing_year_or_split_is_a_dataset_error(devkit):
+    with pytest.raises(DatasetError, match="expected a folder VOC2012"):
+        read_voc(devkit, "2012", "trainval")
+    with pytest.raises(DatasetError, match=r"cannot read .*test\.txt"):
+        read_voc(devkit, "2007", "test")
+
+
+@pytest.mark.parametrize("line", ["000005", "000005 2", "000005 yes", "000042 1", "000005 1 1"])
+def test_a_line_that_is_not_a_known_name_and_a_sign_is_shown(devkit, line):
+    path = devkit / "VOC2007" / "ImageSets" / "Main" / "dog_trainval.txt"
+    path.write_text(f"000007 1\n{line}\n")
+    with pytest.raises(DatasetError, match=rf"dog_trainval.txt: expected .*got '{line}'"):
+        read_voc(devkit, "2007", "trainval")
+
+
+def test_a_split_without_label_files_is_a_dataset_error(devkit):
+    (devkit / "VOC2007" / "ImageSets" / "Main" / "dog_val.txt").unlink()
+    with pytest.raises(DatasetError, match="expected LABEL_val.txt"):
+        read_voc(devkit, "2007", "val")
+
+
+def test_missing_photos_are_counted_and_the_first_is_named(devkit):
+    for name in ("000007", "000009"):
+        (devkit / "VOC2007" / "JPEGImages" / f"{name}.jpg").unlink()
+    with pytest.raises(DatasetError, match=r"names 2 missing photos, the first .*000007\.jpg"):
+        read_voc(devkit, "2007", "trainval")
+
+
+@pytest.fixture
+def write_table(tmp_path):
+    def write(text: str | bytes) -> Path:
+        (tmp_path / "a.jpg").touch()
+        (tmp_path / "b, c.jpg").touch()
+        path = tmp_path / "labels.csv"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def test_a_table_of_labels_is_read_with_minus_one_as_difficult(write_table, tmp_path):
+    table = write_table('image,cat, big dog\r\na.jpg,1,0\r\n\r\n"b, c.jpg",-1, 1\r\n')
+    dataset = read_csv(tmp_path, table)
+    assert dataset.labels == ("cat", "big dog")
+    assert dataset.paths == (tmp_path / "a.jpg", tmp_path / "b, c.jpg")
+    assert dataset.truth.tolist() == [[1, -1], [0, 1]]
+
+
+def test_a_table_may_start_with_a_byte_order_mark(write_table, tmp_path):
+    assert read_csv(tmp_path, write_table(b"\xef\xbb\xbfimage,cat\na.jpg,1\n")).labels == ("cat",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ("image\na.jpg\n", "expected a header"),
+        ("image,cat,cat\na.jpg,1,0\n", "distinct labels"),
+        ("image,cat\n", "names no photo"),
+        ("image,cat\na.jpg\n", "expected a file name and 1 values"),
+        ("image,cat\na.jpg,1,0\n", "expected a file name and 1 values"),
+        ("image,cat\na.jpg,2\n", "expected a file name and 1 values"),
+        ("image,cat\nnone.jpg,1\n", "1 missing photos, the first .*none.jpg"),
+        (b"\xff\xfe\x00", "cannot read"),
+    ],
+)
+def test_a_table_that_does_not_fit_its_header_is_a_dataset_error(write_table, tmp_path, text, message):
+    with pytest.raises(DatasetError, match=message):
+        read_csv(tmp_path, write_table(text))
+
+
+def test_a_missing_table_is_a_dataset_error(tmp_path):
+    with pytest.raises(DatasetError, match="cannot read"):
+        read_csv(tmp_path, tmp_path / "none.csv")
+
+
+def _dataset(names: str, labels: tuple[str, ...] = ("x",)) -> Dataset:
+    truth = np.arange(len(names), dtype=np.int8)[:, None].repeat(len(labels), 1)
+    return Dataset(tuple(Path(name) for name in names), labels, truth)
+
+
+@pytest.mark.parametrize("rows", [[2, 0], np.array([2, 0]), []])
+def test_a_subset_keeps_photos_and_labels_together(rows):
+    subset = _dataset("abc").subset(rows)
+    assert [path.name for path in subset.paths] == ["c", "a"][: len(rows)]
+    assert subset.truth.tolist() == [[2], [0]][: len(rows)]
+    assert subset.truth.shape == (len(rows), 1)
+
+
+def test_data_sets_of_the_same_labels_can_be_joined():
+    both = _dataset("ab") + _dataset("c")
+    assert [path.name for path in both.paths] == ["a", "b", "c"]
+    assert both.truth[:, 0].tolist() == [0, 1, 0]
+
+
+def test_data_sets_of_other_labels_cannot_be_joined():
+    with pytest.raises(DatasetError, match="same labels"):
+        _dataset("a") + _dataset("b", ("y",))
