@@ -220,8 +220,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch's weights-only reader raises almost anything at damaged or unsafe data
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} is no plain state dict (weights only): {reason:.200}") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
+    for inner in ("state_dict", "averaged"):  # as training scripts wrap it; the latter in our own .resume.pt
+        if isinstance(loaded, dict) and isinstance(loaded.get(inner), dict):
+            loaded = loaded[inner]
     if (
         not isinstance(loaded, dict)
         or not loaded

@@ -35,7 +35,8 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(target.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         kind = OutputError if error.errno in _THIS_NAME_ALONE else StorageError
         raise kind(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # gone already if the rename came off

@@ -18,6 +18,7 @@ class Request:
         keep: labels whose decision is to stay.
         add: labels that are to be present afterwards.
         remove: labels that are to be absent afterwards.
+        keep_rest: keep every label that is named nowhere; it says more than `keep` only beside `any_label`.
         any_label: non-targeted (Section II): flip whichever label outside `keep` lies nearest to its threshold.
     """
 
@@ -25,6 +26,7 @@ class Request:
     keep: tuple[int, ...] = ()
     add: tuple[int, ...] = ()
     remove: tuple[int, ...] = ()
+    keep_rest: bool = False
     any_label: bool = False
 
 
@@ -107,6 +109,7 @@ def parse_request(
         keep=tuple(chosen["keep"]),
         add=tuple(chosen["add"]),
         remove=tuple(chosen["remove"]),
+        keep_rest=keep_rest,
         any_label=any_label,
     )
 

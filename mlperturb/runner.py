@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks import find_method
-from mlperturb.attacks.common import Outcome, Problem, nearest_label
+from mlperturb.attacks.common import MAX_COMPARED, Outcome, Problem, nearest_label
 from mlperturb.attacks.ranking import RankingGoal
 from mlperturb.classifier import BoundClassifier, Classifier
 from mlperturb.errors import ImageError, OutputError, StorageError, UsageError
@@ -60,11 +60,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """A photo and the names of its two output files in the output folder."""
+    """A photo, the names of its two output files in the output folder, and a request of its own if it has one."""
 
     source: Path
     adversarial: str
     map: str
+    request: Request | None = None
 
 
 def plan_outputs(sources: Sequence[Path]) -> list[Job]:
@@ -139,7 +140,8 @@ def _attack_batch(
     }
     rows = finite.nonzero().flatten()
     if len(rows):
-        found = _search(model.select(rows), images[rows], before[rows], settings)
+        requests = [batch[row][0].request or settings.request for row in rows.tolist()]
+        found = _search(model.select(rows), images[rows], before[rows], requests, settings)
         seconds = time.perf_counter() - started
         for place, row in enumerate(rows.tolist()):
             job, photo = batch[row]
@@ -158,11 +160,13 @@ class _Found:
     success_float: Tensor
 
 
-def _search(model: BoundClassifier, images: Tensor, before: Tensor, settings: Settings) -> _Found:
+def _search(
+    model: BoundClassifier, images: Tensor, before: Tensor, requests: Sequence[Request], settings: Settings
+) -> _Found:
     """Attack a batch, then find the 8-bit photos; no image spends more than `settings.passes`."""
     boundary = model.classifier.boundary
     truth = decide(before, boundary)
-    targets = make_targets(settings.request, truth, boundary, margin=settings.margin)
+    targets = make_targets(requests, truth, boundary, margin=settings.margin)
     problem = Problem.start(model, images, targets)
     problem.meter.forward += 1  # `before`
     after = 2  # the float result's decision, and the PNG's as read back
@@ -170,8 +174,8 @@ def _search(model: BoundClassifier, images: Tensor, before: Tensor, settings: Se
     if settings.passes is not None:
         reserved = min(scales + 2 * iterations + 1, settings.passes // 3)
         problem.meter.limit = settings.passes - after - reserved
-    if settings.request.any_label:
-        problem = _resolve_any(problem, settings.request)
+    if any(request.any_label for request in requests):
+        problem = _resolve_any(problem, requests)
     method = find_method(settings.method)
     outcome = method.load()(problem, **method.tuning(settings.budget, **settings.options))
     with torch.no_grad():
@@ -183,13 +187,18 @@ def _search(model: BoundClassifier, images: Tensor, before: Tensor, settings: Se
     return _Found(problem, outcome, lattice, bare.holds(logits).all(1))
 
 
-def _resolve_any(problem: Problem, request: Request) -> Problem:
+def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Problem:
     """Turn `--flip any` into A = the label nearest to its threshold."""
     targets = problem.targets
     fixed = torch.zeros_like(targets.flip)
-    fixed[:, [*request.keep, *request.add, *request.remove]] = True
-    flip = targets.flip | nearest_label(problem, ~fixed)
-    resolved = Targets(flip, targets.keep & ~flip, targets.truth, targets.boundary, targets.margin)
+    for row, request in enumerate(requests):
+        fixed[row, [*request.keep, *request.add, *request.remove]] = True
+        fixed[row] |= not request.any_label
+    rest = torch.tensor([request.keep_rest for request in requests], device=fixed.device).unsqueeze(1)
+    spare = MAX_COMPARED if problem.meter.limit is None else problem.meter.limit // 3
+    flip = targets.flip | nearest_label(problem, ~fixed, compared=min(spare, MAX_COMPARED))
+    keep = torch.where(rest, ~flip, targets.keep)
+    resolved = Targets(flip, keep, targets.truth, targets.boundary, targets.margin)
     return Problem(problem.model, problem.images, resolved, problem.rows, problem.meter)
 
 
@@ -246,6 +255,7 @@ def _finish(
             "total": int(bare.constrained.sum()),
             "violated": violated,
         },
+        "ranking": _ranking(found.outcome, after, targets),
         "cost": cost,
     }
     if status == "failed":
@@ -257,7 +267,6 @@ def _finish(
         **facts,
         status=status,
         distortion=distortion(torch.from_numpy(saved.astype(np.int16) - photo.rgb)),
-        ranking=_ranking(found.outcome, row, after, targets),
         files={"adversarial": job.adversarial, "map": job.map},
     )
 
@@ -272,7 +281,7 @@ def _facts(job: Job, photo: Photo) -> dict[str, Any]:
     }
 
 
-def _ranking(outcome: Outcome, row: int, after: Tensor, targets: Targets) -> dict[str, Any] | None:
+def _ranking(outcome: Outcome, after: Tensor, targets: Targets) -> dict[str, Any] | None:
     """Say how the PNG ranks, if ranking was the goal."""
     if not isinstance(outcome.goal, RankingGoal):
         return None

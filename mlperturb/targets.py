@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -84,23 +85,27 @@ def decide(logits: Tensor, boundary: Tensor) -> Tensor:
     return torch.where(logits >= boundary, 1.0, -1.0).to(logits.dtype)
 
 
-def make_targets(request: Request, truth: Tensor, boundary: Tensor, *, margin: float = 0.0) -> Targets:
-    """Apply a `Request` to the present labels of a batch.
+def make_targets(
+    request: Request | Sequence[Request], truth: Tensor, boundary: Tensor, *, margin: float = 0.0
+) -> Targets:
+    """Apply a `Request`, one for all or one for each image, to the present labels of a batch.
 
     A label to add (remove) that a photo already has (lacks) becomes a keep constraint of that photo.
 
     Args:
-        request: what the user asks for; `any_label` must have been resolved (see `attacks.common.nearest_label`).
+        request: what the user asks for; its `any_label` must have been resolved (see `attacks.common.nearest_label`).
         truth: y, +1 / -1, (N, L).
         boundary: logit(t), (L,).
         margin: see `Targets`.
     """
     flip = torch.zeros_like(truth, dtype=torch.bool)
     keep = flip.clone()
-    flip[:, list(request.flip)] = True
-    keep[:, list(request.keep)] = True
-    for labels, wanted in ((request.add, 1), (request.remove, -1)):
-        columns = list(labels)
-        flip[:, columns] = truth[:, columns] != wanted
-        keep[:, columns] = truth[:, columns] == wanted
+    requests = [request] * len(truth) if isinstance(request, Request) else request
+    for row, one in enumerate(requests):
+        flip[row, list(one.flip)] = True
+        keep[row, list(one.keep)] = True
+        for labels, wanted in ((one.add, 1), (one.remove, -1)):
+            columns = list(labels)
+            flip[row, columns] = truth[row, columns] != wanted
+            keep[row, columns] = truth[row, columns] == wanted
     return Targets(flip, keep, truth, boundary, margin)

@@ -48,7 +48,8 @@ class Recipe:
             to a label's logits; 0 is the paper's pure ranking loss.
         head_only: train the last layer on cached features, the paper's partial retraining.
         size: side of the square network input, stretched; 0 for torchvision's preprocessing of the architecture.
-        warmup_size: side for the first half of the epochs, a cheaper start; 0 for `size` throughout.
+        train_size: side of the random crops trained on; 0 for that of the network input. A crop magnifies, so a
+            smaller side shows objects at the size that whole photos will show them, and is cheaper.
         average: decay a step of the exponential moving average of the weights that is kept; 0 for none.
         seed: of shuffling and augmentation.
         workers: processes that decode photos.
@@ -63,7 +64,7 @@ class Recipe:
     calibration_weight: float = 1.0
     head_only: bool = False
     size: int = 224
-    warmup_size: int = 0
+    train_size: int = 0
     average: float = 0.99
     seed: int = 0
     workers: int = 0
@@ -331,7 +332,7 @@ class _Fitter:
         torch.manual_seed(recipe.seed * 100_003 + epoch)  # so that a resumed run shuffles and crops as an unbroken one
         module = find_head(self.network)[1] if recipe.head_only else self.network
         self.network.train(not recipe.head_only)
-        for step, (inputs, truth) in enumerate(self._batches(epoch)):
+        for step, (inputs, truth) in enumerate(self._batches()):
             self._set_learning_rate(epoch * self.steps + step)
             self.optimiser.zero_grad(set_to_none=True)
             with torch.autocast(self.device.partition(":")[0], enabled=self.device.startswith("cuda")):
@@ -394,7 +395,7 @@ class _Fitter:
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this network and data set: {error!s:.200}") from error
 
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         recipe = self.recipe
         if recipe.head_only:
             order = torch.randperm(len(self.training))[: self.steps * recipe.batch_size]
@@ -402,8 +403,7 @@ class _Fitter:
             for rows in torch.split(order, recipe.batch_size):
                 yield self.features[rows], truth[rows]
             return
-        early = recipe.warmup_size and epoch < recipe.epochs // 2
-        size = (recipe.warmup_size, recipe.warmup_size) if early else self.preprocess.output_size
+        size = (recipe.train_size, recipe.train_size) if recipe.train_size else self.preprocess.output_size
         photos = PhotoDataset(self.training, augmentation(self.preprocess, size))
         yield from DataLoader(photos, recipe.batch_size, shuffle=True, drop_last=True, num_workers=recipe.workers)
 

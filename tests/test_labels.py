@@ -77,7 +77,7 @@ def test_all_of_no_remaining_label_changes_nothing():
 
 def test_rest_is_every_label_not_named_elsewhere():
     request = parse_request(LABELS, flip=["cat"], keep=["Rest"], remove=["dog"])
-    assert request == Request(flip=(1,), keep=(0, 3, 4, 5), remove=(2,))
+    assert request == Request(flip=(1,), keep=(0, 3, 4, 5), remove=(2,), keep_rest=True)
 
 
 def test_all_and_rest_contradict_each_other():
@@ -92,8 +92,8 @@ def test_any_is_non_targeted_and_stands_alone():
             parse_request(LABELS, flip=flip)
 
 
-def test_any_leaves_the_rest_free_to_flip():
-    assert parse_request(LABELS, flip=["any"], keep=["rest"]) == Request(any_label=True)
+def test_any_leaves_the_rest_free_to_flip_and_says_that_it_is_to_be_kept():
+    assert parse_request(LABELS, flip=["any"], keep=["rest"]) == Request(any_label=True, keep_rest=True)
 
 
 def test_any_needs_a_label_that_may_flip():

@@ -126,6 +126,13 @@ def test_flip_and_keep_do_not_depend_on_the_present_labels():
     assert targets.margin == 0.5
 
 
+def test_each_image_may_have_its_own_request():
+    truth = torch.tensor([[1.0, -1, 1], [1, -1, 1]])
+    targets = make_targets([Request(flip=(0,), keep=(1,)), Request(remove=(2,), add=(0,))], truth, torch.zeros(3))
+    assert targets.flip.tolist() == [[True, False, False], [False, False, True]]
+    assert targets.keep.tolist() == [[False, True, False], [True, False, False]]
+
+
 def test_each_image_of_a_batch_may_have_its_own_sets():
     targets = _targets([[1, 0, 0], [0, 1, 1]], [[0, 1, 1], [0, 0, 0]], [[1, 1, -1], [1, -1, -1]], [0.0, 0.0, 0.0])
     logits = torch.tensor([[-1.0, 1, -1], [-9, 1, -1]])

@@ -97,7 +97,13 @@ METHODS: dict[str, Method] = {
         {
             "fast": {"iterations": 5},
             "balanced": {"iterations": 20},
-            "paper": {"iterations": 20, "solver": "pinv", "space": "probability", "stop_when_met": False},
+            "paper": {
+                "iterations": 20,
+                "solver": "pinv",
+                "space": "probability",
+                "overshoot": 0.0,
+                "stop_when_met": False,
+            },
         },
         ("solver", "space"),
     ),

@@ -21,6 +21,7 @@ def ml_dp(
     solver: Solver = "nnls",
     space: Space = "logit",
     iterations: int = 20,
+    overshoot: float = 0.02,
     stop_when_met: bool = True,
 ) -> Outcome:
     """Linearise the constraints, step to where they hold, repeat: P(x_i)^T dr <= q(x_i), Algorithm 1.
@@ -34,6 +35,8 @@ def ml_dp(
             thresholds; `nnls` solves the inequalities of Eq. 7 exactly.
         space: linearise logits or, as the paper does, probabilities.
         iterations: the paper's limit is 20.
+        overshoot: aim at violated constraints by this share further, as DeepFool does for one label: the linear step
+            falls short of the curved boundary. The paper has none.
         stop_when_met: an image leaves the batch when all its constraints hold.
     """
     whole = ClassificationGoal(problem.targets, space)
@@ -55,6 +58,7 @@ def ml_dp(
         matrix = problem.jacobian(values, images, present & active[:, None])  # P^T, (n, L, 3, H, W)
         kept = active.nonzero().flatten()
         q = -values.detach().masked_fill(~present, 0.0)[kept]
+        q = torch.where(q < 0, q * (1 + overshoot), q)
         step = solve_step(matrix[kept].flatten(2), q, present[kept], solver)  # dr, (n, d)
         perturbed = (images.detach()[kept] + step.view_as(images[kept])).clamp(0, 1)
         problem, goal = problem.select(active), goal.select(kept)

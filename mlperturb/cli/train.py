@@ -42,7 +42,7 @@ def train(
         float, typer.Option(min=0, help="Weight of the cross-entropy beside Eq. 12; 0 for Eq. 12 alone.")
     ] = 1.0,
     size: Annotated[int, typer.Option(min=0, help="Input side, stretched; 0: torchvision's for --arch.")] = 224,
-    warmup_size: Annotated[int, typer.Option(min=0, help="Input side in the first half; 0: --size.")] = 0,
+    train_size: Annotated[int, typer.Option(min=0, help="Side of the crops trained on; 0: --size.")] = 0,
     average: Annotated[float, typer.Option(min=0, max=0.9999, help="Decay of the averaged weights.")] = 0.99,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode photos.")] = 0,
@@ -80,7 +80,7 @@ def train(
     if validation is None:
         training, validation = _hold_out(training, seed)
     recipe = Recipe(
-        arch, epochs, batch_size, lr, 1e-2, instance_weight, calibration_weight, head_only, size, warmup_size, average,
+        arch, epochs, batch_size, lr, 1e-2, instance_weight, calibration_weight, head_only, size, train_size, average,
         seed, workers,
     )  # fmt: skip
     files = [Path(name) for name in init or () if name != "torchvision"]

@@ -1,0 +1,154 @@
+"""What the tests of the attacks share: models with known answers, ragged targets, a model that counts its passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mlperturb.attacks.carlini_wagner import ml_cw
+from mlperturb.attacks.deepfool import ml_dp
+from mlperturb.attacks.fast_gradient import fg, fgs
+from mlperturb.attacks.ranking import rank_1, rank_2
+from mlperturb.attacks.schedule import FAST
+from mlperturb.targets import Targets, decide
+
+# Every method, in every variant that takes another way through the code, tuned to be quick.
+ATTACKS: dict[str, Callable] = {
+    "fgs": lambda problem: fgs(problem, grid=8, refinements=3),
+    "fg": lambda problem: fg(problem, grid=8, refinements=3),
+    "ml-cw": lambda problem: ml_cw(problem, schedule=FAST),
+    "ml-cw probability": lambda problem: ml_cw(problem, space="probability", schedule=FAST),
+    "ml-dp nnls": lambda problem: ml_dp(problem, iterations=5),
+    "ml-dp pinv": lambda problem: ml_dp(problem, solver="pinv", space="probability", iterations=5, stop_when_met=False),
+    "rank-1": lambda problem: rank_1(problem, schedule=FAST),
+    "rank-1 threshold": lambda problem: rank_1(problem, between="threshold", schedule=FAST),
+    "rank-2": lambda problem: rank_2(problem, between="none", schedule=FAST),
+}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """z = W flat(x) + b."""
+
+    weight: Tensor  # (L, d)
+    bias: Tensor  # (L,)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.flatten(1) @ self.weight.T + self.bias
+
+
+def linear_problem(
+    count: int, labels: int, *, size: tuple[int, int] = (4, 4), seed: int = 0, scale: float = 1.0, dtype=torch.double
+) -> tuple[Linear, Tensor, Tensor]:
+    """Return a linear model, mid-grey photos and their labels; every margin is one that a small step crosses."""
+    generator = torch.Generator().manual_seed(seed)
+    images = 0.5 + 0.01 * torch.randn(count, 3, *size, generator=generator, dtype=dtype)
+    weight = scale * torch.randn(labels, images[0].numel(), generator=generator, dtype=dtype)
+    centre = torch.full_like(images[:1], 0.5)
+    margin = (0.4 + 0.5 * torch.rand(labels, generator=generator, dtype=dtype)) * weight[:, -1].sign()
+    model = Linear(weight, scale * margin - centre.flatten() @ weight.T)
+    return model, images, decide(model(images), torch.zeros(labels, dtype=dtype))
+
+
+def mask(count: int, labels: int, chosen: list[int]) -> Tensor:
+    """Return the mask of these labels, the same for every image."""
+    result = torch.zeros(count, labels, dtype=torch.bool)
+    result[:, chosen] = True
+    return result
+
+
+def make_net(labels: int = 6, *, seed: int = 1, dtype=torch.double) -> nn.Module:
+    """Return a small, smooth network whose logits come with both signs."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.SiLU(), nn.Flatten(), nn.LazyLinear(labels)
+        ).to(dtype)
+        images = torch.rand(64, 3, 10, 10, dtype=dtype)
+        with torch.no_grad():
+            net[-1].initialize_parameters(net[:-1](images))
+            net[-1].reset_parameters()
+            net[-1].weight.mul_(6)
+            net[-1].bias.sub_(net(images).mean(0))
+    return net.eval().requires_grad_(False)
+
+
+def ragged_targets(net: nn.Module, labels: int = 6, *, dtype=torch.double, margin: float = 0.0):
+    """Return 9 photos and targets in which A_1, A_-1, B_1, B_-1 and C are empty for some photos."""
+    generator = torch.Generator().manual_seed(7)
+    images = torch.rand(400, 3, 10, 10, generator=generator, dtype=dtype)
+    boundary = torch.zeros(labels, dtype=dtype)
+    truth = decide(net(images), boundary)
+    mixed = ((truth > 0).sum(1) >= 2) & ((truth < 0).sum(1) >= 2)
+    images, truth = images[mixed][:9], truth[mixed][:9]
+    assert len(images) == 9
+    positive, first = truth > 0, torch.zeros_like(truth, dtype=torch.bool)
+    first[:, 0] = True
+    one_positive = positive & (positive.cumsum(1) == 1)
+    one_negative = ~positive & ((~positive).cumsum(1) == 1)
+    rows = [
+        (one_positive, ~one_positive),  # C and A_-1 empty
+        (one_negative, ~one_negative),  # C and A_1 empty
+        (one_positive | one_negative, ~(one_positive | one_negative)),
+        (one_positive, first & False),  # B empty
+        (first | True, first & False),  # B and C empty
+        (one_negative, positive),  # B_-1 empty
+        (one_positive, ~positive),  # B_1 empty
+        (positive, ~positive),  # A = A_1, B = B_-1
+        (first, first & False),
+    ]
+    flip = torch.stack([rows[number][0][number] for number in range(9)])
+    keep = torch.stack([rows[number][1][number] for number in range(9)])
+    return images, Targets(flip, keep, truth, boundary, margin)
+
+
+class _Count(torch.autograd.Function):
+    @staticmethod
+    def forward(context, logits, owner):
+        context.owner = owner
+        return logits.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        owner = context.owner
+        owner.tally.backward[owner.rows] += 1
+        owner.tally.used[owner.rows] += (gradient != 0).any(1).long()
+        return gradient, None
+
+
+@dataclass
+class Tally:
+    """What a counting model has seen.
+
+    Attributes:
+        forward: forward passes of each image.
+        backward: backward passes that each image was part of.
+        used: those in which it had a gradient of its own.
+        batches: the sizes of the batches.
+    """
+
+    forward: Tensor
+    backward: Tensor
+    used: Tensor
+    batches: list[int] = field(default_factory=list)
+
+
+class Counting:
+    """A model that counts, by itself, what each image of a batch costs."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], rows: int | Tensor, tally: Tally | None = None) -> None:
+        self.model = model
+        self.rows = torch.arange(rows) if isinstance(rows, int) else rows
+        self.tally = tally or Tally(*(torch.zeros(len(self.rows), dtype=torch.long) for _ in range(3)))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        assert len(images) == len(self.rows), "the model was not narrowed to the images it is called with"
+        self.tally.forward[self.rows] += 1
+        self.tally.batches.append(len(images))
+        return _Count.apply(self.model(images), self)
+
+    def select(self, rows: Tensor) -> Counting:
+        return Counting(self.model, self.rows[rows], self.tally)
