@@ -130,8 +130,8 @@ def _scale_grey(grey: npt.NDArray[np.generic]) -> Pixels:
     """Scale 16-bit (or wider) grey samples to 8-bit RGB; a wider range than 16 bits is stretched to fit."""
     values = np.nan_to_num(grey.astype(np.float64))
     highest = float(values.max(initial=0))
-    unit = np.issubdtype(grey.dtype, np.floating) and highest <= 1  # floats in [0, 1]
-    top = 1.0 if unit else max(highest, 65535.0)
+    floats = np.issubdtype(grey.dtype, np.floating)  # in [0, 1] or [0, 255], as far as one can tell
+    top = next(scale for scale in ((1.0, 255.0) if floats else ()) + (max(highest, 65535.0),) if highest <= scale)
     scaled = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
     return np.repeat(scaled[..., None], 3, axis=2)
 

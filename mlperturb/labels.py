@@ -30,9 +30,10 @@ class Request:
     any_label: bool = False
 
 
-def split_names(values: Iterable[str]) -> list[str]:
-    """Split repeated, comma-separated values into names without surrounding space."""
-    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+def split_names(values: Iterable[str], labels: Sequence[str] = ()) -> list[str]:
+    """Split repeated, comma-separated values into names without surrounding space; a whole label stays whole."""
+    parts = [[value] if value in labels else value.split(",") for value in values]
+    return [name.strip() for names in parts for name in names if name.strip()]
 
 
 def find_label(name: str, labels: Sequence[str]) -> int:
@@ -76,7 +77,7 @@ def parse_request(
         LabelError: for an unknown label, or one that stands in two sets.
         UsageError: if there is nothing to change, or `all`, `any` and `rest` contradict each other.
     """
-    flips, keeps = split_names(flip), split_names(keep)
+    flips, keeps = split_names(flip, labels), split_names(keep, labels)
     any_label = _take_word("any", flips, labels)
     flip_all = _take_word("all", flips, labels)
     keep_rest = _take_word("rest", keeps, labels)
@@ -84,7 +85,7 @@ def parse_request(
         raise UsageError("--flip any stands alone: expected no further label to flip")
     if flip_all and keep_rest:
         raise UsageError("--flip all leaves nothing for --keep rest")
-    sets = {"flip": flips, "keep": keeps, "add": split_names(add), "remove": split_names(remove)}
+    sets = {"flip": flips, "keep": keeps, "add": split_names(add, labels), "remove": split_names(remove, labels)}
     chosen: dict[str, list[int]] = {}
     taken: dict[int, str] = {}
     for option, names in sets.items():

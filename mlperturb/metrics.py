@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,8 @@ def kendall_tau(scores: Tensor, ranks: Tensor) -> Tensor:
 def classifier_metrics(logits: Tensor, truth: Tensor, boundary: Tensor, labels: tuple[str, ...]) -> dict[str, object]:
     """Return Table III's figures of a classifier, and average precision and F1 of each label.
 
+    A figure that no photo or label counts for is None.
+
     Args:
         logits: (N, L).
         truth: annotations, (N, L).
@@ -103,12 +106,15 @@ def classifier_metrics(logits: Tensor, truth: Tensor, boundary: Tensor, labels: 
     decisions = torch.where(logits >= boundary, 1, -1)
     by_label = average_precision(logits.T, truth.T)
     losses = ranking_loss(logits, truth)
-    return {
-        "images": len(truth),
+    figures = {
         "hamming": hamming(decisions, truth),
         **f1_scores(decisions, truth),
         "ranking_loss": float(losses.nanmean()),
         "map": float(by_label.nanmean()),
+    }
+    return {
+        "images": len(truth),
+        **{name: None if math.isnan(value) else value for name, value in figures.items()},
         "per_label": {
             label: {
                 "positives": int((truth[:, column] > 0).sum()),

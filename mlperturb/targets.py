@@ -101,6 +101,8 @@ def make_targets(
     flip = torch.zeros_like(truth, dtype=torch.bool)
     keep = flip.clone()
     requests = [request] * len(truth) if isinstance(request, Request) else request
+    if len(requests) != len(truth):
+        raise UsageError(f"expected a request for each of {len(truth)} images, got {len(requests)}")
     for row, one in enumerate(requests):
         flip[row, list(one.flip)] = True
         keep[row, list(one.keep)] = True

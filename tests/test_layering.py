@@ -25,6 +25,7 @@ ORDER = [
     "quantise",
     "jpeg",
     "voc",
+    "losses",
     "training",
     "evaluation",
     "report",

@@ -28,8 +28,10 @@ def every_combination(seed: int, *, margin: float = 0.0) -> tuple[torch.Tensor, 
     boundary = torch.from_numpy(rng.normal(0, 0.5, 12))
     targets = Targets(torch.from_numpy(flip), torch.from_numpy(keep), torch.from_numpy(truth), boundary, margin)
     logits = torch.from_numpy(rng.normal(0, 2, (64, 12)))
-    # Every other image is ordered as the goal would have it, or nearly.
-    for row in range(0, 64, 2):
+    # Half of the images are ordered as the goal would have it.
+    for row in range(64):
+        if row % 4 in (1, 2):
+            continue
         ranks = truth[row] * np.where(flip[row], -2.0, np.where(keep[row], 1.0, 0.0))
         logits[row] = torch.from_numpy(3 * ranks + rng.normal(0, 0.3, 12))
     return logits, targets
@@ -115,7 +117,7 @@ def test_zero_loss_and_met_say_the_same_of_unsaturated_logits(between, separate)
 
 
 @pytest.mark.parametrize(
-    ("between", "margin"), [("rest", 2.5), ("rest-positive", 2.5), ("rest-negative", 2.9), ("none", 5.5)]
+    ("between", "margin"), [("rest", 2.5), ("rest-positive", 2.5), ("rest-negative", 2.5), ("none", 5.5)]
 )
 def test_a_margin_asks_the_lower_logits_to_stay_that_much_below(between, margin):
     logits, targets = every_combination(5, margin=margin)

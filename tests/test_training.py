@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from mlperturb.training import (
     PhotoDataset,
     Recipe,
     augmentation,
-    calibrate,
-    eq12_loss,
     find_head,
     initialise,
     predict_dataset,
@@ -31,103 +28,6 @@ from mlperturb.voc import Dataset
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 RECIPE = Recipe(ARCHITECTURE, epochs=2, batch_size=4, learning_rate=2e-3, size=32, average=0.5, seed=3)
-
-
-def _eq12_by_loops(logits: torch.Tensor, truth: torch.Tensor, weight: float) -> float:
-    """Evaluate Eq. 12 as the paper prints it: two means of means over pairs."""
-    f = torch.sigmoid(logits.double()).tolist()
-    y = truth.tolist()
-    images, labels = range(len(y)), range(len(y[0]))
-    total = 0.0
-    for i in images:
-        pairs = [math.exp(f[i][q] - f[i][p]) for p in labels for q in labels if y[i][p] == 1 and y[i][q] == -1]
-        total += weight * sum(pairs) / max(len(pairs), 1) / len(images)
-    for j in labels:
-        pairs = [math.exp(f[q][j] - f[p][j]) for p in images for q in images if y[p][j] == 1 and y[q][j] == -1]
-        total += sum(pairs) / max(len(pairs), 1) / len(labels)
-    return total
-
-
-def _truth() -> torch.Tensor:
-    """Return labels with difficult ones, images and labels of one sign alone, and some wholly difficult."""
-    truth = torch.randint(-1, 2, (7, 5))
-    truth[0], truth[1], truth[2] = -1, 1, 0
-    truth[:, 0], truth[:, 1] = -1, 1
-    truth[3] = torch.tensor([-1, 1, 0, 1, -1])
-    return truth
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
-def test_eq12_equals_a_double_loop_over_the_pairs(seed, weight):
-    torch.manual_seed(seed)
-    logits, truth = torch.randn(7, 5, dtype=torch.float64) * 3, _truth()
-    assert eq12_loss(logits, truth, weight).item() == pytest.approx(_eq12_by_loops(logits, truth, weight), rel=1e-12)
-
-
-def test_eq12_weighs_the_instance_term_by_half():
-    logits, truth = torch.randn(7, 5), _truth()
-    assert eq12_loss(logits, truth).item() == pytest.approx(_eq12_by_loops(logits, truth, 0.5), rel=1e-5)
-
-
-@pytest.mark.parametrize("sign", [-1, 0, 1])
-def test_eq12_without_any_pair_is_zero_with_zero_gradient(sign):
-    logits = torch.randn(3, 4, requires_grad=True)
-    loss = eq12_loss(logits, torch.full((3, 4), sign))
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(logits.grad, torch.zeros(3, 4))
-
-
-def test_eq12_gives_difficult_labels_no_gradient():
-    truth = _truth()
-    logits = torch.randn(7, 5, requires_grad=True)
-    eq12_loss(logits, truth).backward()
-    assert not logits.grad[truth == 0].any()
-    assert bool((logits.grad[3, [0, 1, 3, 4]] * truth[3, [0, 1, 3, 4]] < 0).all())
-
-
-def test_the_gradient_of_eq12_equals_finite_differences():
-    logits = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    truth = _truth()
-    assert torch.autograd.gradcheck(lambda z: eq12_loss(z, truth), (logits,))
-
-
-@pytest.mark.parametrize("boundary", [0.0, 1.2])
-def test_calibration_moves_a_shifted_label_to_its_threshold(boundary):
-    truth = torch.randint(0, 2, (400, 4)) * 2 - 1
-    edge = torch.full((4,), boundary)
-    shift = torch.tensor([8.0, -5.0, 0.0, 2.0])
-    logits = truth * 3 + torch.randn(400, 4) + shift + edge
-    moved = logits + calibrate(logits, truth, edge)
-    wrong = ((moved >= edge) != (truth > 0)).float().mean(0)
-    assert bool((((logits >= edge) != (truth > 0)).float().mean(0)[:2] > 0.4).all())
-    assert bool((wrong < 0.01).all())
-    middle = (moved * (truth > 0)).sum(0) / (truth > 0).sum(0) + (moved * (truth < 0)).sum(0) / (truth < 0).sum(0)
-    assert bool(((middle / 2 - edge).abs() < 0.8).all())
-
-
-def test_calibration_leaves_a_calibrated_model_almost_alone():
-    truth = torch.randint(0, 2, (600, 3)) * 2 - 1
-    logits = truth * 2 + torch.randn(600, 3) * 2**0.5  # log odds of two normals: twice the mean over the variance
-    assert bool((calibrate(logits, truth, torch.zeros(3)).abs() < 0.5).all())
-
-
-def test_calibration_ignores_difficult_labels():
-    truth = torch.randint(0, 2, (200, 3)) * 2 - 1
-    logits = truth * 2 + torch.randn(200, 3)
-    more = torch.cat([logits, torch.full((50, 3), 40.0)])
-    padded = torch.cat([truth, torch.zeros(50, 3, dtype=torch.long)])
-    torch.testing.assert_close(calibrate(more, padded, torch.zeros(3)), calibrate(logits, truth, torch.zeros(3)))
-
-
-@pytest.mark.parametrize("sign", [-1, 0, 1])
-def test_calibration_on_labels_of_one_sign_stays_small_and_on_no_labels_moves_nothing(sign):
-    bias = calibrate(torch.randn(50, 3), torch.full((50, 3), sign), torch.zeros(3))
-    assert bool((bias.abs() < 5).all())
-    assert bool((bias * sign >= 0).all())
-    if sign == 0:
-        assert torch.equal(bias, torch.zeros(3))
 
 
 def test_initialising_copies_what_fits_and_later_files_win(tmp_path):

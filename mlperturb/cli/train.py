@@ -155,7 +155,9 @@ class _Printer:
         text = f"epoch {progress.epoch}/{progress.epochs}"
         done = (progress.epoch - 1) * progress.steps + progress.step
         if progress.validation is not None:
-            figures = ", ".join(f"{name} {progress.validation[name]:.4f}" for name in ("hamming", "micro_f1", "map"))
+            figures = ", ".join(
+                f"{name} {_figure(progress.validation[name])}" for name in ("hamming", "micro_f1", "map")
+            )
             if self.terminal:
                 self.bar.print(f"{text}: validation {figures}")
             else:
@@ -181,6 +183,10 @@ def _print_metrics(metrics: dict[str, dict[str, object]]) -> None:
     names = ("images", "hamming", "macro_f1", "micro_f1", "ranking_loss", "map")
     table = Table("data", *names, title="Table III")
     for data, values in metrics.items():
-        table.add_row(data, *(f"{values[name]:.4f}" if name != "images" else str(values[name]) for name in names))
+        table.add_row(data, *(_figure(values[name]) for name in names))
     if metrics:
         out.print(table)
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)

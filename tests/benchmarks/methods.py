@@ -3,7 +3,8 @@
     python tests/benchmarks/methods.py --voc ../shared/voc --photos 50 --case pair --methods all
 
 Photos are drawn with a seed from a split, among those where the classifier sees what the case needs. Cases: `person`
-(--remove person --keep rest, person seen) and `pair` (one label present and one absent flipped at random, the rest kept).
+(--remove person --keep rest, person seen) and `pair` (one label present and one absent flipped, at random, the rest
+kept).
 Prints a table and, with --json, writes the rows.
 """
 

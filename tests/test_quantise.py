@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import ATTACKS, Linear, linear_problem, make_net, mask, ragged_targets
+from torch import Tensor
+
+from mlperturb.attacks.common import ClassificationGoal, Outcome, Problem
+from mlperturb.attacks.deepfool import ml_dp
+from mlperturb.quantise import quantise, to_lattice
+from mlperturb.targets import Targets, decide
+
+NET = make_net()
+MARGIN = 1e-4
+
+
+def on_lattice(images: Tensor) -> bool:
+    scaled = images * 255
+    return bool(((scaled - scaled.round()).abs() < 1e-3).all() and (images >= 0).all() and (images <= 1).all())
+
+
+def linear_case(count: int, labels: int, flip: list[int], keep: list[int], *, gap: float = 0.02, seed: int = 0):
+    """Return a linear model whose boundaries lie `gap` from the photos: far less than half a grey level away."""
+    model, images, _ = linear_problem(count, labels, size=(16, 16), seed=seed)
+    images = to_lattice(images)
+    logits = model(images)
+    # Each photo's logits are shifted to +-gap by its own boundary; boundaries are shared, so take one photo's.
+    signs = torch.where(torch.arange(labels) % 2 == 0, 1.0, -1.0).double()
+    boundary = logits[0] - gap * signs * (1 + torch.arange(labels) / labels)
+    images = images[:1].expand(count, -1, -1, -1).clone()
+    truth = decide(model(images), boundary)
+    targets = Targets(mask(count, labels, flip), mask(count, labels, keep), truth, boundary, MARGIN)
+    return model, images, targets
+
+
+def test_to_lattice_rounds_to_the_nearest_multiple_of_1_255():
+    assert (to_lattice(torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 1.0, 1.2, -0.1])) * 255).tolist() == pytest.approx(
+        [0, 0, 1, 255, 255, 0]
+    )
+
+
+FAR_BELOW = pytest.mark.xfail(
+    reason="quantise.py: the scales end at 1.25^8 = 6, the radius at 2.7; a perturbation whose largest pixel is "
+    "under 0.08 of a grey level is never found again",
+    strict=False,  # a few of these come out by luck
+)
+
+
+@pytest.mark.parametrize("gap", [0.2, pytest.param(0.02, marks=FAR_BELOW)])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("flip", "keep"), [([0], []), ([0], [1, 2, 3]), ([0, 1], [2, 3, 4, 5]), ([0, 1, 2, 3, 4, 5], [])]
+)
+def test_a_goal_that_plain_rounding_loses_is_met_on_the_lattice(flip, keep, seed, gap):
+    model, images, targets = linear_case(1, 6, flip, keep, gap=gap / len(flip) ** 0.5, seed=seed)
+    problem = Problem.start(model, images, targets)
+    outcome = ml_dp(problem)
+    assert bool(outcome.met.all())
+    assert float((outcome.images - images).abs().max()) < 0.5 / 255
+    assert not bool(outcome.goal.met(model(to_lattice(outcome.images))).any())
+    lattice = quantise(problem, outcome)
+    assert on_lattice(lattice.images)
+    assert bool(lattice.met.all())
+    assert bool(targets.holds(model(lattice.images)).all())
+
+
+@pytest.mark.parametrize(
+    "gap", [pytest.param(0.01, marks=FAR_BELOW), pytest.param(0.05, marks=FAR_BELOW), 0.2, 0.4, 1.0]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_for_one_label_the_distortion_comes_near_the_least_on_the_lattice(gap, seed):
+    model, images, targets = linear_case(1, 2, [0], [], gap=gap, seed=seed)
+    problem = Problem.start(model, images, targets)
+    lattice = quantise(problem, ml_dp(problem))
+    assert bool(lattice.met.all())
+    got = float((lattice.images - images).mul(255).square().sum())
+    # Least sum of n^2, n integer, with sum n |w| / 255 > gap: raise, again and again, the pixel whose next grey
+    # level gains the most for its cost, |w| / (2 n + 1). All n come out small, and the greedy sum close to the least.
+    wanted = float((model(images)[0, 0] - targets.boundary[0]).abs()) + MARGIN
+    sizes = np.sort(model.weight[0].abs().numpy())[::-1] / 255
+    gains = np.array([(size / (2 * n + 1), size, 2 * n + 1) for n in range(4) for size in sizes])
+    gains = gains[np.argsort(-gains[:, 0], kind="stable")]
+    steps = int(np.searchsorted(np.cumsum(gains[:, 1]), wanted)) + 1
+    least = gains[:steps, 2].sum()
+    relaxed = 255**2 * wanted**2 / float(model.weight[0].square().sum())  # without the lattice
+    assert relaxed <= got
+    assert got <= 1.25 * least + 1
+
+
+@pytest.mark.parametrize("name", ["ml-cw", "ml-dp nnls", "rank-1", "rank-2", "fgs"])
+def test_on_a_network_the_goal_stays_met_on_the_lattice(name):
+    images, targets = ragged_targets(NET, margin=1e-3)
+    images = to_lattice(images)
+    problem = Problem.start(NET, images, targets)
+    outcome = ATTACKS[name](problem)
+    lattice = quantise(problem, outcome)
+    assert on_lattice(lattice.images)
+    assert int(outcome.met.sum()) >= 2
+    assert bool(lattice.met[outcome.met].all())
+    assert lattice.met.tolist() == outcome.goal.met(NET(lattice.images)).tolist()
+
+
+def test_on_a_network_on_which_plain_rounding_fails_the_goal_is_met_on_the_lattice():
+    images, targets = ragged_targets(NET)
+    images = to_lattice(images)[:1]
+    logits = NET(images)
+    gaps = torch.tensor([0.01, -0.01, 0.012, -0.012, 0.015, -0.015], dtype=torch.double)
+    boundary = logits[0] - gaps
+    targets = Targets(mask(1, 6, [0]), mask(1, 6, [1, 2, 3, 4, 5]), decide(logits, boundary), boundary, MARGIN)
+    problem = Problem.start(NET, images, targets)
+    outcome = ml_dp(problem)
+    assert bool(outcome.met.all())
+    assert not bool(outcome.goal.met(NET(to_lattice(outcome.images))).any())
+    lattice = quantise(problem, outcome, iterations=100)
+    assert bool(lattice.met.all()) and on_lattice(lattice.images)
+    assert bool(targets.holds(NET(lattice.images)).all())
+
+
+def test_a_result_that_falls_short_still_comes_back_with_its_best_score():
+    model, images, targets = linear_case(1, 3, [0, 1], [2], gap=0.3)
+    impossible = targets.boundary.clone()
+    impossible[1] = model(images)[0, 1] + 1e6  # label 1 is absent, and no photo of this size makes it present
+    targets = Targets(targets.flip, targets.keep, decide(model(images), impossible), impossible, MARGIN)
+    goal = ClassificationGoal(targets)
+    problem = Problem.start(model, images, targets)
+    one = Targets(targets.flip & mask(1, 3, [0]), targets.keep, targets.truth, targets.boundary, MARGIN)
+    reached = ml_dp(Problem.start(model, images, one))
+    assert bool(reached.met.all())
+    lattice = quantise(problem, Outcome(reached.images, goal.met(model(reached.images)), goal))
+    assert on_lattice(lattice.images)
+    assert not bool(lattice.met.any())
+    score = goal.score(model(lattice.images))
+    assert float(score) == 2  # as many as the float result, one more than the photo
+    assert float(goal.score(model(images))) == 1
+
+
+def test_a_result_equal_to_its_photo_stays_so_at_the_cost_of_a_pass():
+    model, images, targets = linear_case(3, 3, [0], [1])
+    problem = Problem.start(model, images, targets)
+    lattice = quantise(problem, Outcome(images.clone(), torch.zeros(3, dtype=torch.bool), ClassificationGoal(targets)))
+    assert torch.equal(lattice.images, images)
+    assert not bool(lattice.met.any())
+    assert problem.meter.forward.tolist() == [1, 1, 1]
+    assert problem.meter.backward.tolist() == [0, 0, 0]
+
+
+def test_a_coarse_result_is_not_made_worse():
+    model, images, targets = linear_case(2, 4, [0], [1, 2], gap=0.3)
+    problem = Problem.start(model, images, targets)
+    outcome = ml_dp(problem)
+    further = (images + 3 * (outcome.images - images)).clamp(0, 1)  # wide of the boundary
+    goal = outcome.goal
+    lattice = quantise(problem, Outcome(further, goal.met(model(further)), goal))
+    plain = to_lattice(further)
+    assert bool(lattice.met.all())
+    size = (lattice.images - images).flatten(1).norm(dim=1)
+    assert bool((size <= (plain - images).flatten(1).norm(dim=1)).all())
+    assert bool((size < 0.8 * (further - images).flatten(1).norm(dim=1)).all())
+
+
+def test_in_single_precision_the_saved_grey_levels_are_those_that_were_judged():
+    model, images, targets = linear_case(1, 4, [0], [1, 2, 3])
+    single = Targets(targets.flip, targets.keep, targets.truth.float(), targets.boundary.float(), 0.01)
+    model = Linear(model.weight.float(), model.bias.float())
+    problem = Problem.start(model, images.float(), single)
+    lattice = quantise(problem, ml_dp(problem))
+    levels = (lattice.images * 255).round().to(torch.uint8)
+    assert torch.equal(levels.float() / 255, lattice.images)
+    assert bool(lattice.met.all()) == bool(single.holds(model(levels.float() / 255)).all())
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_black_and_white_photos_stay_in_range(size):
+    images, targets = ragged_targets(NET)
+    images = torch.full_like(images, size)
+    targets = Targets(targets.flip, targets.keep, decide(NET(images), targets.boundary), targets.boundary, 1e-3)
+    problem = Problem.start(NET, images, targets)
+    lattice = quantise(problem, ml_dp(problem, iterations=5))
+    assert on_lattice(lattice.images)
+    assert float((lattice.images - images).abs().max()) > 0
+
+
+def test_no_iterations_leave_the_search_for_a_scale_alone():
+    model, images, targets = linear_case(1, 3, [0], [], gap=0.3)
+    problem = Problem.start(model, images, targets)
+    outcome = ml_dp(problem)
+    before = problem.meter.backward.clone()
+    lattice = quantise(problem, outcome, scales=6, iterations=0)
+    assert torch.equal(problem.meter.backward, before)
+    assert on_lattice(lattice.images) and bool(lattice.met.all())
