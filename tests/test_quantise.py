@@ -43,7 +43,6 @@ def test_to_lattice_rounds_to_the_nearest_multiple_of_1_255():
 FAR_BELOW = pytest.mark.xfail(
     reason="quantise.py: the scales end at 1.25^8 = 6, the radius at 2.7; a perturbation whose largest pixel is "
     "under 0.08 of a grey level is never found again",
-    strict=False,  # a few of these come out by luck
 )
 
 

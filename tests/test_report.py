@@ -22,7 +22,16 @@ from mlperturb.report import Record, exit_code, make_report, read_schema, summar
 from mlperturb.runner import MIN_PASSES, Settings, plan_outputs, run_attack
 
 LABELS = ("cat", "dog", "cow", "hen")
-SETTINGS = {"method": "x", "budget": "fast", "flip": [], "keep": [], "add": [], "remove": [], "seed": 0, "device": "cpu"}
+SETTINGS = {
+    "method": "x",
+    "budget": "fast",
+    "flip": [],
+    "keep": [],
+    "add": [],
+    "remove": [],
+    "seed": 0,
+    "device": "cpu",
+}
 DESCRIBED = {
     "checkpoint": "x",
     "sha256": "0" * 64,
@@ -42,12 +51,12 @@ class Net(nn.Sequential):
 
 @pytest.fixture
 def classifier() -> Classifier:
-    torch.manual_seed(3)
+    torch.manual_seed(5)
     net = Net()
     with torch.no_grad():
-        net[-1].weight.mul_(3)
-        probe = torch.rand(64, 3, 16, 16) * 2 - 1
-        net[-1].bias.sub_(net(probe).mean(0) - torch.tensor([0.5, -0.5, 0.4, -0.4]))
+        net[-1].weight.mul_(20)
+        probe = (torch.rand(64, 3, 16, 16) * 2 - 1) * 0.6
+        net[-1].bias.sub_(net(probe).mean(0) - torch.tensor([0.4, -0.4, 0.3, -0.3]))
     return Classifier(net, LABELS, (0.5, 0.4, 0.6, 0.5), Preprocess(resize=(16, 16)))
 
 
@@ -62,7 +71,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def attack(classifier: Classifier, folder: Path, *, method: str = "ml-dp", flip=("cat",), keep=("rest",), **more):
+def attack(classifier: Classifier, folder: Path, *, method: str = "ml-cw", flip=("cat",), keep=("rest",), **more):
     """Attack every file of a folder; return the records by file name, and the output folder."""
     out = folder.parent / "out"
     out.mkdir(exist_ok=True)
@@ -94,14 +103,15 @@ def test_the_report_of_every_method_fits_the_schema(classifier, photos, method):
     records, _ = attack(classifier, photos, method=method)
     report = check_schema(records.values())
     assert [image["status"] for image in report["images"]].count("unreadable") == 1
-    assert all((image["ranking"] is not None) == method.startswith("rank") for image in report["images"][:-1]) or any(
-        image["status"] == "unreadable" for image in report["images"][:-1]
-    )
+    for image in report["images"]:
+        ranked = image["status"] != "unreadable" and method.startswith("rank")
+        assert (image["ranking"] is not None) == ranked
 
 
-@pytest.mark.parametrize("method", ["ml-dp", "ml-cw", "rank-1", "fgs"])
-def test_the_numbers_are_those_of_the_png_as_read_back(classifier, photos, method):
-    records, out = attack(classifier, photos, method=method)
+@pytest.mark.parametrize("margin", [0.01, 1.5])  # the margin is for the search: it plays no part in the verdict
+@pytest.mark.parametrize("method", ["ml-dp", "ml-cw", "rank-2", "fgs"])
+def test_the_numbers_are_those_of_the_png_as_read_back(classifier, photos, method, margin):
+    records, out = attack(classifier, photos, method=method, margin=margin, keep=["rest"] if margin < 1 else ["hen"])
     written = [record for record in records.values() if record.files["adversarial"]]
     assert written
     for record in written:

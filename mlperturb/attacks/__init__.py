@@ -66,11 +66,11 @@ class Method:
         return {**self.budgets[budget], **given}
 
 
-def _schedules(**paper: str) -> dict[str, dict[str, Any]]:
+def _schedules() -> dict[str, dict[str, Any]]:
     return {
         "fast": {"schedule": FAST},
         "balanced": {"schedule": BALANCED},
-        "paper": {"schedule": PAPER, **paper},
+        "paper": {"schedule": PAPER, "space": "probability"},
     }
 
 
@@ -87,7 +87,7 @@ METHODS: dict[str, Method] = {
         ("carlini_wagner", "ml_cw"),
         "least norm with a hinge on every constraint, weight searched per photo",
         "Eq. 5",
-        _schedules(space="probability"),
+        _schedules(),
         ("space",),
     ),
     "ml-dp": Method(
@@ -112,14 +112,14 @@ METHODS: dict[str, Method] = {
         "rank what should be absent below the rest below what should be present",
         "Eq. 9",
         _schedules(),
-        ("between",),
+        ("between", "space"),
     ),
     "rank-2": Method(
         ("ranking", "rank_2"),
         "Rank I with the flipped labels ranked outermost",
         "Eq. 9-11",
         _schedules(),
-        ("between",),
+        ("between", "space"),
     ),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlperturb.attacks.common import Best, Goal, Outcome, Problem
+from mlperturb.attacks.common import Best, Goal, Outcome, Problem, spread
 from mlperturb.attacks.schedule import Schedule
 
 _EDGE = 1e-6  # keeps artanh finite at black and white pixels
@@ -23,28 +23,34 @@ def minimise_penalty(problem: Problem, goal: Goal, schedule: Schedule) -> Outcom
     clean_met = best.update(problem, goal, problem.images, problem.logits(problem.images).detach())
     weight = torch.full_like(best.norm, schedule.initial_weight)
     low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
+    last = problem.images.clone()  # where each image's latest descent ended
     open_ = ~clean_met  # nothing to do where the clean photo already meets the goal
     for _ in range(schedule.searches):
         open_ &= problem.affordable(2)
         if not bool(open_.any()):
             break
         part, rows = problem.select(open_), open_.nonzero().flatten()
-        start = best.images[rows] if schedule.warm else part.images
-        reached = _descend(part, goal.select(rows), start, weight[rows], best, schedule)
+        start = part.images
+        if schedule.warm:
+            start = torch.where(spread(best.met[rows]), best.images[rows], last[rows])
+        reached, last[rows] = _descend(part, goal.select(rows), start, weight[rows], best, schedule)
         high[rows] = torch.where(reached, weight[rows].minimum(high[rows]), high[rows])
         low[rows] = torch.where(reached, low[rows], weight[rows])
         weight = torch.where(high.isinf(), weight * 10, (low + high) / 2)
-        open_ &= (high - low) > schedule.precision * high
+        open_ &= high.isinf() | (high - low > schedule.precision * high)
     return Outcome(best.images, best.met, goal)
 
 
-def _descend(problem: Problem, goal: Goal, start: Tensor, weight: Tensor, best: Best, schedule: Schedule) -> Tensor:
-    """Run Adam for one lambda an image; return which images met the goal on the way, (n,).
+def _descend(
+    problem: Problem, goal: Goal, start: Tensor, weight: Tensor, best: Best, schedule: Schedule
+) -> tuple[Tensor, Tensor]:
+    """Run Adam for one lambda an image; return which images met the goal on the way, (n,), and the last iterates.
 
     A warm start may meet the goal under any lambda, so there only the second half of the way counts.
     """
     reached = torch.zeros(len(problem), dtype=torch.bool, device=start.device)
     place = torch.arange(len(problem), device=start.device)  # of the images still in the batch
+    last = start.clone()
     w = torch.atanh((2 * start - 1).clamp(-1 + _EDGE, 1 - _EDGE))
     mean, square = torch.zeros_like(w), torch.zeros_like(w)
     previous = torch.full_like(weight, torch.inf)
@@ -65,6 +71,7 @@ def _descend(problem: Problem, goal: Goal, start: Tensor, weight: Tensor, best: 
         square = square.lerp(gradient.square(), 0.001)
         rate = schedule.rate(step) / (1 - 0.9 ** (step + 1))
         w = w - rate * mean / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        last[place] = images.detach()
         keep = None if problem.meter.limit is None else problem.affordable(2)
         if (step + 1) % interval == 0:
             improving = losses.detach() < previous * (1 - schedule.patience)
@@ -75,4 +82,4 @@ def _descend(problem: Problem, goal: Goal, start: Tensor, weight: Tensor, best: 
                 break
             problem, goal, place = problem.select(keep), goal.select(keep.nonzero().flatten()), place[keep]
             w, mean, square, weight, previous = (t[keep] for t in (w, mean, square, weight, previous))
-    return reached
+    return reached, last

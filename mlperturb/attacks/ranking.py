@@ -13,7 +13,7 @@ from mlperturb.attacks.common import Outcome, Problem
 from mlperturb.attacks.penalty import minimise_penalty
 from mlperturb.attacks.schedule import BALANCED, Schedule
 from mlperturb.metrics import kendall_tau
-from mlperturb.targets import Targets
+from mlperturb.targets import Space, Targets
 
 Between = Literal["rest", "rest-positive", "rest-negative", "none", "threshold"]
 
@@ -27,14 +27,19 @@ class RankingGoal:
         between: Omega0, the labels that are to lie between Omega- and Omega+: C (`rest`), its positive or negative
             half, no label, or the fixed decision threshold in place of a label (Section III-A2).
         separate: add Eq. 10, which tells A from B inside Omega- and Omega+.
+        space: the hinge lies on exp(f), as in the paper, or on the logits. The constraints are the same, for exp and
+            sigmoid rise; but the order of two confident labels has hardly a gradient in exp(f).
     """
 
     targets: Targets
     between: Between = "rest"
     separate: bool = False
+    space: Space = "probability"
 
     def violations(self, logits: Tensor) -> Tensor:
-        """Return max exp(f) over the lower set - min exp(f) over the higher one, (N, 3) or (N, 5); -inf if absent."""
+        """Return max exp(f) over the lower set - min exp(f) over the higher one, (N, K); -inf where a set is empty."""
+        if self.space == "logit":
+            return self._terms(logits, lambda values: values)
         return self._terms(logits, lambda values: torch.sigmoid(values).exp())
 
     def met(self, logits: Tensor) -> Tensor:
@@ -92,7 +97,9 @@ class RankingGoal:
         return torch.zeros_like(rest)
 
 
-def rank_1(problem: Problem, *, between: Between = "rest", schedule: Schedule = BALANCED) -> Outcome:
+def rank_1(
+    problem: Problem, *, between: Between = "rest", space: Space = "logit", schedule: Schedule = BALANCED
+) -> Outcome:
     """Min ||r||_2 + lambda * sum of max(0, max exp(f_low) - min exp(f_high)) over the pairs of sets of Eq. 9.
 
     Of the iterates that satisfy every ranking constraint (else of all), the one of highest Kendall tau_b against
@@ -101,20 +108,24 @@ def rank_1(problem: Problem, *, between: Between = "rest", schedule: Schedule = 
     Args:
         problem: the batch; any of A_1, A_-1, B_1, B_-1, C may be empty, an empty set contributes zero.
         between: Omega0, see `RankingGoal`.
+        space: of the hinge, see `RankingGoal`; the paper's is `probability`.
         schedule: how long to search; `schedule.PAPER` is the paper's.
     """
-    return minimise_penalty(problem, RankingGoal(problem.targets, between), schedule)
+    return minimise_penalty(problem, RankingGoal(problem.targets, between, space=space), schedule)
 
 
-def rank_2(problem: Problem, *, between: Between = "rest", schedule: Schedule = BALANCED) -> Outcome:
+def rank_2(
+    problem: Problem, *, between: Between = "rest", space: Space = "logit", schedule: Schedule = BALANCED
+) -> Outcome:
     """Rank I with the two terms of Eq. 10 added, Eq. 11: A_1 below B_-1, and A_-1 above B_1.
 
     Args:
         problem: the batch.
         between: Omega0, see `RankingGoal`.
+        space: of the hinge, see `RankingGoal`; the paper's is `probability`.
         schedule: how long to search; `schedule.PAPER` is the paper's.
     """
-    return minimise_penalty(problem, RankingGoal(problem.targets, between, separate=True), schedule)
+    return minimise_penalty(problem, RankingGoal(problem.targets, between, separate=True, space=space), schedule)
 
 
 def _largest(values: Tensor, chosen: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ class Schedule:
         iterations: Adam steps for each.
         learning_rate: of Adam, on w.
         final_rate: the share of `learning_rate` that a cosine decay ends at; 1 keeps it constant.
-        warm: start each search from the best iterate so far, in place of the clean photo.
+        warm: start each search from the best iterate that met the goal, or else from the last one, in place of the
+            clean photo.
         patience: an image's descent ends when a tenth of the iterations lowered its loss by less than this share.
         precision: an image is finished when its lambda is known to this share.
     """

@@ -62,7 +62,7 @@ def attack(
         ),
     ] = None,
     solver: Annotated[str | None, typer.Option(help="ml-dp: pinv (the paper's equalities) or nnls (exact).")] = None,
-    space: Annotated[str | None, typer.Option(help="ml-cw, ml-dp: constraints on logit or probability.")] = None,
+    space: Annotated[str | None, typer.Option(help="All but fgs, fg: constraints on logit or probability.")] = None,
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
