@@ -52,18 +52,24 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     best = Best(problem.images)
     goal = outcome.goal
     difference = outcome.images - problem.images
-    clean = problem.logits(problem.images).detach()
-    best.update(problem, goal, problem.images, clean)
-    moved = difference.flatten(1).abs().amax(1) > 0
-    scale = _search_scale(problem, goal, difference, moved, best, scales)
-    _descend(problem, goal, difference * spread(scale.clamp(max=1.3)), moved, best, iterations)
+    if not bool(problem.affordable(1).all()):
+        return Lattice(best.images, best.met)
+    best.update(problem, goal, problem.images, problem.logits(problem.images).detach())
+    largest = difference.flatten(1).abs().amax(1)
+    moved = largest > 0
+    least = (_STEP / 2 / largest.clamp(min=1e-30) * 1.1).clamp(min=1.0)  # below it everything rounds to the clean photo
+    scale = _search_scale(problem, goal, difference, moved, best, least, scales)
+    latent = difference * spread(torch.minimum(scale, 1.3 * least))
+    _descend(problem, goal, latent, moved, best, iterations)
     return Lattice(best.images, best.met)
 
 
 @torch.no_grad()
-def _search_scale(problem: Problem, goal: Goal, difference: Tensor, active: Tensor, best: Best, tries: int) -> Tensor:
-    """Bracket and bisect the least scale that meets the goal; return the best one known, (N,)."""
-    scale = torch.ones_like(best.norm)
+def _search_scale(
+    problem: Problem, goal: Goal, difference: Tensor, active: Tensor, best: Best, start: Tensor, tries: int
+) -> Tensor:
+    """Bracket and bisect, from `start`, the least scale that meets the goal; return the best one known, (N,)."""
+    scale = start.clone()
     low, high = torch.zeros_like(scale), torch.full_like(scale, torch.inf)
     for _ in range(tries):
         active = active & problem.affordable(1)
@@ -75,8 +81,8 @@ def _search_scale(problem: Problem, goal: Goal, difference: Tensor, active: Tens
         high[rows] = torch.where(met, scale[rows], high[rows])
         low[rows] = torch.where(met, low[rows], scale[rows])
         scale = torch.where(high.isinf(), low * 1.25, torch.where(low > 0, (low + high) / 2, high * 0.8))
-        scale = torch.where(scale > 0, scale, 1.0)
-    return torch.where(high.isinf(), low.clamp(min=1.0), high)
+        scale = torch.where(scale > 0, scale, start)
+    return torch.where(high.isinf(), torch.maximum(low, start), high)
 
 
 def _descend(problem: Problem, goal: Goal, latent: Tensor, active: Tensor, best: Best, iterations: int) -> None:

@@ -91,14 +91,7 @@ def test_pixels_stay_in_range_and_the_clean_photos_stay_untouched(name):
     assert float((outcome.images - images).abs().max()) > 0
 
 
-FROZEN = pytest.mark.xfail(
-    reason="attacks/penalty.py: at x = 0 or 1 tanh is flat, dx/dw = 2e-6, and no step of w moves the pixel"
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=FROZEN if name.startswith(("ml-cw", "rank")) else ()) for name in ATTACKS]
-)
+@every_attack
 def test_a_photo_of_black_and_white_pixels_alone_can_be_attacked(name):
     images, targets = ragged_targets(NET)
     images = images.round()

@@ -8,7 +8,7 @@ from torch import Tensor
 from mlperturb.attacks.common import Best, Goal, Outcome, Problem, spread
 from mlperturb.attacks.schedule import Schedule
 
-_EDGE = 1e-6  # keeps artanh finite at black and white pixels
+_SPAN = 1.05  # of tanh, see `minimise_penalty`
 _CHECK = 25  # least number of iterations between looks at which images are done: each look waits for the device
 
 
@@ -18,6 +18,9 @@ def minimise_penalty(problem: Problem, goal: Goal, schedule: Schedule) -> Outcom
     lambda is an image's own: ten times more on failure until it first succeeds, then bisection between the largest
     that failed (0 at first, which halves it) and the smallest that succeeded. Of all iterates the best is kept, by
     the goal's score, then by the least distortion.
+
+    Deviation: tanh is stretched by 5% and clipped to the pixel range. At black and white pixels its slope is 0, so
+    that without it they could never move.
     """
     best = Best(problem.images)
     clean_met = best.update(problem, goal, problem.images, problem.logits(problem.images).detach())
@@ -51,13 +54,13 @@ def _descend(
     reached = torch.zeros(len(problem), dtype=torch.bool, device=start.device)
     place = torch.arange(len(problem), device=start.device)  # of the images still in the batch
     last = start.clone()
-    w = torch.atanh((2 * start - 1).clamp(-1 + _EDGE, 1 - _EDGE))
+    w = torch.atanh((2 * start - 1) * (1 - 1e-6) / _SPAN)  # a little inside: the clip has no gradient outside
     mean, square = torch.zeros_like(w), torch.zeros_like(w)
     previous = torch.full_like(weight, torch.inf)
     interval = max(schedule.iterations // 10, _CHECK)
     for step in range(schedule.iterations):
         w.requires_grad_()
-        images = (torch.tanh(w) + 1) / 2
+        images = ((_SPAN * torch.tanh(w) + 1) / 2).clamp(0, 1)
         logits = problem.logits(images)
         hinges = goal.violations(logits).clamp(min=0).sum(1)
         # The norm has no gradient at r = 0: a tiny constant under the root gives it the gradient 0 there.

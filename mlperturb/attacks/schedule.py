@@ -22,14 +22,14 @@ class Schedule:
         precision: an image is finished when its lambda is known to this share.
     """
 
-    initial_weight: float = 2.0
-    searches: int = 4
+    initial_weight: float = 1.0
+    searches: int = 5
     iterations: int = 40
     learning_rate: float = 5e-3
     final_rate: float = 0.1
     warm: bool = True
     patience: float = 1e-4
-    precision: float = 0.1
+    precision: float = 0.5
 
     def rate(self, step: int) -> float:
         """Return the learning rate of an iteration."""
