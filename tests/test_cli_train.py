@@ -1,0 +1,86 @@
+"""`mlperturb train` as its user calls it, on tiny data sets made here."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlperturb.checkpoints import load_checkpoint, read_metadata
+from mlperturb.cli.main import main
+
+LABELS = ("cat", "dog")
+TINY = ["--arch", "shufflenet_v2_x0_5", "--size", "32", "--batch-size", "4", "--epochs", "1", "--device", "cpu"]
+
+
+def _photos(folder, count):
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    names = [f"{number:06d}" for number in range(count)]
+    for name in names:
+        Image.fromarray(generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{name}.jpg")
+    return names
+
+
+@pytest.fixture
+def voc(tmp_path):
+    base = tmp_path / "VOCdevkit" / "VOC2007"
+    names = _photos(base / "JPEGImages", 16)
+    sets = base / "ImageSets" / "Main"
+    sets.mkdir(parents=True)
+    for split, members in {"train": names[:8], "val": names[8:12], "test": names[12:]}.items():
+        (sets / f"{split}.txt").write_text("\n".join(members) + "\n")
+        for place, label in enumerate(LABELS):
+            signs = [1 if (number + place) % 2 else -1 for number in range(len(members))]
+            lines = [f"{name} {sign}" for name, sign in zip(members, signs, strict=True)]
+            (sets / f"{label}_{split}.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def _run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["mlperturb", "train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code
+
+
+def test_a_vocdevkit_is_trained_on_calibrated_and_measured(voc, monkeypatch, capsys):
+    out = voc / "mine.safetensors"
+    splits = ["--voc", voc, "--year", "2007", "--train-split", "train", "--val-split", "val", "--test-split", "test"]
+    assert _run(monkeypatch, *splits, *TINY, "--out", out) == 0
+    assert "wrote" in capsys.readouterr().out
+    metadata = read_metadata(out)
+    assert metadata.labels == LABELS
+    assert metadata.metrics["VOC2007 test"]["images"] == 4
+    assert set(metadata.metrics["VOC2007 test"]["per_label"]) == set(LABELS)
+    assert metadata.provenance["photos"] == {"training": 8, "validation": 4}
+    assert load_checkpoint(out)[0].labels == LABELS
+
+
+def test_a_folder_with_a_table_is_trained_on_and_a_tenth_held_out(tmp_path, monkeypatch):
+    names = _photos(tmp_path / "photos", 12)
+    rows = [f"{name}.jpg,{number % 2},{(number + 1) % 2}" for number, name in enumerate(names)]
+    table = tmp_path / "labels.csv"
+    table.write_text("image,cat,dog\n" + "\n".join(rows) + "\n")
+    out = tmp_path / "mine.safetensors"
+    assert _run(monkeypatch, "--photos", tmp_path / "photos", "--csv", table, *TINY, "--head-only", "--out", out) == 0
+    assert read_metadata(out).provenance["photos"] == {"training": 11, "validation": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x.safetensors"], "expected either --voc"),
+        (["--out", "x.safetensors", "--voc", "."], "expected --year"),
+        (["--out", "x.pt", "--voc", ".", "--year", "2007"], "to end in .safetensors"),
+        (["--out", "x.safetensors", "--voc", ".", "--year", "1999"], "VOC1999"),
+        (["--out", "x.safetensors", "--voc", ".", "--year", "2007", "--train-split", "2012:train"], "2012"),
+    ],
+)
+def test_a_call_that_cannot_be_carried_out_is_one_line(arguments, message, monkeypatch, capsys):
+    assert _run(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

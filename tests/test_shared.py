@@ -1,0 +1,56 @@
+"""Real photos with labels, where ../shared has them; skipped without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint, read_metadata
+from mlperturb.images import read_photo
+from mlperturb.labels import Request
+from mlperturb.runner import Settings, plan_outputs, run_attack
+from mlperturb.voc import VOC_LABELS, read_voc
+
+VOC = Path(__file__).resolve().parents[2] / "shared" / "voc"
+pytestmark = [
+    pytest.mark.shared,
+    pytest.mark.skipif(not VOC.is_dir(), reason="no photos in ../shared/voc"),
+]
+
+
+def test_the_shared_subset_is_read_as_its_readme_counts_it():
+    dataset = read_voc(VOC, "2012", "val")
+    assert len(dataset) == 3114
+    assert dataset.labels == VOC_LABELS
+    assert int((dataset.truth[:, VOC_LABELS.index("person")] == 1).sum()) == 1155
+
+
+def test_the_bundled_classifier_decides_real_photos_as_its_metadata_says():
+    dataset = read_voc(VOC, "2012", "val")
+    sample = dataset.subset(list(range(0, len(dataset), 52)))
+    classifier, metadata = load_checkpoint(bundled_checkpoint())
+    photos = [torch.from_numpy(read_photo(path).rgb).permute(2, 0, 1) / 255 for path in sample.paths]
+    with torch.inference_mode():
+        decisions = torch.cat([classifier(photos[i : i + 10]) for i in range(0, len(photos), 10)]) >= 0
+    truth = torch.from_numpy(sample.truth)
+    wrong = (decisions != (truth > 0))[truth != 0].float().mean()
+    assert float(wrong) < 2 * metadata.metrics["VOC2012 val"]["hamming"]
+
+
+def test_removing_person_from_real_photos_holds_on_the_files(tmp_path):
+    dataset = read_voc(VOC, "2012", "val")
+    person = VOC_LABELS.index("person")
+    paths = [path for path, y in zip(dataset.paths, dataset.truth, strict=True) if y[person] == 1][:6]
+    classifier, metadata = load_checkpoint(bundled_checkpoint())
+    assert read_metadata(bundled_checkpoint()) == metadata
+    rest = tuple(label for label in range(20) if label != person)
+    records = []
+    settings = Settings("ml-cw", "fast", Request(remove=(person,), keep=rest))
+    run_attack(classifier, plan_outputs(paths), tmp_path, settings, records.append)
+    assert [record.status for record in records] == ["success"] * len(paths)
+    with torch.inference_mode():
+        for record in records:
+            pixels = torch.from_numpy(read_photo(tmp_path / record.files["adversarial"]).rgb).permute(2, 0, 1)
+            assert not bool(classifier([pixels / 255])[0, person] >= classifier.boundary[person])
