@@ -218,8 +218,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
     except Exception as error:  # torch's weights-only reader raises almost anything at damaged or unsafe data
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} is no plain state dict (weights only): {reason:.200}") from error
+        hint = "expected a file of tensors alone, as torch.save(model.state_dict(), FILE) writes it"
+        raise CheckpointError(f"{path} is no plain state dict (weights only): {hint}") from error
     for inner in ("state_dict", "averaged"):  # as training scripts wrap it; the latter in our own .resume.pt
         if isinstance(loaded, dict) and isinstance(loaded.get(inner), dict):
             loaded = loaded[inner]

@@ -118,7 +118,7 @@ def _decode(path: Path, data: bytes) -> Photo:
         transparency = "transparency" in image.info
         upright = ImageOps.exif_transpose(image)
     if mode.startswith(("I", "F")):
-        notes.append("16-bit: scaled to 8 bits")
+        notes.append(f"{'floating-point' if mode.startswith('F') else '16-bit'}: scaled to 8 bits")
         return Photo(_scale_grey(np.asarray(upright)), None, sha256(data).hexdigest(), tuple(notes))
     if "A" in mode.upper() and mode != "LAB" or transparency:
         rgba = np.asarray(upright.convert("RGBA"))

@@ -30,6 +30,9 @@ class Request:
     any_label: bool = False
 
 
+_WORDS = {"all": "--flip", "any": "--flip", "rest": "--keep"}
+
+
 def split_names(values: Iterable[str], labels: Sequence[str] = ()) -> list[str]:
     """Split repeated, comma-separated values into names without surrounding space; a whole label stays whole."""
     parts = [[value] if value in labels else value.split(",") for value in values]
@@ -47,6 +50,8 @@ def find_label(name: str, labels: Sequence[str]) -> int:
         return labels.index(name)
     if name.casefold() in lowered:
         return lowered[name.casefold()]
+    if name.casefold() in _WORDS:
+        raise LabelError(f"{name!r} is no label, and stands with {_WORDS[name.casefold()]} alone")
     close = difflib.get_close_matches(name.casefold(), list(lowered), n=3, cutoff=0.5)
     shown = [labels[lowered[match]] for match in close]
     if shown:

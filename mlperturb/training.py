@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from mlperturb.checkpoints import (
     Metadata,
@@ -25,7 +24,7 @@ from mlperturb.checkpoints import (
 )
 from mlperturb.errors import CheckpointError, DatasetError, OutputError
 from mlperturb.files import write_file
-from mlperturb.images import read_photo
+from mlperturb.loading import PhotoDataset, augmentation, predict_dataset, to_device
 from mlperturb.losses import calibrate, cross_entropy, eq12_loss
 from mlperturb.metrics import classifier_metrics
 from mlperturb.preprocess import Preprocess
@@ -115,49 +114,6 @@ def find_head(network: nn.Module) -> tuple[str, nn.Linear]:
     if not linear:
         raise CheckpointError("the network's head is no linear layer: expected one, to calibrate or retrain it")
     return linear[-1]
-
-
-class PhotoDataset(TorchDataset[tuple[Tensor, Tensor]]):
-    """Decoded photos after a transform, (3, h, w), with their labels, (L,)."""
-
-    def __init__(self, dataset: Dataset, transform: Callable[[Tensor], Tensor]) -> None:
-        self.dataset = dataset
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return one photo and its labels."""
-        pixels = torch.from_numpy(read_photo(self.dataset.paths[index]).rgb).permute(2, 0, 1)
-        return self.transform(pixels), torch.from_numpy(self.dataset.truth[index])
-
-
-def augmentation(preprocess: Preprocess, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-    """Return a random crop, flip and colour change of an 8-bit photo, as network input."""
-    from torchvision.transforms import v2
-
-    transform: Callable[[Tensor], Tensor] = v2.Compose(
-        [
-            v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.6, 1.67), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ColorJitter(0.2, 0.2, 0.2),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(preprocess.mean), list(preprocess.std)),
-        ]
-    )
-    return transform
-
-
-@torch.inference_mode()
-def predict_dataset(
-    network: nn.Module, dataset: Dataset, preprocess: Preprocess, *, device: str, batch_size: int = 64, workers: int = 0
-) -> Tensor:
-    """Return the logits of every photo of a data set, (N, L), on the CPU."""
-    loader = DataLoader(PhotoDataset(dataset, preprocess.reference()), batch_size, num_workers=workers)
-    network.eval()
-    outputs = [network(_to(images, device)).float().cpu() for images, _ in loader]
-    return torch.cat(outputs)
 
 
 def train(
@@ -283,7 +239,7 @@ class _Fitter:
             self._set_learning_rate(epoch * self.steps + step)
             self.optimiser.zero_grad(set_to_none=True)
             with torch.autocast(self.device.partition(":")[0], enabled=self.device.startswith("cuda")):
-                logits = module(_to(inputs, self.device))
+                logits = module(to_device(inputs, self.device))
             logits, truth = logits.float(), truth.to(self.device)
             loss = eq12_loss(logits, truth, recipe.instance_weight)
             if recipe.calibration_weight:
@@ -393,12 +349,6 @@ def _cache_features(fitter: _Fitter) -> Tensor:
     finally:
         handle.remove()
     return torch.cat(kept).clone()
-
-
-def _to(images: Tensor, device: str) -> Tensor:
-    if images.dim() == 4:
-        return images.to(device, memory_format=torch.channels_last, non_blocking=True)
-    return images.to(device)
 
 
 def _load_pretrained(network: nn.Module, architecture: str) -> None:

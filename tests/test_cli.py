@@ -625,3 +625,19 @@ def test_the_same_seed_writes_the_same_files(attack, photo, tmp_path):
         assert attack(photo, "--flip", "cat", "--seed", "7", out=tmp_path / out)[0] == 0
     for name in ("photo.adv.png", "photo.map.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_odd_values_are_usage_errors(tiny, photo, tmp_path):
+    base = ["attack", str(photo), "--checkpoint", str(tiny), "--out", str(tmp_path / "out")]
+    for arguments, expected in (
+        (["--flip", "cat", "--passes", "9" * 23], "--passes"),
+        (["--flip", "cat", "--seed", "9" * 23], "--seed"),
+        (["--flip", "cat", "--report", str(tmp_path / "out" / "photo.adv.png")], "would replace a PNG"),
+        (["--flip", "cat", "--keep", "any"], "'any' is no label"),
+        (["--flip", "cat", ""], "an argument is empty"),
+    ):
+        found = subprocess.run(
+            [sys.executable, "-m", "mlperturb", *base, *arguments], capture_output=True, text=True, env=ENVIRONMENT
+        )
+        assert found.returncode == 2 and expected in found.stderr and "Traceback" not in found.stderr
+    assert not list((tmp_path / "out").glob("*.png"))

@@ -26,6 +26,7 @@ ORDER = [
     "jpeg",
     "voc",
     "losses",
+    "loading",
     "training",
     "evaluation",
     "report",

@@ -52,7 +52,7 @@ def attack(
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.")] = "ml-cw",
     budget: Annotated[str, typer.Option(help=f"How long to search: {', '.join(BUDGETS)}.")] = "balanced",
     passes: Annotated[
-        int | None, typer.Option(help="At most so many forward plus backward passes for a photo, in all.")
+        int | None, typer.Option(max=10**9, help="At most so many forward plus backward passes for a photo, in all.")
     ] = None,
     between: Annotated[
         str | None,
@@ -278,6 +278,8 @@ def _prepare_folder(out: Path, report: Path, jobs: list[Job], overwrite: bool) -
     if report.is_dir():
         raise UsageError(f"expected a file for --report, got the folder {report}")
     targets = [report, *(out / name for job in jobs for name in (job.adversarial, job.map))]
+    if report.resolve() in {target.resolve() for target in targets[1:]}:
+        raise UsageError(f"the report would replace a PNG of the run: choose another --report than {report}")
     sources = {job.source.resolve() for job in jobs}
     if any(target.resolve() in sources for target in targets):
         raise UsageError(f"an output would replace its own photo: choose another --out than {out}")

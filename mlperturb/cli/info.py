@@ -31,8 +31,23 @@ def labels(checkpoint: Checkpoint = None, arch: Arch = None, labels: Labels = No
         table.add_row(printable(label), f"{threshold:.3f}")
     out.print(table)
     for name, value in details.items():
-        out.print(f"{name}: {printable(str(value))}", soft_wrap=True)
+        if not isinstance(value, dict):
+            out.print(f"{name}: {printable(str(value))}", soft_wrap=True)
+            continue
+        out.print(f"{name}:")
+        for key, inner in value.items():
+            out.print(f"  {printable(str(key))}: {printable(_line(inner))}", soft_wrap=True)
     out.print(f"checkpoint: {printable(str(source.path))}", soft_wrap=True)
+
+
+def _line(value: object) -> str:
+    """Show a value in a line; what lies deeper than two levels is for --json."""
+    if not isinstance(value, dict):
+        return str(value)
+    shown = {key: inner for key, inner in value.items() if not isinstance(inner, dict)}
+    return ", ".join(
+        f"{key} {inner:.4g}" if isinstance(inner, float) else f"{key} {inner}" for key, inner in shown.items()
+    )
 
 
 def methods() -> None:

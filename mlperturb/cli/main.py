@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
-import typer
+try:
+    import typer
 
-from mlperturb import __version__
-from mlperturb.cli.attack import attack
-from mlperturb.cli.console import print_error
-from mlperturb.cli.demo import demo
-from mlperturb.cli.info import labels, methods
-from mlperturb.cli.predict import predict
-from mlperturb.cli.train import train
-from mlperturb.errors import MlperturbError
+    from mlperturb import __version__
+    from mlperturb.cli.attack import attack
+    from mlperturb.cli.console import print_error
+    from mlperturb.cli.demo import demo
+    from mlperturb.cli.info import labels, methods
+    from mlperturb.cli.predict import predict
+    from mlperturb.cli.train import train
+    from mlperturb.errors import MlperturbError, UsageError
+except KeyboardInterrupt:  # while the libraries load, in the first tenths of a second
+    sys.exit(130)
 
 app = typer.Typer(
     name="mlperturb",
@@ -44,9 +49,21 @@ def root(
     """Hold the options that stand before a command."""
 
 
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse an empty path, as an unset shell variable leaves it: it would stand for the current folder.
+
+    Raises:
+        UsageError: if there is one.
+    """
+    names = ("--flip", "--keep", "--add", "--remove")
+    if any(not value and before not in names for before, value in zip(["", *arguments], arguments, strict=False)):
+        raise UsageError("an argument is empty: expected a path or a value")
+
+
 def main() -> None:
     """Run the command line; an error of ours becomes one line on stderr and exit code 2."""
     try:
+        _refuse_empty(sys.argv[1:])
         app()
     except MlperturbError as error:
         print_error(str(error))
@@ -54,3 +71,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print_error("interrupted")
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        print_error(f"cannot write to stdout: {error.strerror}")
+        sys.exit(3)

@@ -21,7 +21,7 @@ Checkpoint = Annotated[
 Arch = Annotated[str | None, typer.Option(help="Torchvision architecture of plain weights.")]
 Labels = Annotated[Path | None, typer.Option(help="Label names of plain weights, one a line.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
 
 

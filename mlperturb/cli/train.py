@@ -46,7 +46,7 @@ def train(
     average: Annotated[float, typer.Option(min=0, max=0.9999, help="Decay of the averaged weights.")] = 0.99,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode photos.")] = 0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from OUT.resume.pt.")] = False,
     source: Annotated[str, typer.Option(help="What to say of the data and initial weights in the checkpoint.")] = "",
 ) -> None:

@@ -1,0 +1,64 @@
+"""Photos of a data set as network input, and what a network says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from mlperturb.images import read_photo
+from mlperturb.preprocess import Preprocess
+from mlperturb.voc import Dataset
+
+
+class PhotoDataset(TorchDataset[tuple[Tensor, Tensor]]):
+    """Decoded photos after a transform, (3, h, w), with their labels, (L,)."""
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Tensor], Tensor]) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return one photo and its labels."""
+        pixels = torch.from_numpy(read_photo(self.dataset.paths[index]).rgb).permute(2, 0, 1)
+        return self.transform(pixels), torch.from_numpy(self.dataset.truth[index])
+
+
+def augmentation(preprocess: Preprocess, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """Return a random crop, flip and colour change of an 8-bit photo, as network input."""
+    from torchvision.transforms import v2
+
+    transform: Callable[[Tensor], Tensor] = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.6, 1.67), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.2, 0.2, 0.2),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(preprocess.mean), list(preprocess.std)),
+        ]
+    )
+    return transform
+
+
+@torch.inference_mode()
+def predict_dataset(
+    network: nn.Module, dataset: Dataset, preprocess: Preprocess, *, device: str, batch_size: int = 64, workers: int = 0
+) -> Tensor:
+    """Return the logits of every photo of a data set, (N, L), on the CPU."""
+    loader = DataLoader(PhotoDataset(dataset, preprocess.reference()), batch_size, num_workers=workers)
+    network.eval()
+    outputs = [network(to_device(images, device)).float().cpu() for images, _ in loader]
+    return torch.cat(outputs)
+
+
+def to_device(images: Tensor, device: str) -> Tensor:
+    """Move images, (N, 3, h, w), in the memory format that convolutions are fast in, or features, (N, F)."""
+    if images.dim() == 4:
+        return images.to(device, memory_format=torch.channels_last, non_blocking=True)
+    return images.to(device)
