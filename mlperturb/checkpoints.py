@@ -174,7 +174,7 @@ def _check_architecture(architecture: str) -> None:
     if architecture not in known:
         import difflib
 
-        close = difflib.get_close_matches(architecture, known, n=3) or known[:5]
+        close = difflib.get_close_matches(architecture, known, n=3) or ["mobilenet_v2", "resnet50", "inception_v3"]
         raise CheckpointError(f"unknown architecture {architecture!r}: did you mean {' or '.join(close)}?")
 
 

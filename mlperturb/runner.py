@@ -17,7 +17,7 @@ from mlperturb.attacks.common import MAX_COMPARED, Outcome, Problem, nearest_lab
 from mlperturb.attacks.ranking import RankingGoal
 from mlperturb.classifier import BoundClassifier, Classifier
 from mlperturb.errors import ImageError, OutputError, StorageError, UsageError
-from mlperturb.images import Photo, magnify, read_photo, read_pixels, write_png
+from mlperturb.images import Photo, Pixels, magnify, read_photo, read_pixels, write_png
 from mlperturb.labels import Request
 from mlperturb.metrics import distortion, kendall_tau
 from mlperturb.preprocess import Size, pad_batch
@@ -232,9 +232,7 @@ def _finish(
     probabilities: dict[str, dict[str, float] | None] = {"before": _probabilities(labels, before), "after": None}
     if not (bare.flip.any() and np.array_equal(rgb, photo.rgb)):
         try:
-            write_png(out / job.adversarial, rgb, photo.alpha)
-            write_png(out / job.map, magnify(rgb.astype(np.int16) - photo.rgb))
-            saved = read_pixels(out / job.adversarial)
+            saved = _save(job, photo, rgb, out)
         except StorageError:
             raise
         except (OutputError, ImageError) as error:
@@ -269,6 +267,13 @@ def _finish(
         distortion=distortion(torch.from_numpy(saved.astype(np.int16) - photo.rgb)),
         files={"adversarial": job.adversarial, "map": job.map},
     )
+
+
+def _save(job: Job, photo: Photo, rgb: Pixels, out: Path) -> Pixels:
+    """Write the adversarial PNG and the map; return the PNG's pixels as read back from disk."""
+    write_png(out / job.adversarial, rgb, photo.alpha)
+    write_png(out / job.map, magnify(rgb.astype(np.int16) - photo.rgb))
+    return read_pixels(out / job.adversarial)
 
 
 def _facts(job: Job, photo: Photo) -> dict[str, Any]:

@@ -214,7 +214,9 @@ class _Run:
             if record.error:
                 print_error(record.error["message"])
             elif record.status != "success":
-                print_note(f"{record.source}: {advice(record, self.settings.method, self.settings.budget)}")
+                print_note(
+                    f"{record.source}: {advice(record, self.settings.method, self.settings.budget, self.settings.passes)}"
+                )
         stdout.print(f"files in {printable(str(self.out))}, report {printable(str(self.report))}", soft_wrap=True)
 
     def _start_bar(self) -> None:
@@ -238,7 +240,7 @@ class _Run:
         self.bar.update(self.task, advance=1, description=text)
 
 
-def advice(record: Record, method: str, budget: str) -> str:
+def advice(record: Record, method: str, budget: str, passes: int | None = None) -> str:
     """Say in a line what fell short, and what may help."""
     constraints = record.constraints or {"held": 0, "total": 0, "violated": []}
     missing = constraints["total"] - constraints["held"]
@@ -250,7 +252,9 @@ def advice(record: Record, method: str, budget: str) -> str:
     hints = []
     if method in ("fgs", "fg", "ml-dp"):
         hints.append("--method ml-cw")
-    if budget != "paper":
+    if passes is not None:
+        hints.append("more --passes")
+    elif budget != "paper":
         hints.append("--budget " + ("balanced" if budget == "fast" else "paper"))
     written = "" if record.files["adversarial"] else ", and no label flipped: no file written"
     return (
@@ -286,7 +290,7 @@ def _prepare_folder(out: Path, report: Path, jobs: list[Job], overwrite: bool) -
     existing = [target for target in targets if os.path.lexists(target)]
     if existing and not overwrite:
         raise UsageError(
-            f"{len(existing)} outputs exist already, the first {existing[0]}: give --overwrite or another --out"
+            f"{existing[0]} and {len(existing) - 1} more outputs exist already: give --overwrite or another --out"
         )
 
 

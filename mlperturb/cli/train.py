@@ -50,7 +50,7 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from OUT.resume.pt.")] = False,
     source: Annotated[str, typer.Option(help="What to say of the data and initial weights in the checkpoint.")] = "",
 ) -> None:
-    """Train a multi-label classifier with the loss of Eq. 12, calibrate it, and measure it (Table III)."""
+    """Train a multi-label classifier with the paper's ranking loss, calibrate it, and measure it."""
     if (voc is None) == (photos is None) or (photos is None) != (csv is None):
         raise UsageError("expected either --voc with --year, or --photos with --csv")
     if voc is not None and not year:
