@@ -214,9 +214,7 @@ class _Run:
             if record.error:
                 print_error(record.error["message"])
             elif record.status != "success":
-                print_note(
-                    f"{record.source}: {advice(record, self.settings.method, self.settings.budget, self.settings.passes)}"
-                )
+                print_note(f"{record.source}: {advice(record, self.settings)}")
         stdout.print(f"files in {printable(str(self.out))}, report {printable(str(self.report))}", soft_wrap=True)
 
     def _start_bar(self) -> None:
@@ -240,7 +238,7 @@ class _Run:
         self.bar.update(self.task, advance=1, description=text)
 
 
-def advice(record: Record, method: str, budget: str, passes: int | None = None) -> str:
+def advice(record: Record, settings: Settings) -> str:
     """Say in a line what fell short, and what may help."""
     constraints = record.constraints or {"held": 0, "total": 0, "violated": []}
     missing = constraints["total"] - constraints["held"]
@@ -250,12 +248,12 @@ def advice(record: Record, method: str, budget: str, passes: int | None = None) 
             "(ranking attacks do not see thresholds); try --between threshold"
         )
     hints = []
-    if method in ("fgs", "fg", "ml-dp"):
+    if settings.method in ("fgs", "fg", "ml-dp"):
         hints.append("--method ml-cw")
-    if passes is not None:
+    if settings.passes is not None:
         hints.append("more --passes")
-    elif budget != "paper":
-        hints.append("--budget " + ("balanced" if budget == "fast" else "paper"))
+    elif settings.budget != "paper":
+        hints.append("--budget " + ("balanced" if settings.budget == "fast" else "paper"))
     written = "" if record.files["adversarial"] else ", and no label flipped: no file written"
     return (
         f"{missing} of {constraints['total']} constraints do not hold "
