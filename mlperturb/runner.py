@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def _search(
         logits = problem.logits(outcome.images)
     if settings.passes is not None:
         problem.meter.limit = settings.passes - 1
-    bare = Targets(problem.targets.flip, problem.targets.keep, truth, boundary)
+    bare = replace(problem.targets, margin=0.0)
     lattice = quantise(problem, outcome, scales=scales, iterations=iterations)
     return _Found(problem, outcome, lattice, bare.holds(logits).all(1))
 
@@ -216,7 +216,7 @@ def _finish(
     """Write one photo's files, read the PNG back, and judge by what was read."""
     height, width = size
     labels, targets = classifier.labels, found.problem.targets.select(torch.tensor([row]))
-    bare = Targets(targets.flip, targets.keep, targets.truth, targets.boundary)
+    bare = replace(targets, margin=0.0)
     exact = found.outcome.images[row, :, :height, :width] * 255 - _to_tensor(photo.rgb, classifier.device) * 255
     facts: dict[str, Any] = _facts(job, photo) | {
         "truth": {label: bool(sign > 0) for label, sign in zip(labels, targets.truth[0].tolist(), strict=True)},
@@ -290,7 +290,7 @@ def _ranking(outcome: Outcome, after: Tensor, targets: Targets) -> dict[str, Any
     """Say how the PNG ranks, if ranking was the goal."""
     if not isinstance(outcome.goal, RankingGoal):
         return None
-    bare = Targets(targets.flip, targets.keep, targets.truth, targets.boundary)
+    bare = replace(targets, margin=0.0)
     goal = RankingGoal(bare, outcome.goal.between, outcome.goal.separate)
     tau = float(kendall_tau(after, goal.ranks())[0])
     return {"satisfied": bool(goal.met(after)[0]), "kendall_tau": None if tau != tau else tau}
