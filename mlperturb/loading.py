@@ -36,7 +36,7 @@ def augmentation(preprocess: Preprocess, size: tuple[int, int]) -> Callable[[Ten
 
     transform: Callable[[Tensor], Tensor] = v2.Compose(
         [
-            v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.6, 1.67), antialias=True),
+            v2.RandomResizedCrop(size, scale=(0.5, 1.0), ratio=(0.7, 1.43), antialias=True),
             v2.RandomHorizontalFlip(),
             v2.ColorJitter(0.2, 0.2, 0.2),
             v2.ToDtype(torch.float32, scale=True),

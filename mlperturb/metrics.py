@@ -34,20 +34,33 @@ def hamming(decisions: Tensor, truth: Tensor) -> float:
     return float((decisions != truth)[counted].double().mean())
 
 
+def instance_hamming(decisions: Tensor, truth: Tensor) -> Tensor:
+    """Return the share of labels decided wrongly of each image, (N,); NaN where no label counts."""
+    counted = truth != 0
+    return ((decisions != truth) & counted).sum(1).double() / counted.sum(1)
+
+
 def f1_scores(decisions: Tensor, truth: Tensor) -> dict[str, float]:
     """Return instance, micro and macro F1 of (N, L) signs; 0 where none is present nor predicted, as scikit-learn."""
-    counted = truth != 0
-    both = ((decisions > 0) & (truth > 0) & counted).double()
-    either = ((decisions > 0) & counted).double() + ((truth > 0) & counted).double()
-
-    def score(dim: int) -> float:
-        return float((2 * both.sum(dim) / either.sum(dim).clamp(min=1)).mean())
-
+    both, either = _overlap(decisions, truth)
     return {
-        "instance_f1": score(1),
+        "instance_f1": float(instance_f1(decisions, truth).mean()),
         "micro_f1": float(2 * both.sum() / either.sum().clamp(min=1)),
-        "macro_f1": score(0),
+        "macro_f1": float(instance_f1(decisions.T, truth.T).mean()),
     }
+
+
+def instance_f1(decisions: Tensor, truth: Tensor) -> Tensor:
+    """Return F1 of each image, (N,); 0 where no label is present nor predicted, as scikit-learn."""
+    both, either = _overlap(decisions, truth)
+    return 2 * both.sum(1) / either.sum(1).clamp(min=1)
+
+
+def _overlap(decisions: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for each label of each image, whether it is present and predicted, and how many of the two it is."""
+    counted = truth != 0
+    present, predicted = ((truth > 0) & counted).double(), ((decisions > 0) & counted).double()
+    return present * predicted, present + predicted
 
 
 def average_precision(scores: Tensor, truth: Tensor) -> Tensor:

@@ -117,5 +117,7 @@ def _descend(problem: Problem, goal: Goal, latent: Tensor, active: Tensor, best:
         pull = 0.3 * decay * radius / norms(gradient).clamp(min=1e-30)
         latent = latent - spread(pull) * gradient
         radius = radius * torch.where(met, 1 - 0.05 * decay, 1 + 0.05 * decay)
+        if problem.cap is not None:
+            radius = radius.minimum(problem.cap)
         latent = latent * spread(radius / norms(latent).clamp(min=1e-30))
         latent = (problem.images + latent).clamp(0, 1) - problem.images

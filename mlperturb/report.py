@@ -31,7 +31,7 @@ class Record:
         truth: y, the classifier's decisions on the photo.
         flip: A.
         keep: B.
-        probabilities: `before` of the photo, `after` of the PNG as read back.
+        probabilities: `before` of the photo, `float` of the attack's float result, `after` of the PNG as read back.
         constraints: `held`, `total` and the labels `violated`.
         distortion: of the PNG, on the 0-255 scale.
         distortion_float: of the attack's float result.

@@ -41,6 +41,8 @@ class Settings:
         passes: the most forward and backward passes, together, that a photo may cost; None for no cap.
         batch_size: photos at a time; None to choose by device and photo size.
         margin: by how much a logit must clear its threshold during the search, see `Targets`.
+        max_rmsd: the largest RMSD allowed, on the 0-255 scale, of the float result and of the PNG; None for no cap.
+        keep_failed: write the files of a photo even where no label of A flipped.
         options: of the method: `between`, `solver`, `space`.
     """
 
@@ -50,12 +52,16 @@ class Settings:
     passes: int | None = None
     batch_size: int | None = None
     margin: float = 0.01
+    max_rmsd: float | None = None
+    keep_failed: bool = False
     options: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         find_method(self.method).tuning(self.budget, **self.options)
         if self.passes is not None and self.passes < MIN_PASSES:
             raise UsageError(f"expected --passes of at least {MIN_PASSES}, got {self.passes}")
+        if self.max_rmsd is not None and not self.max_rmsd > 0:
+            raise UsageError(f"expected --max-rmsd above 0, got {self.max_rmsd}")
 
 
 @dataclass(frozen=True)
@@ -86,20 +92,19 @@ def plan_outputs(sources: Sequence[Path]) -> list[Job]:
 
 
 def run_attack(
-    classifier: Classifier, jobs: Sequence[Job], out: Path, settings: Settings, done: Callable[[Record], None]
+    classifier: Classifier, jobs: Sequence[Job], out: Path, settings: Settings, done: Callable[[list[Record]], None]
 ) -> None:
-    """Attack every photo, write its files to `out`, and hand each record to `done` as soon as it is final.
+    """Attack every photo, write its files to `out`, and hand the records of each batch to `done` once they are final.
 
     Raises:
         StorageError: if nothing can be written to `out` any more.
     """
     for batch in _batches(jobs, settings, classifier.device, done):
-        for record in _attack_batch(classifier, batch, out, settings):
-            done(record)
+        done(_attack_batch(classifier, batch, out, settings))
 
 
 def _batches(
-    jobs: Sequence[Job], settings: Settings, device: torch.device, done: Callable[[Record], None]
+    jobs: Sequence[Job], settings: Settings, device: torch.device, done: Callable[[list[Record]], None]
 ) -> Iterator[list[tuple[Job, Photo]]]:
     """Decode photos and group them; a photo that cannot be decoded becomes a record at once."""
     limit, pixels = _BATCH.get(device.type, _BATCH["cpu"])
@@ -109,7 +114,7 @@ def _batches(
         try:
             photo = read_photo(job.source)
         except ImageError as error:
-            done(Record(source=str(job.source), error=_describe(error)))
+            done([Record(source=str(job.source), error=_describe(error))])
             continue
         sizes = [other.rgb.shape for _, other in [*batch, (job, photo)]]
         padded = len(sizes) * max(size[0] for size in sizes) * max(size[1] for size in sizes)
@@ -141,12 +146,13 @@ def _attack_batch(
     rows = finite.nonzero().flatten()
     if len(rows):
         requests = [batch[row][0].request or settings.request for row in rows.tolist()]
-        found = _search(model.select(rows), images[rows], before[rows], requests, settings)
+        cap = None if settings.max_rmsd is None else _norm_cap(settings.max_rmsd, sizes, images.device)[rows]
+        found = _search(model.select(rows), images[rows], before[rows], requests, settings, cap)
         seconds = time.perf_counter() - started
         for place, row in enumerate(rows.tolist()):
             job, photo = batch[row]
             share = seconds / len(rows)
-            records[row] = _finish(classifier, job, photo, sizes[row], found, place, before[row], out, share)
+            records[row] = _finish(classifier, job, photo, sizes[row], found, place, before[row], out, share, settings)
     return [records[row] for row in range(len(batch))]
 
 
@@ -157,17 +163,27 @@ class _Found:
     problem: Problem
     outcome: Outcome
     lattice: Lattice
-    success_float: Tensor
+    logits: Tensor  # of the float result
+
+
+def _norm_cap(rmsd: float, sizes: Sequence[Size], device: torch.device) -> Tensor:
+    """Return the L2 norm, in [0, 1] units, that an RMSD on the 0-255 scale is at each size, (N,)."""
+    return torch.tensor([rmsd / 255 * (3 * height * width) ** 0.5 for height, width in sizes], device=device)
 
 
 def _search(
-    model: BoundClassifier, images: Tensor, before: Tensor, requests: Sequence[Request], settings: Settings
+    model: BoundClassifier,
+    images: Tensor,
+    before: Tensor,
+    requests: Sequence[Request],
+    settings: Settings,
+    cap: Tensor | None,
 ) -> _Found:
     """Attack a batch, then find the 8-bit photos; no image spends more than `settings.passes`."""
     boundary = model.classifier.boundary
     truth = decide(before, boundary)
     targets = make_targets(requests, truth, boundary, margin=settings.margin)
-    problem = Problem.start(model, images, targets)
+    problem = Problem.start(model, images, targets, cap=cap)
     problem.meter.forward += 1  # `before`
     after = 2  # the float result's decision, and the PNG's as read back
     scales, iterations = _LATTICE[settings.budget]
@@ -182,9 +198,8 @@ def _search(
         logits = problem.logits(outcome.images)
     if settings.passes is not None:
         problem.meter.limit = settings.passes - 1
-    bare = replace(problem.targets, margin=0.0)
     lattice = quantise(problem, outcome, scales=scales, iterations=iterations)
-    return _Found(problem, outcome, lattice, bare.holds(logits).all(1))
+    return _Found(problem, outcome, lattice, logits)
 
 
 def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Problem:
@@ -199,7 +214,7 @@ def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Problem:
     flip = targets.flip | nearest_label(problem, ~fixed, compared=min(spare, MAX_COMPARED))
     keep = torch.where(rest, ~flip, targets.keep)
     resolved = Targets(flip, keep, targets.truth, targets.boundary, targets.margin)
-    return Problem(problem.model, problem.images, resolved, problem.rows, problem.meter)
+    return replace(problem, targets=resolved)
 
 
 def _finish(
@@ -212,6 +227,7 @@ def _finish(
     before: Tensor,
     out: Path,
     seconds: float,
+    settings: Settings,
 ) -> Record:
     """Write one photo's files, read the PNG back, and judge by what was read."""
     height, width = size
@@ -223,14 +239,18 @@ def _finish(
         "flip": _chosen(labels, targets.flip[0]),
         "keep": _chosen(labels, targets.keep[0]),
         "distortion_float": distortion(exact),
-        "success_float": bool(found.success_float[row]),
+        "success_float": bool(bare.holds(found.logits[[row]]).all()),
     }
     meter = found.problem.meter
     cost = {"forward": int(meter.forward[row]), "backward": int(meter.backward[row]), "seconds": round(seconds, 4)}
     pixels = (found.lattice.images[row, :, :height, :width] * 255).round().to(torch.uint8)
     rgb = pixels.permute(1, 2, 0).cpu().numpy()
-    probabilities: dict[str, dict[str, float] | None] = {"before": _probabilities(labels, before), "after": None}
-    if not (bare.flip.any() and np.array_equal(rgb, photo.rgb)):
+    probabilities: dict[str, dict[str, float] | None] = {
+        "before": _probabilities(labels, before),
+        "float": _probabilities(labels, found.logits[row]) if found.logits[row].isfinite().all() else None,
+        "after": None,
+    }
+    if settings.keep_failed or not (bare.flip.any() and np.array_equal(rgb, photo.rgb)):
         try:
             saved = _save(job, photo, rgb, out)
         except StorageError:
@@ -256,7 +276,7 @@ def _finish(
         "ranking": _ranking(found.outcome, after, targets),
         "cost": cost,
     }
-    if status == "failed":
+    if status == "failed" and not settings.keep_failed:
         for name in (job.adversarial, job.map):
             (out / name).unlink(missing_ok=True)
         return Record(**facts, status=status)
@@ -292,7 +312,7 @@ def _ranking(outcome: Outcome, after: Tensor, targets: Targets) -> dict[str, Any
         return None
     bare = replace(targets, margin=0.0)
     goal = RankingGoal(bare, outcome.goal.between, outcome.goal.separate)
-    tau = float(kendall_tau(after, goal.ranks())[0])
+    tau = float(kendall_tau(after, bare.ranks)[0])
     return {"satisfied": bool(goal.met(after)[0]), "kendall_tau": None if tau != tau else tau}
 
 

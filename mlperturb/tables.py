@@ -1,7 +1,12 @@
-"""Records -> Rich tables."""
+"""Records and rows -> tables: in the terminal, Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -77,3 +82,150 @@ def prediction_table(probabilities: dict[str, float], thresholds: dict[str, floa
     for label in [*present, *absent[: max(3, 5 - count)]]:
         table.add_row(clean(label), f"{probabilities[label]:.3f}", "present" if label in present else "")
     return table
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text, for any of the forms below.
+
+    Attributes:
+        title: what it shows.
+        columns: the headings; the first `keys` columns name the row.
+        rows: the cells.
+        best: (row, column) of the cells that are best in their group, printed bold.
+        keys: how many columns name the row.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+    best: frozenset[tuple[int, int]] = frozenset()
+    keys: int = 1
+
+
+_METRICS = (  # key, heading, +1 if higher is better
+    ("rmsd", "RMSD", -1),
+    ("hamming_a", "Hamming(A)", -1),
+    ("hamming_b", "Hamming(B)", -1),
+    ("f1", "F1", 1),
+    ("ranking_loss", "rank. loss", -1),
+    ("map", "mAP", 1),
+    ("auc", "AUC", 1),
+    ("kendall_tau", "tau_b", 1),
+)
+
+
+def evaluation_grid(rows: Sequence[dict[str, Any]], which: str) -> Grid:
+    """Lay out rows of `evaluation.tabulate` as Tables IV and V: `which` is `float` or `saved`."""
+    success = "success_rate" if which == "saved" else "success_rate_float"
+    titles = {"saved": "8-bit PNG, as read back", "float": "float result, before rounding (the paper's convention)"}
+    columns = ("case", "method", "images", *(heading for _, heading, _ in _METRICS), "success", "passes")
+    cells, best = [], set()
+    for number, row in enumerate(rows):
+        values = [row[which][key] for key, _, _ in _METRICS]
+        cells.append(
+            [row["case"], row["method"], str(row["images"]), *map(_number, values), _percent(row[success])]
+            + [f"{row['passes']:.0f}"]
+        )
+        for column, (key, _, sign) in enumerate(_METRICS):
+            group = [
+                sign * other[which][key]
+                for other in rows
+                if other["case"] == row["case"] and other[which][key] is not None
+            ]
+            if values[column] is not None and sign * values[column] >= max(group) - 5e-5:
+                best.add((number, 3 + column))
+    return Grid(titles[which], columns, cells, frozenset(best), keys=2)
+
+
+def classifier_grid(metrics: dict[str, dict[str, Any]]) -> Grid:
+    """Lay out `metrics.classifier_metrics` of some data sets as Table III."""
+    names = ("images", "hamming", "macro_f1", "micro_f1", "ranking_loss", "map")
+    headings = ("data", "images", "Hamming", "macro-F1", "micro-F1", "rank. loss", "mAP")
+    rows = [[data, *(_number(values[name]) for name in names)] for data, values in metrics.items()]
+    return Grid("Table III: the classifier's own figures", headings, rows)
+
+
+def show(grid: Grid) -> Table:
+    """Return a grid for the terminal."""
+    table = _table(*grid.columns)
+    table.title, table.title_justify = Text(grid.title, style="bold"), "left"
+    for column in table.columns[: grid.keys]:
+        column.justify = "left"
+    previous = None
+    for number, cells in enumerate(grid.rows):
+        if grid.keys > 1 and previous not in (None, cells[0]):
+            table.add_section()
+        shown = ["" if grid.keys > 1 and cells[0] == previous else cells[0], *cells[1:]]
+        styles = ["bold" if (number, column) in grid.best else "" for column in range(len(cells))]
+        table.add_row(*(Text(clean(text).plain, style=style) for text, style in zip(shown, styles, strict=True)))
+        previous = cells[0]
+    return table
+
+
+def to_markdown(grids: Sequence[Grid]) -> str:
+    """Return grids as Markdown, the best of each group bold."""
+    parts = []
+    for grid in grids:
+        lines = [f"**{_escape_markdown(grid.title)}**", "", "| " + " | ".join(grid.columns) + " |"]
+        lines.append("|" + "---|" * grid.keys + "---:|" * (len(grid.columns) - grid.keys))
+        for number, cells in enumerate(grid.rows):
+            texts = [_escape_markdown(cell) for cell in cells]
+            marked = [f"**{t}**" if (number, column) in grid.best else t for column, t in enumerate(texts)]
+            lines.append("| " + " | ".join(marked) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def to_latex(grids: Sequence[Grid]) -> str:
+    """Return grids as LaTeX tables (packages booktabs and graphicx), the best of each group bold."""
+    parts = []
+    for grid in grids:
+        align = "l" * grid.keys + "r" * (len(grid.columns) - grid.keys)
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_escape_latex(grid.title)}}}"]
+        lines += [r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
+        lines += [" & ".join(map(_escape_latex, grid.columns)) + r" \\", r"\midrule"]
+        for number, cells in enumerate(grid.rows):
+            if number and grid.keys > 1 and cells[0] != grid.rows[number - 1][0]:
+                lines.append(r"\midrule")
+            texts = [_escape_latex(cell) for cell in cells]
+            marked = [rf"\textbf{{{t}}}" if (number, column) in grid.best else t for column, t in enumerate(texts)]
+            lines.append(" & ".join(marked) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}}", r"\end{table}"]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows of Tables IV and V in full precision: a line a case, method and result, with the intervals."""
+    stream = io.StringIO()
+    keys = [key for key, _, _ in _METRICS]
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        ["case", "method", "result", "images", "success_rate", "passes"]
+        + [name for key in keys for name in (key, f"{key}_low", f"{key}_high")]
+    )
+    for row in rows:
+        for which, success in (("float", "success_rate_float"), ("saved", "success_rate")):
+            bounds = [(row[which][key], *(row["intervals"][which][key] or (None, None))) for key in keys]
+            line = [row["case"], row["method"], which, row["images"], row[success], row["passes"]]
+            writer.writerow(line + [value for bound in bounds for value in bound])
+    return stream.getvalue()
+
+
+def _number(value: float | int | None) -> str:
+    return "N.A." if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "N.A." if value is None else f"{value:.0%}"
+
+
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", clean(text).plain)
+
+
+def _escape_latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {c: "\\" + c for c in "&%$#_{}"}
+    return "".join(special.get(c, c) for c in clean(text).plain)

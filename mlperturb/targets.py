@@ -51,6 +51,11 @@ class Targets:
         """A u B, boolean, (N, L)."""
         return self.flip | self.keep
 
+    @property
+    def ranks(self) -> Tensor:
+        """y^tau: -2, -1, 0, 1, 2 for A_1, B_-1, C, B_1, A_-1; (N, L)."""
+        return self.desired * (2 * self.flip.to(self.truth.dtype) + self.keep.to(self.truth.dtype))
+
     def holds(self, logits: Tensor) -> Tensor:
         """Say which constraints hold: h_j(x*) = y*_j, for j in A u B; (N, L), true outside A u B.
 

@@ -40,6 +40,8 @@ class Recipe:
         epochs: passes over the training set.
         batch_size: photos a step; the paper's is 100.
         learning_rate: AdamW's peak, after a warm-up, before a cosine decay to zero.
+        fresh_rate: how many times that rate the tensors get which the last initial file did not give: a new head must
+            move far, a backbone that knows the task little.
         weight_decay: AdamW's.
         instance_weight: lambda of Eq. 12, the weight of its instance-wise term.
         calibration_weight: weight of a binary cross-entropy beside Eq. 12, which alone is blind to a constant added
@@ -57,6 +59,7 @@ class Recipe:
     epochs: int = 10
     batch_size: int = 100
     learning_rate: float = 5e-4
+    fresh_rate: float = 1.0
     weight_decay: float = 1e-2
     instance_weight: float = 0.5
     calibration_weight: float = 1.0
@@ -83,14 +86,14 @@ class Progress:
 Reporter = Callable[[Progress], None]
 
 
-def initialise(network: nn.Module, files: Sequence[Path]) -> dict[str, int]:
-    """Copy every tensor that fits by name and shape from each file in turn; return how many each gave.
+def initialise(network: nn.Module, files: Sequence[Path]) -> dict[str, frozenset[str]]:
+    """Copy every tensor that fits by name and shape from each file in turn; return the names that each gave.
 
     Raises:
         CheckpointError: if a file gives nothing.
     """
     own = network.state_dict()
-    counts = {}
+    names = {}
     for path in files:
         given = {
             name: tensor.to(own[name].dtype)
@@ -100,8 +103,8 @@ def initialise(network: nn.Module, files: Sequence[Path]) -> dict[str, int]:
         if not given:
             raise CheckpointError(f"{path} has no tensor that fits the network by name and shape")
         network.load_state_dict(given, strict=False)
-        counts[path.name] = len(given)
-    return counts
+        names[path.name] = frozenset(given)
+    return names
 
 
 def find_head(network: nn.Module) -> tuple[str, nn.Linear]:
@@ -156,13 +159,13 @@ def train(
     torch.manual_seed(recipe.seed)
     network = build_network(recipe.architecture, len(training.labels))
     find_head(network)  # calibration needs it: better told now than after the last epoch
-    if pretrained:
-        _load_pretrained(network, recipe.architecture)
-    initialise(network, initial)
+    given = _load_pretrained(network, recipe.architecture) if pretrained else frozenset()
+    for names in initialise(network, initial).values():
+        given = names
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     preprocess = Preprocess((recipe.size, recipe.size)) if recipe.size else default_preprocess(recipe.architecture)
     state = Path(f"{output}.resume.pt")
-    fitter = _Fitter(recipe, network, training, preprocess, device)
+    fitter = _Fitter(recipe, network, training, preprocess, device, given)
     if resume:
         fitter.load(state)
     if recipe.head_only:
@@ -208,6 +211,7 @@ class _Fitter:
     training: Dataset
     preprocess: Preprocess
     device: str
+    given: frozenset[str] = frozenset()  # tensors that the last initial file gave
     epoch: int = 0
     averaged: nn.Module = field(init=False)
     features: Tensor = field(init=False)  # what the head gets, (N, F), if only the head is trained
@@ -219,13 +223,17 @@ class _Fitter:
         if self.recipe.head_only:
             self.network.requires_grad_(False)
             find_head(self.network)[1].requires_grad_(True)
-        parameters = [value for value in self.network.parameters() if value.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [value for value in parameters if value.dim() > 1]},
-            {"params": [value for value in parameters if value.dim() <= 1], "weight_decay": 0.0},
-        ]
+        groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+        for name, value in self.network.named_parameters():
+            if value.requires_grad:
+                decays, known = value.dim() > 1, name in self.given
+                group = groups.setdefault(
+                    (decays, known), {"params": [], "factor": 1 if known else self.recipe.fresh_rate}
+                )
+                group["params"].append(value)
+                group["weight_decay"] = self.recipe.weight_decay if decays else 0.0
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(groups, self.recipe.learning_rate, weight_decay=self.recipe.weight_decay)
+        self.optimiser = torch.optim.AdamW(list(groups.values()), self.recipe.learning_rate)
         self.scaler = torch.amp.GradScaler(enabled=self.device.startswith("cuda"))
         self.steps = len(self.training) // self.recipe.batch_size
 
@@ -315,7 +323,7 @@ class _Fitter:
         warmup = max(1, min(total // 20, 200))
         cosine = (1 + math.cos(math.pi * step / total)) / 2
         for group in self.optimiser.param_groups:
-            group["lr"] = self.recipe.learning_rate * min(1.0, (step + 1) / warmup) * cosine
+            group["lr"] = self.recipe.learning_rate * group["factor"] * min(1.0, (step + 1) / warmup) * cosine
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
@@ -351,8 +359,8 @@ def _cache_features(fitter: _Fitter) -> Tensor:
     return torch.cat(kept).clone()
 
 
-def _load_pretrained(network: nn.Module, architecture: str) -> None:
-    """Copy torchvision's own pretrained weights, all but the head; they come from the network.
+def _load_pretrained(network: nn.Module, architecture: str) -> frozenset[str]:
+    """Copy torchvision's own pretrained weights, all but the head, from the network; return the names given.
 
     Raises:
         CheckpointError: if they cannot be had.
@@ -369,3 +377,4 @@ def _load_pretrained(network: nn.Module, architecture: str) -> None:
     own = network.state_dict()
     fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     network.load_state_dict(fitting, strict=False)
+    return frozenset(fitting)

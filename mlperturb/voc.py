@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from mlperturb.errors import DatasetError
+from mlperturb.errors import DatasetError, UsageError
 
 VOC_LABELS = (
     "aeroplane",
@@ -52,6 +53,12 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names of the photos, the labels and the annotations."""
+        names = "\n".join([*(path.name for path in self.paths), "", *self.labels])
+        return hashlib.sha256(names.encode("utf-8", "surrogateescape") + self.truth.tobytes()).hexdigest()
 
     def subset(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Dataset:
         """Return some of the photos."""
@@ -95,6 +102,31 @@ def read_voc(root: Path, year: str, split: str) -> Dataset:
             truth[row[fields[0]], column] = int(fields[1])
     paths = tuple(folder / "JPEGImages" / f"{name}.jpg" for name in names)
     return _checked(Dataset(paths, tuple(labels), truth), sets / f"{split}.txt")
+
+
+def read_splits(root: Path, years: Sequence[str], splits: str) -> dict[str, Dataset]:
+    """Read `SPLIT` of every year, or `YEAR:SPLIT,...`; the names are such as `VOC2007 test`.
+
+    Raises:
+        UsageError: if a split names a year that is not among them.
+        DatasetError: as `read_voc`.
+    """
+    pairs = []
+    for part in splits.split(","):
+        first, colon, second = part.strip().partition(":")
+        pairs += [(first, second)] if colon else [(name, first) for name in years]
+    unknown = sorted({name for name, _ in pairs} - set(years))
+    if unknown:
+        raise UsageError(f"split {splits!r} names the year {unknown[0]}, expected one of --year {','.join(years)}")
+    return {f"VOC{name} {split}": read_voc(root, name, split) for name, split in pairs}
+
+
+def join(datasets: Iterable[Dataset]) -> Dataset:
+    """Return one data set of all the photos."""
+    first, *others = datasets
+    for other in others:
+        first = first + other
+    return first
 
 
 def read_csv(root: Path, table: Path) -> Dataset:

@@ -13,6 +13,7 @@ PACKAGE = Path(mlperturb.__file__).parent
 ORDER = [
     "errors",
     "files",
+    "journal",
     "labels",
     "targets",
     "metrics",
@@ -25,12 +26,13 @@ ORDER = [
     "quantise",
     "jpeg",
     "voc",
+    "cases",
     "losses",
     "loading",
     "training",
-    "evaluation",
     "report",
     "runner",
+    "evaluation",
     "figures",
     "tables",
     "gallery",
@@ -89,6 +91,8 @@ def test_the_layers_name_modules_that_exist():
     assert {"errors", "targets", "classifier", "attacks", "training", "cli"} <= existing & set(ORDER)
 
 
-@pytest.mark.parametrize("module", ["mlperturb", "mlperturb.errors", "mlperturb.labels", "mlperturb.checkpoints"])
+@pytest.mark.parametrize(
+    "module", ["mlperturb", "mlperturb.errors", "mlperturb.labels", "mlperturb.checkpoints", "mlperturb.cases"]
+)
 def test_importing_what_the_command_line_needs_first_leaves_torch_unimported(run_python, module):
     assert run_python(f"import sys, {module}; print('torch' in sys.modules)") == "False"

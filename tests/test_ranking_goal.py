@@ -137,7 +137,7 @@ def test_ranks_run_from_flipped_positives_to_flipped_negatives():
     truth = torch.tensor([[1.0, -1.0, -1.0, 1.0, 1.0, -1.0]])
     flip = torch.tensor([[True, False, False, False, False, True]])
     keep = torch.tensor([[False, True, False, False, True, False]])
-    ranks = RankingGoal(Targets(flip, keep, truth, torch.zeros(6))).ranks()
+    ranks = RankingGoal(Targets(flip, keep, truth, torch.zeros(6))).targets.ranks
     assert ranks.tolist() == [[-2, -1, 0, 0, 1, 2]]  # A_1, B_-1, C, C, B_1, A_-1
 
 
@@ -145,7 +145,7 @@ def test_ranks_run_from_flipped_positives_to_flipped_negatives():
 def test_score_is_kendalls_tau_and_two_more_where_met(between):
     logits, targets = every_combination(6)
     goal = RankingGoal(targets, between, separate=True)
-    ranks, met, score = goal.ranks(), goal.met(logits), goal.score(logits)
+    ranks, met, score = goal.targets.ranks, goal.met(logits), goal.score(logits)
     for row in range(len(logits)):
         tau = 0.0
         if len(set(ranks[row].tolist())) > 1:

@@ -78,7 +78,7 @@ def attack(classifier: Classifier, folder: Path, *, method: str = "ml-cw", flip=
     request = parse_request(LABELS, flip=flip, keep=keep)
     settings = Settings(method, more.pop("budget", "fast"), request, **more)
     records: list[Record] = []
-    run_attack(classifier, plan_outputs(sorted(folder.iterdir())), out, settings, records.append)
+    run_attack(classifier, plan_outputs(sorted(folder.iterdir())), out, settings, records.extend)
     return {Path(record.source).name: record for record in records}, out
 
 
@@ -275,7 +275,7 @@ def test_nothing_left_to_change_is_a_success_that_costs_nothing(classifier, phot
     out.mkdir()
     records: list[Record] = []
     request = parse_request(LABELS, add=present)
-    run_attack(classifier, plan_outputs([photos / "a.png"]), out, Settings("ml-cw", "fast", request), records.append)
+    run_attack(classifier, plan_outputs([photos / "a.png"]), out, Settings("ml-cw", "fast", request), records.extend)
     assert records[0].status == "success"
     assert records[0].flip == [] and records[0].keep == present
     assert records[0].distortion.l2 == 0

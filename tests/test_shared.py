@@ -48,7 +48,7 @@ def test_removing_person_from_real_photos_holds_on_the_files(tmp_path):
     rest = tuple(label for label in range(20) if label != person)
     records = []
     settings = Settings("ml-cw", "fast", Request(remove=(person,), keep=rest))
-    run_attack(classifier, plan_outputs(paths), tmp_path, settings, records.append)
+    run_attack(classifier, plan_outputs(paths), tmp_path, settings, records.extend)
     assert [record.status for record in records] == ["success"] * len(paths)
     with torch.inference_mode():
         for record in records:

@@ -38,8 +38,8 @@ def test_initialising_copies_what_fits_and_later_files_win(tmp_path):
     torch.save(first, tmp_path / "first.pt")
     torch.save({"fc.bias": torch.full((2,), 7.0).double()}, tmp_path / "second.pt")
     torch.save({"fc.bias": torch.full((2,), 8.0)}, tmp_path / "third.pt")
-    counts = initialise(network, [tmp_path / name for name in ("first.pt", "second.pt", "third.pt")])
-    assert counts == {"first.pt": 1, "second.pt": 1, "third.pt": 1}
+    names = initialise(network, [tmp_path / name for name in ("first.pt", "second.pt", "third.pt")])
+    assert names == {"first.pt": {"conv1.0.weight"}, "second.pt": {"fc.bias"}, "third.pt": {"fc.bias"}}
     state = network.state_dict()
     assert bool((state["conv1.0.weight"] == 1).all())
     assert state["fc.bias"].tolist() == [8, 8]
@@ -257,4 +257,14 @@ def test_a_trained_checkpoint_can_start_another_training(data, tmp_path):
     first = tmp_path / "first.safetensors"
     metadata = _train(replace(RECIPE, epochs=1), data, first)
     save_checkpoint(tmp_path / "copy.safetensors", read_tensors(first), metadata)
-    assert initialise(network, [tmp_path / "copy.safetensors"]) == {"copy.safetensors": len(network.state_dict())}
+    assert initialise(network, [tmp_path / "copy.safetensors"]) == {"copy.safetensors": frozenset(network.state_dict())}
+
+
+def test_what_the_last_initial_file_did_not_give_learns_at_the_fresh_rate(data, start, tmp_path):
+    state = {name: value for name, value in torch.load(start, weights_only=True).items() if not name.startswith("fc")}
+    torch.save(state, tmp_path / "backbone.pt")
+    recipe = replace(RECIPE, epochs=1, learning_rate=1e-9, fresh_rate=1e7, average=0.0)
+    _train(recipe, data, tmp_path / "x.safetensors", initial=[start, tmp_path / "backbone.pt"])
+    before, after = torch.load(start, weights_only=True), read_tensors(tmp_path / "x.safetensors")
+    assert not torch.allclose(after["fc.weight"], before["fc.weight"], atol=1e-3)
+    torch.testing.assert_close(after["conv1.0.weight"], before["conv1.0.weight"], atol=1e-6, rtol=0)

@@ -95,6 +95,7 @@ class Problem:
         targets: A, B and y of these images.
         rows: their places in the whole batch, (n,), on the CPU.
         meter: the passes spent, shared by all parts of the batch.
+        cap: the largest ||x* - x||_2 allowed, in [0, 1] units, (n,); None for no cap.
     """
 
     model: Model
@@ -102,9 +103,12 @@ class Problem:
     targets: Targets
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     meter: Meter = field(default_factory=lambda: Meter(torch.empty(0), torch.empty(0)))
+    cap: Tensor | None = None
 
     @classmethod
-    def start(cls, model: Model, images: Tensor, targets: Targets, *, limit: int | None = None) -> Problem:
+    def start(
+        cls, model: Model, images: Tensor, targets: Targets, *, limit: int | None = None, cap: Tensor | None = None
+    ) -> Problem:
         """Return the problem of a whole batch, nothing spent.
 
         Raises:
@@ -115,7 +119,7 @@ class Problem:
             raise UsageError(f"expected images (N, 3, H, W) with {len(targets.truth)} targets, got {shape}")
         count = len(images)
         meter = Meter(torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long), limit)
-        return cls(model, images, targets, torch.arange(count), meter)
+        return cls(model, images, targets, torch.arange(count), meter, cap)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -130,6 +134,7 @@ class Problem:
             self.targets.select(chosen),
             self.rows[chosen.cpu()],
             self.meter,
+            None if self.cap is None else self.cap[chosen],
         )
 
     def logits(self, images: Tensor) -> Tensor:
@@ -162,6 +167,14 @@ class Problem:
         full[order.T, rows] = packed * present.gather(1, order).T.view(slots, -1, 1, 1, 1)
         return full.transpose(0, 1)
 
+    def within_cap(self, images: Tensor) -> Tensor:
+        """Pull iterates, (n, 3, H, W), back toward the clean photos until none lies beyond the cap; differentiable."""
+        if self.cap is None:
+            return images
+        difference = images - self.images
+        share = (self.cap * (1 - 1e-6) / (norms(difference) + 1e-12)).clamp(max=1)
+        return self.images + spread(share) * difference
+
     def affordable(self, passes: int | Tensor) -> Tensor:
         """Say which images may spend so many more passes, (n,), on the images' device."""
         spent = (self.meter.forward + self.meter.backward)[self.rows]
@@ -170,7 +183,7 @@ class Problem:
 
 
 class Best:
-    """The best iterate of each image of a batch: the highest score, then the least L2 distortion.
+    """The best iterate of each image of a batch: the highest score, then the least L2 distortion, within the cap.
 
     Attributes:
         images: (N, 3, H, W); the clean photos until something better comes.
@@ -193,6 +206,8 @@ class Best:
         score, norm, met = goal.score(logits), norms(images - problem.images), goal.met(logits)
         held_score, held_norm = self.score[rows], self.norm[rows]
         better = (score > held_score) | ((score == held_score) & (norm < held_norm))
+        if problem.cap is not None:
+            better &= norm <= problem.cap
         self.score[rows] = torch.where(better, score, held_score)
         self.norm[rows] = torch.where(better, norm, held_norm)
         self.met[rows] = torch.where(better, met, self.met[rows])

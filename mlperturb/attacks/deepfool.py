@@ -62,6 +62,7 @@ def ml_dp(
         step = solve_step(matrix[kept].flatten(2), q, present[kept], solver)  # dr, (n, d)
         perturbed = (images.detach()[kept] + step.view_as(images[kept])).clamp(0, 1)
         problem, goal = problem.select(active), goal.select(kept)
+        perturbed = problem.within_cap(perturbed)
     return Outcome(best.images, best.met, whole)
 
 

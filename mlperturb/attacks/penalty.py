@@ -60,7 +60,7 @@ def _descend(
     interval = max(schedule.iterations // 10, _CHECK)
     for step in range(schedule.iterations):
         w.requires_grad_()
-        images = ((_SPAN * torch.tanh(w) + 1) / 2).clamp(0, 1)
+        images = problem.within_cap(((_SPAN * torch.tanh(w) + 1) / 2).clamp(0, 1))
         logits = problem.logits(images)
         hinges = goal.violations(logits).clamp(min=0).sum(1)
         # The norm has no gradient at r = 0: a tiny constant under the root gives it the gradient 0 there.

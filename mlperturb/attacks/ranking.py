@@ -75,12 +75,7 @@ class RankingGoal:
 
     def score(self, logits: Tensor) -> Tensor:
         """Return Kendall's tau_b against y^tau, and 2 more where every ranking constraint holds, (N,)."""
-        return kendall_tau(logits, self.ranks()).nan_to_num(0.0).to(logits.dtype) + 2 * self.met(logits)
-
-    def ranks(self) -> Tensor:
-        """Return y^tau: -2, -1, 0, 1, 2 for A_1, B_-1, C, B_1, A_-1; (N, L)."""
-        targets = self.targets
-        return targets.desired * (2 * targets.flip.to(targets.truth.dtype) + targets.keep.to(targets.truth.dtype))
+        return kendall_tau(logits, self.targets.ranks).nan_to_num(0.0).to(logits.dtype) + 2 * self.met(logits)
 
     def select(self, rows: Tensor) -> RankingGoal:
         """Return the goal of some images."""

@@ -13,15 +13,21 @@ from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error, print_note, printable
 from mlperturb.cli.options import (
     Arch,
+    BatchSize,
     Checkpoint,
     Device,
     Json,
     Labels,
+    Overwrite,
+    Passes,
     Paths,
+    Quiet,
     Recursive,
     Seed,
     Source,
     find_source,
+    make_folder,
+    parse_batch_size,
 )
 from mlperturb.errors import StorageError, UsageError
 from mlperturb.labels import Request, parse_request
@@ -51,8 +57,10 @@ def attack(
     ] = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.")] = "ml-cw",
     budget: Annotated[str, typer.Option(help=f"How long to search: {', '.join(BUDGETS)}.")] = "balanced",
-    passes: Annotated[
-        int | None, typer.Option(max=10**9, help="At most so many forward plus backward passes for a photo, in all.")
+    passes: Passes = None,
+    max_rmsd: Annotated[
+        float | None,
+        typer.Option(min=0, help="Go no further than this RMSD, 0-255 scale, of the float result or the PNG."),
     ] = None,
     between: Annotated[
         str | None,
@@ -68,13 +76,13 @@ def attack(
     labels: Labels = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNGs and report.json.")] = Path("mlperturb-out"),
     report: Annotated[Path | None, typer.Option(help="Write the report there, not to OUT/report.json.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace outputs that are there already.")] = False,
+    overwrite: Overwrite = False,
     recursive: Recursive = False,
-    batch_size: Annotated[str, typer.Option(help="Photos attacked together, or auto.")] = "auto",
+    batch_size: BatchSize = "auto",
     device: Device = "auto",
     seed: Seed = 0,
     json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write adversarial PNGs on which the --flip labels are reversed and the --keep labels are not.
 
@@ -87,9 +95,9 @@ def attack(
     names = {"flip": flip or [], "keep": keep or [], "add": add or [], "remove": remove or []}
     raise typer.Exit(
         run(
-            source, paths, request, names, method=method, budget=budget, passes=passes, options=options, out=out,
-            report=report, overwrite=overwrite, recursive=recursive, batch_size=_parse_batch_size(batch_size),
-            device=device, seed=seed, json=json, quiet=quiet,
+            source, paths, request, names, method=method, budget=budget, passes=passes, max_rmsd=max_rmsd,
+            options=options, out=out, report=report, overwrite=overwrite, recursive=recursive,
+            batch_size=parse_batch_size(batch_size), device=device, seed=seed, json=json, quiet=quiet,
         )
     )  # fmt: skip
 
@@ -103,6 +111,7 @@ def run(
     method: str = "ml-cw",
     budget: str = "balanced",
     passes: int | None = None,
+    max_rmsd: float | None = None,
     options: dict[str, str | None] | None = None,
     out: Path,
     report: Path | None = None,
@@ -118,7 +127,7 @@ def run(
     from mlperturb.images import find_photos
     from mlperturb.runner import Settings, plan_outputs
 
-    settings = Settings(method, budget, request, passes, batch_size, options=options or {})
+    settings = Settings(method, budget, request, passes, batch_size, max_rmsd=max_rmsd, options=options or {})
     jobs = plan_outputs(find_photos(paths, recursive=recursive))
     report = report or out / "report.json"
     _prepare_folder(out, report, jobs, overwrite)
@@ -136,6 +145,7 @@ def run(
         "seed": seed,
         "device": name,
         "passes": passes,
+        "max_rmsd": max_rmsd,
         "batch_size": batch_size or "auto",
         "margin": settings.margin,
         **{key: value for key, value in settings.options.items() if value is not None},
@@ -227,15 +237,15 @@ class _Run:
         self.task = self.bar.add_task("loading", total=len(self.jobs))
         self.bar.start()
 
-    def _done(self, record: Record) -> None:
+    def _done(self, records: list[Record]) -> None:
         from mlperturb.report import summarise
 
-        self.records.append(record)
+        self.records += records
         summary = summarise(self.records, 0.0)
         rate, rmsd = summary["success_rate"], summary["rmsd"]["mean"]
         text = f"success {rate:.0%}" if rate is not None else "success -"
         text += f", mean RMSD {rmsd:.2f}" if rmsd is not None else ""
-        self.bar.update(self.task, advance=1, description=text)
+        self.bar.update(self.task, advance=len(records), description=text)
 
 
 def advice(record: Record, settings: Settings) -> str:
@@ -252,6 +262,8 @@ def advice(record: Record, settings: Settings) -> str:
         hints.append("--method ml-cw")
     if settings.passes is not None:
         hints.append("more --passes")
+    elif settings.max_rmsd is not None:
+        hints.append("a larger --max-rmsd")
     elif settings.budget != "paper":
         hints.append("--budget " + ("balanced" if settings.budget == "fast" else "paper"))
     written = "" if record.files["adversarial"] else ", and no label flipped: no file written"
@@ -269,14 +281,8 @@ def _prepare_folder(out: Path, report: Path, jobs: list[Job], overwrite: bool) -
     """
     import os
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        report.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the output folder {error.filename}: {error.strerror}") from error
-    for folder in {out, report.parent}:
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise UsageError(f"cannot write to the output folder {folder}")
+    make_folder(out)
+    make_folder(report.parent)
     if report.is_dir():
         raise UsageError(f"expected a file for --report, got the folder {report}")
     targets = [report, *(out / name for job in jobs for name in (job.adversarial, job.map))]
@@ -290,11 +296,3 @@ def _prepare_folder(out: Path, report: Path, jobs: list[Job], overwrite: bool) -
         raise UsageError(
             f"{existing[0]} and {len(existing) - 1} more outputs exist already: give --overwrite or another --out"
         )
-
-
-def _parse_batch_size(value: str) -> int | None:
-    if value == "auto":
-        return None
-    if not value.isdecimal() or int(value) < 1:
-        raise UsageError(f"expected --batch-size auto or a number of at least 1, got {value!r}")
-    return int(value)

@@ -14,6 +14,7 @@ try:
     from mlperturb.cli.attack import attack
     from mlperturb.cli.console import print_error
     from mlperturb.cli.demo import demo
+    from mlperturb.cli.evaluate import evaluate
     from mlperturb.cli.info import labels, methods
     from mlperturb.cli.predict import predict
     from mlperturb.cli.train import train
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (attack, demo, predict, labels, methods, train):
+for command in (attack, demo, predict, labels, methods, evaluate, train):
     app.command()(command)
 
 

@@ -22,7 +22,30 @@ Arch = Annotated[str | None, typer.Option(help="Torchvision architecture of plai
 Labels = Annotated[Path | None, typer.Option(help="Label names of plain weights, one a line.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
+Passes = Annotated[
+    int | None, typer.Option(max=10**9, help="At most so many forward plus backward passes for a photo, in all.")
+]
+BatchSize = Annotated[str, typer.Option(help="Photos attacked together, or auto.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are there already.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
+
+Voc = Annotated[Path | None, typer.Option(help="A VOCdevkit folder.")]
+Year = Annotated[list[str] | None, typer.Option(help="Year of the VOCdevkit; repeatable, comma-separated.")]
+PhotoFolder = Annotated[Path | None, typer.Option(help="In place of --voc: a folder of photos, with --csv.")]
+LabelTable = Annotated[Path | None, typer.Option(help="Table `image,LABEL,...`: 1, 0, or -1 for difficult.")]
+
+
+def check_data(voc: Path | None, year: list[str] | None, photos: Path | None, csv: Path | None) -> None:
+    """Refuse a half-named data set.
+
+    Raises:
+        UsageError: unless exactly one of --voc with --year and --photos with --csv is given.
+    """
+    if (voc is None) == (photos is None) or (photos is None) != (csv is None):
+        raise UsageError("expected either --voc with --year, or --photos with --csv")
+    if voc is not None and not year:
+        raise UsageError("expected --year with --voc")
 
 
 @dataclass(frozen=True)
@@ -76,3 +99,32 @@ def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) 
     if not names or len(set(names)) != len(names):
         raise UsageError(f"{labels}: expected distinct label names, one a line")
     return Source(path, arch, names, names)
+
+
+def parse_batch_size(value: str) -> int | None:
+    """Return the batch size, None for `auto`.
+
+    Raises:
+        UsageError: if it is neither `auto` nor a number of at least 1.
+    """
+    if value == "auto":
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise UsageError(f"expected --batch-size auto or a number of at least 1, got {value!r}")
+    return int(value)
+
+
+def make_folder(folder: Path) -> None:
+    """Make an output folder.
+
+    Raises:
+        UsageError: if it cannot be made or written to.
+    """
+    import os
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the output folder {error.filename}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to the output folder {folder}")

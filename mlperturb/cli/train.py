@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlperturb.cli.options import LabelTable, PhotoFolder, Voc, Year, check_data
 from mlperturb.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 
 def train(
     out: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
-    voc: Annotated[Path | None, typer.Option(help="A VOCdevkit folder.")] = None,
-    year: Annotated[list[str] | None, typer.Option(help="Year of the VOCdevkit; repeatable, comma-separated.")] = None,
+    voc: Voc = None,
+    year: Year = None,
     train_split: Annotated[str, typer.Option(help="SPLIT of every year, or YEAR:SPLIT,... of several.")] = "train",
     val_split: Annotated[
         str | None, typer.Option(help="Calibrated on. Without it, a tenth of the training photos, held out.")
     ] = None,
     test_split: Annotated[str | None, typer.Option(help="Measured, tuned nothing on.")] = None,
-    photos: Annotated[Path | None, typer.Option(help="In place of --voc: a folder of photos, with --csv.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Table `image,LABEL,...`: 1, 0, or -1 for difficult.")] = None,
+    photos: PhotoFolder = None,
+    csv: LabelTable = None,
     test_csv: Annotated[Path | None, typer.Option(help="Like --csv, of the photos to measure on.")] = None,
     arch: Annotated[str, typer.Option(help="Any torchvision classification model.")] = "mobilenet_v2",
     init: Annotated[
@@ -37,6 +38,10 @@ def train(
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     batch_size: Annotated[int, typer.Option(min=2)] = 100,
     lr: Annotated[float, typer.Option(min=0, help="AdamW's peak learning rate.")] = 5e-4,
+    fresh_rate: Annotated[
+        float,
+        typer.Option(min=0, help="Times --lr for the tensors that the last --init did not give, such as the head."),
+    ] = 1.0,
     instance_weight: Annotated[float, typer.Option(min=0, help="Lambda of Eq. 12.")] = 0.5,
     calibration_weight: Annotated[
         float, typer.Option(min=0, help="Weight of the cross-entropy beside Eq. 12; 0 for Eq. 12 alone.")
@@ -51,37 +56,33 @@ def train(
     source: Annotated[str, typer.Option(help="What to say of the data and initial weights in the checkpoint.")] = "",
 ) -> None:
     """Train a multi-label classifier with the paper's ranking loss, calibrate it, and measure it."""
-    if (voc is None) == (photos is None) or (photos is None) != (csv is None):
-        raise UsageError("expected either --voc with --year, or --photos with --csv")
-    if voc is not None and not year:
-        raise UsageError("expected --year with --voc")
+    check_data(voc, year, photos, csv)
     if out.suffix != ".safetensors":
         raise UsageError(f"expected --out to end in .safetensors, got {out}")
 
     from mlperturb.devices import prepare
     from mlperturb.training import Recipe
     from mlperturb.training import train as run
+    from mlperturb.voc import join, read_csv, read_splits
 
     validation: Dataset | None = None
     tests: dict[str, Dataset] = {}
     if voc is not None:
         years = [name for value in year or () for name in value.split(",")]
-        training = _join(_read_splits(voc, years, train_split))
+        training = join(read_splits(voc, years, train_split).values())
         if val_split:
-            validation = _join(_read_splits(voc, years, val_split))
+            validation = join(read_splits(voc, years, val_split).values())
         if test_split:
-            tests = _read_splits(voc, years, test_split)
+            tests = read_splits(voc, years, test_split)
     else:
-        from mlperturb.voc import read_csv
-
         assert photos is not None and csv is not None
         training = read_csv(photos, csv)
         tests = {test_csv.name: read_csv(photos, test_csv)} if test_csv else {}
     if validation is None:
         training, validation = _hold_out(training, seed)
     recipe = Recipe(
-        arch, epochs, batch_size, lr, 1e-2, instance_weight, calibration_weight, head_only, size, train_size, average,
-        seed, workers,
+        arch, epochs, batch_size, lr, fresh_rate, 1e-2, instance_weight, calibration_weight, head_only, size, train_size,
+        average, seed, workers,
     )  # fmt: skip
     files = [Path(name) for name in init or () if name != "torchvision"]
     provenance = {
@@ -103,29 +104,12 @@ def train(
         provenance=provenance,
         report=_Printer(),
     )
-    _print_metrics(metadata.metrics)
+    if metadata.metrics:
+        from mlperturb.cli.console import out as stdout
+        from mlperturb.tables import classifier_grid, show
+
+        stdout.print(show(classifier_grid(metadata.metrics)))
     typer.echo(f"wrote {out}")
-
-
-def _read_splits(voc: Path, years: list[str], value: str) -> dict[str, Dataset]:
-    """Read `SPLIT` of every year, or `YEAR:SPLIT,...`."""
-    from mlperturb.voc import read_voc
-
-    pairs = []
-    for part in value.split(","):
-        first, colon, second = part.strip().partition(":")
-        pairs += [(first, second)] if colon else [(name, first) for name in years]
-    unknown = sorted({name for name, _ in pairs} - set(years))
-    if unknown:
-        raise UsageError(f"split {value!r} names the year {unknown[0]}, expected one of --year {','.join(years)}")
-    return {f"VOC{name} {split}": read_voc(voc, name, split) for name, split in pairs}
-
-
-def _join(datasets: dict[str, Dataset]) -> Dataset:
-    first, *others = datasets.values()
-    for other in others:
-        first = first + other
-    return first
 
 
 def _hold_out(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
@@ -173,19 +157,6 @@ class _Printer:
                 typer.echo(f"{text} step {progress.step}/{progress.steps}: loss {progress.loss:.4f}", err=True)
         if done == progress.epochs * progress.steps and progress.validation is None:
             self.bar.stop()
-
-
-def _print_metrics(metrics: dict[str, dict[str, object]]) -> None:
-    from rich.table import Table
-
-    from mlperturb.cli.console import out
-
-    names = ("images", "hamming", "macro_f1", "micro_f1", "ranking_loss", "map")
-    table = Table("data", *names, title="Table III")
-    for data, values in metrics.items():
-        table.add_row(data, *(_figure(values[name]) for name in names))
-    if metrics:
-        out.print(table)
 
 
 def _figure(value: object) -> str:

@@ -83,7 +83,7 @@ def main() -> None:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             settings = Settings(method, arguments.budget, Request(flip=(0,)))
-            run_attack(classifier, jobs, Path(folder), settings, records.append)
+            run_attack(classifier, jobs, Path(folder), settings, records.extend)
         seconds = time.perf_counter() - started
         row = {"method": method, **summarise(records, seconds)}
         exact = [r.distortion_float.rmsd for r in records if r.success_float and r.distortion_float]

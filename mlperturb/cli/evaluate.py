@@ -1,0 +1,249 @@
+"""`mlperturb evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlperturb import __version__
+from mlperturb.attacks import BUDGETS
+from mlperturb.cli.console import out as stdout
+from mlperturb.cli.console import print_error, print_note, printable
+from mlperturb.cli.options import (
+    Arch,
+    BatchSize,
+    Checkpoint,
+    Device,
+    Json,
+    Labels,
+    LabelTable,
+    Overwrite,
+    Passes,
+    PhotoFolder,
+    Quiet,
+    Seed,
+    Source,
+    Voc,
+    Year,
+    check_data,
+    find_source,
+    make_folder,
+    parse_batch_size,
+)
+from mlperturb.errors import StorageError
+
+if TYPE_CHECKING:
+    from mlperturb.cases import Protocol
+    from mlperturb.tables import Grid
+    from mlperturb.voc import Dataset
+
+_CASES = ("random", "extreme", "person", "sheep")
+
+
+def evaluate(
+    voc: Voc = None,
+    year: Year = None,
+    split: Annotated[str, typer.Option(help="SPLIT of every year, or YEAR:SPLIT,... of several.")] = "test",
+    photos: PhotoFolder = None,
+    csv: LabelTable = None,
+    clean: Annotated[bool, typer.Option("--clean", help="Attack nothing: the classifier's own figures.")] = False,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(_CASES)}; repeatable, comma-separated. All, unless labels are named below."),
+    ] = None,
+    reduce: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL", help="A case like person: the label flipped where it is seen.")
+    ] = None,
+    augment: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL", help="A case like sheep: the label flipped where it is not.")
+    ] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option(help="`all`, or methods, with options as in ml-dp:solver=pinv.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Photos a case, at most.")] = 1000,
+    max_rmsd: Annotated[float, typer.Option(help="The cap that all methods share; 0 for none.", min=0)] = 10.0,
+    budget: Annotated[str, typer.Option(help=f"How long to search: {', '.join(BUDGETS)}.")] = "balanced",
+    passes: Passes = None,
+    checkpoint: Checkpoint = None,
+    arch: Arch = None,
+    labels: Labels = None,
+    out: Annotated[Path, typer.Option(help="Folder for the records and tables; a run goes on from it.")] = Path(
+        "mlperturb-evaluation"
+    ),
+    overwrite: Overwrite = False,
+    keep_images: Annotated[bool, typer.Option("--keep-images", help="Keep the PNGs and maps, in OUT/images.")] = False,
+    batch_size: BatchSize = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the paper's experiment on a data set: Tables IV and V, or with --clean Table III.
+
+    Photos every label of which the classifier gets right are attacked, by case and method. Stopped at any moment,
+    the same command goes on where it was.
+    """
+    check_data(voc, year, photos, csv)
+    source = find_source(checkpoint, arch, labels)
+
+    from mlperturb.cases import Protocol, align, parse_cases, parse_variants
+    from mlperturb.voc import read_csv, read_splits
+
+    if cases is None and not reduce and not augment:
+        cases = list(_CASES)
+    protocol = Protocol(
+        () if clean else parse_cases(cases or (), reduce or (), augment or (), source.labels),
+        parse_variants(methods or ["all"], budget),
+        images, budget, max_rmsd or None, passes, parse_batch_size(batch_size), seed, keep_images,
+    )  # fmt: skip
+    if voc is not None:
+        parts = read_splits(voc, [name for value in year or () for name in value.split(",")], split)
+    else:
+        assert photos is not None and csv is not None
+        parts = {csv.name: read_csv(photos, csv)}
+    parts = {name: align(part, source.labels) for name, part in parts.items()}
+    make_folder(out)
+    run = _Run(source, protocol, parts, out, device, json=json, quiet=quiet)
+    raise typer.Exit(run.clean() if clean else run.go(overwrite=overwrite))
+
+
+class _Run:
+    """One evaluation: its progress bar, and what it prints and writes."""
+
+    def __init__(
+        self,
+        source: Source,
+        protocol: Protocol,
+        parts: dict[str, Dataset],
+        out: Path,
+        device: str,
+        *,
+        json: bool,
+        quiet: bool,
+    ) -> None:
+        from mlperturb.devices import prepare
+
+        self.protocol, self.parts, self.out, self.json, self.quiet = protocol, parts, out, json, quiet
+        self.device = prepare(device, protocol.seed)
+        self.classifier, self.description = source.load(self.device)
+
+    def clean(self) -> int:
+        """Measure the classifier itself: Table III."""
+        import torch
+
+        from mlperturb.evaluation import predict_photos
+        from mlperturb.metrics import classifier_metrics
+        from mlperturb.tables import classifier_grid
+
+        metrics: dict[str, dict[str, Any]] = {}
+        with self._bar(sum(map(len, self.parts.values()))) as advance:
+            for name, part in self.parts.items():
+                logits = predict_photos(self.classifier, part, advance)
+                read = logits.isfinite().all(1)
+                if not bool(read.all()):
+                    print_note(f"{int((~read).sum())} photos of {name} could not be read, and are left out")
+                metrics[name] = classifier_metrics(
+                    logits[read], torch.from_numpy(part.truth)[read], self.classifier.boundary.cpu(), part.labels
+                )
+        self._finish("table3", metrics, [classifier_grid(metrics)])
+        return 0
+
+    def go(self, *, overwrite: bool) -> int:
+        """Attack, and write the tables; return the exit code."""
+        from mlperturb import evaluation
+        from mlperturb.journal import Journal
+        from mlperturb.tables import evaluation_grid, to_csv
+        from mlperturb.voc import join
+
+        dataset = join(self.parts.values())
+        path = self.out / "records.jsonl"
+        if overwrite:
+            path.unlink(missing_ok=True)
+        try:
+            journal = Journal(path, self._key(dataset))
+            if journal.torn:
+                print_note(f"the last line of {path} was cut short, and is dropped: its photos are attacked again")
+            with self._bar(len(dataset)) as advance:
+                rows = evaluation.run(
+                    self.classifier,
+                    dataset,
+                    self.protocol,
+                    journal,
+                    scanned=advance,
+                    planned=self._planned,
+                    done=lambda case, variant, records: self._advance(len(records), f"{case.name}, {variant.name}"),
+                )
+        except KeyboardInterrupt:
+            print_note(f"interrupted: what is done lies in {path}; the same command goes on from there")
+            return 130
+        except StorageError as error:
+            print_error(str(error))
+            return 3
+        for case in self.protocol.cases:
+            if not any(row["case"] == case.name for row in rows):
+                print_note(f"case {case.name}: no photo that the classifier gets right has the labels for it")
+        self._write("tables.csv", to_csv(rows))
+        self._finish("tables", rows, [evaluation_grid(rows, "float"), evaluation_grid(rows, "saved")])
+        return int(any(row["errors"] for row in rows))
+
+    def _key(self, dataset: Dataset) -> dict[str, Any]:
+        """Return everything that decides what the record of a photo, a case and a method is."""
+        protocol = self.protocol
+        return {
+            "version": __version__,
+            "checkpoint": self.description["sha256"],
+            "architecture": self.description["architecture"],
+            "labels": self.description["labels"],
+            "data": dataset.fingerprint,
+            "images": protocol.images,
+            "budget": protocol.budget,
+            "max_rmsd": protocol.max_rmsd,
+            "passes": protocol.passes,
+            "batch_size": protocol.batch_size,
+            "seed": protocol.seed,
+            "keep_images": protocol.keep_images,
+            "device": self.device,
+        }
+
+    def _finish(self, name: str, values: Any, grids: list[Grid]) -> None:
+        from mlperturb.report import to_json
+        from mlperturb.tables import show, to_latex, to_markdown
+
+        self._write(f"{name}.json", to_json(values) + "\n")
+        self._write(f"{name}.md", to_markdown(grids))
+        self._write(f"{name}.tex", to_latex(grids))
+        if self.json:
+            print(to_json(values))
+        elif not self.quiet:
+            for grid in grids:
+                stdout.print(show(grid))
+            stdout.print(f"tables in {printable(str(self.out))}: {name}.json, .md, .tex", soft_wrap=True)
+
+    def _write(self, name: str, text: str) -> None:
+        from mlperturb.files import write_file
+
+        write_file(self.out / name, text.encode())
+
+    @contextmanager
+    def _bar(self, photos: int) -> Iterator[Callable[[int], None]]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from mlperturb.cli.console import err
+
+        columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        hidden = self.quiet or not err.is_terminal
+        with Progress(*columns, console=err, transient=True, disable=hidden) as self.bar:
+            self.task = self.bar.add_task("classifying", total=photos)
+            yield self._advance
+
+    def _planned(self, total: int, had: int) -> None:
+        if had:
+            print_note(f"going on: {had} of {total} attacks are done already")
+        self.bar.reset(self.task, total=total, completed=had, description="attacking")
+
+    def _advance(self, count: int, text: str | None = None) -> None:
+        self.bar.update(self.task, advance=count, description=text)

@@ -1,0 +1,242 @@
+"""The paper's experiment (Section IV-E): cases on photos that the classifier gets right -> rows of Tables IV and V."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mlperturb.cases import Case, Protocol, Variant, choose
+from mlperturb.classifier import Classifier
+from mlperturb.errors import ImageError, UsageError
+from mlperturb.images import read_photo
+from mlperturb.journal import Journal
+from mlperturb.labels import Request
+from mlperturb.metrics import (
+    auc,
+    average_precision,
+    instance_f1,
+    instance_hamming,
+    kendall_tau,
+    ranking_loss,
+)
+from mlperturb.report import Record
+from mlperturb.runner import Job, Settings, plan_outputs, run_attack
+from mlperturb.targets import Targets, decide
+from mlperturb.voc import Dataset
+
+METRICS = ("rmsd", "hamming_a", "hamming_b", "f1", "ranking_loss", "map", "auc", "kendall_tau")
+_RESAMPLES = 1000
+_BATCH = 32  # photos decided on together, before any attack
+
+Figures = dict[str, npt.NDArray[np.float64]]  # of N photos, (N,) each
+
+
+@torch.inference_mode()
+def predict_photos(classifier: Classifier, dataset: Dataset, done: Callable[[int], None] | None = None) -> Tensor:
+    """Return the logits of every photo at its own size, (N, L), on the CPU; NaN for a photo that cannot be read."""
+    logits = torch.full((len(dataset), len(dataset.labels)), torch.nan)
+    for start in range(0, len(dataset), _BATCH):
+        rows, images = [], []
+        for row in range(start, min(start + _BATCH, len(dataset))):
+            try:
+                rgb = read_photo(dataset.paths[row]).rgb
+            except ImageError:
+                continue
+            rows.append(row)
+            images.append(torch.from_numpy(rgb).to(classifier.device).permute(2, 0, 1).float() / 255)
+        if images:
+            logits[rows] = classifier(images).float().cpu()
+        if done:
+            done(min(_BATCH, len(dataset) - start))
+    return logits
+
+
+def run(
+    classifier: Classifier,
+    dataset: Dataset,
+    protocol: Protocol,
+    journal: Journal,
+    *,
+    scanned: Callable[[int], None] | None = None,
+    planned: Callable[[int, int], None] | None = None,
+    done: Callable[[Case, Variant, list[Record]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Attack every case with every method, going on from the journal, and return the rows of the tables.
+
+    Args:
+        classifier: to attack.
+        dataset: with the classifier's labels in its order, see `align`.
+        protocol: what to do.
+        journal: holds X and the records of every finished batch; the images lie beside it.
+        scanned: told how many more photos have been decided on, while X is being found.
+        planned: told how many attacks there are and how many of them the journal has.
+        done: told of every finished batch.
+
+    Raises:
+        UsageError: if no case fits a photo.
+        StorageError: if nothing can be written any more.
+    """
+    correct = _find_correct(classifier, dataset, journal, scanned)
+    chosen = {case: choose(case, dataset, correct, protocol) for case in protocol.cases}
+    if not any(chosen.values()):
+        raise UsageError(f"of the {len(correct)} photos that the classifier gets right, none has the labels for a case")
+    finished = _finished(journal)
+    pairs = [(case, variant) for case in protocol.cases for variant in protocol.variants]
+    if planned:
+        left = [len(_jobs(dataset, chosen[c], finished.get((c.name, v.name), set()))) for c, v in pairs]
+        total = sum(len(chosen[case]) for case, _ in pairs)
+        planned(total, total - sum(left))
+    for case, variant in pairs:
+        folder = journal.path.parent / "images" / _slug(case.name) / _slug(variant.name)
+        jobs = _jobs(dataset, chosen[case], finished.get((case.name, variant.name), set()))
+        if not jobs:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def keep(records: list[Record], case: Case = case, variant: Variant = variant, folder: Path = folder) -> None:
+            journal.append({"case": case.name, "method": variant.name, "records": [asdict(r) for r in records]})
+            if not protocol.keep_images:
+                for name in [name for record in records for name in record.files.values() if name]:
+                    (folder / name).unlink(missing_ok=True)
+            if done:
+                done(case, variant, records)
+
+        run_attack(classifier, jobs, folder, _settings(protocol, variant), keep)
+        if not protocol.keep_images:
+            for place in (folder, folder.parent, folder.parent.parent):
+                if not any(place.iterdir()):
+                    place.rmdir()
+    return tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu())
+
+
+def tabulate(journal: Journal, protocol: Protocol, labels: Sequence[str], boundary: Tensor) -> list[dict[str, Any]]:
+    """Read the journal, a batch at a time, and return a row for each case and method that has records."""
+    gathered: dict[tuple[str, str], list[Figures]] = {}
+    for entry in journal.entries():
+        if "records" in entry:
+            figures = measure(entry["records"], labels, boundary)
+            gathered.setdefault((entry["case"], entry["method"]), []).append(figures)
+    return [
+        make_row(case.name, variant.name, gathered[case.name, variant.name])
+        for case in protocol.cases
+        for variant in protocol.variants
+        if (case.name, variant.name) in gathered
+    ]
+
+
+def measure(records: Sequence[dict[str, Any]], labels: Sequence[str], boundary: Tensor) -> Figures:
+    """Return the figures of each of N records: `success`, `success_float`, `passes`, `error`, and `METRICS` by result.
+
+    The results are `float` and `saved`; the truth that they are compared with is y*. A figure that a photo has none
+    of is NaN: Hamming(B) without B; ranking loss, mAP and AUC where no label is relevant, or all are.
+    """
+    figures: Figures = {
+        "success": np.array([record["status"] == "success" for record in records], dtype=np.float64),
+        "success_float": np.array([bool(record["success_float"]) for record in records], dtype=np.float64),
+        "passes": np.array([r["cost"]["forward"] + r["cost"]["backward"] for r in records], dtype=np.float64),
+        "error": np.array([record["error"] is not None for record in records], dtype=np.float64),
+    }
+
+    def table(values: Iterable[Iterable[float]]) -> Tensor:
+        return torch.tensor([list(row) for row in values], dtype=torch.double).view(-1, len(labels))
+
+    for name, when, distortion in (("float", "float", "distortion_float"), ("saved", "after", "distortion")):
+        rows = [n for n, r in enumerate(records) if r[distortion] and (r["probabilities"] or {}).get(when)]
+        had = [records[row] for row in rows]
+        scores = table([r["probabilities"][when][label] for label in labels] for r in had)
+        truth = table([1.0 if r["truth"][label] else -1.0 for label in labels] for r in had)
+        flip, keep = (table([label in r[which] for label in labels] for r in had).bool() for which in ("flip", "keep"))
+        targets = Targets(flip, keep, truth, boundary)
+        decisions, desired = decide(scores, torch.sigmoid(boundary.double())), targets.desired
+        values = {
+            "rmsd": torch.tensor([r[distortion]["rmsd"] for r in had], dtype=torch.double),
+            "hamming_a": instance_hamming(decisions, desired * flip),
+            "hamming_b": instance_hamming(decisions, desired * keep),
+            "f1": instance_f1(decisions, desired),
+            "ranking_loss": ranking_loss(scores, desired),
+            "map": average_precision(scores, desired),
+            "auc": auc(scores, desired),
+            "kendall_tau": kendall_tau(scores, targets.ranks),
+        }
+        for metric, value in values.items():
+            figures[f"{name}.{metric}"] = np.full(len(records), np.nan)
+            figures[f"{name}.{metric}"][rows] = value.numpy()
+    return figures
+
+
+def make_row(case: str, method: str, figures: Sequence[Figures]) -> dict[str, Any]:
+    """Average the figures of a case and method; `intervals` holds 95% bootstrap intervals over the photos."""
+    joined = {name: np.concatenate([part[name] for part in figures]) for name in figures[0]}
+    row: dict[str, Any] = {"case": case, "method": method, "images": len(joined["success"])}
+    intervals: dict[str, Any] = {}
+    for name, source in (("success_rate", "success"), ("success_rate_float", "success_float"), ("passes", "passes")):
+        row[name], intervals[name] = _mean(joined[source])
+    for which in ("float", "saved"):
+        pairs = {metric: _mean(joined[f"{which}.{metric}"]) for metric in METRICS}
+        row[which] = {metric: mean for metric, (mean, _) in pairs.items()}
+        intervals[which] = {metric: interval for metric, (_, interval) in pairs.items()}
+    counts = {"ranked_images": int((~np.isnan(joined["saved.auc"])).sum()), "errors": int(joined["error"].sum())}
+    return {**row, **counts, "intervals": intervals}
+
+
+def _mean(values: npt.NDArray[np.float64]) -> tuple[float | None, list[float] | None]:
+    """Return the mean of what is not NaN and its 95% bootstrap interval, percentile method."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return None, None
+    generator = np.random.default_rng(0)
+    means = [known[generator.integers(len(known), size=len(known))].mean() for _ in range(_RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(known.mean()), [float(low), float(high)]
+
+
+def _find_correct(
+    classifier: Classifier, dataset: Dataset, journal: Journal, scanned: Callable[[int], None] | None
+) -> list[int]:
+    """Return the rows of X: photos every label of which the classifier gets right; difficult labels do not count."""
+    for entry in journal.entries():
+        if "correct" in entry:
+            return [int(row) for row in entry["correct"]]
+    logits = predict_photos(classifier, dataset, scanned)
+    truth = torch.from_numpy(dataset.truth)
+    right = (decide(logits, classifier.boundary.cpu()) == truth) | (truth == 0)
+    correct = (right.all(1) & logits.isfinite().all(1)).nonzero().flatten().tolist()
+    unreadable = int(logits.isnan().all(1).sum())
+    journal.append({"correct": correct, "photos": len(dataset), "unreadable": unreadable})
+    return [int(row) for row in correct]
+
+
+def _finished(journal: Journal) -> dict[tuple[str, str], set[str]]:
+    found: dict[tuple[str, str], set[str]] = {}
+    for entry in journal.entries():
+        if "records" in entry:
+            sources = {record["source"] for record in entry["records"]}
+            found.setdefault((entry["case"], entry["method"]), set()).update(sources)
+    return found
+
+
+def _settings(protocol: Protocol, variant: Variant) -> Settings:
+    """Return the settings of one method's attacks; every photo has a request of its own."""
+    return Settings(
+        variant.method, protocol.budget, Request(flip=(0,)), protocol.passes, protocol.batch_size,
+        max_rmsd=protocol.max_rmsd, keep_failed=True, options=variant.options,
+    )  # fmt: skip
+
+
+def _jobs(dataset: Dataset, chosen: dict[int, Request], finished: set[str]) -> list[Job]:
+    """Return the jobs that are left; names are given as if none were done."""
+    planned = plan_outputs([dataset.paths[row] for row in chosen])
+    jobs = zip(planned, chosen.values(), strict=True)
+    return [Job(j.source, j.adversarial, j.map, request) for j, request in jobs if str(j.source) not in finished]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.=-]", "_", name)
