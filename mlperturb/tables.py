@@ -105,8 +105,8 @@ class Grid:
 
 _METRICS = (  # key, heading, +1 if higher is better
     ("rmsd", "RMSD", -1),
-    ("hamming_a", "Hamming(A)", -1),
-    ("hamming_b", "Hamming(B)", -1),
+    ("hamming_a", "Hamm. (A)", -1),
+    ("hamming_b", "Hamm. (B)", -1),
     ("f1", "F1", 1),
     ("ranking_loss", "rank. loss", -1),
     ("map", "mAP", 1),
@@ -115,27 +115,26 @@ _METRICS = (  # key, heading, +1 if higher is better
 )
 
 
-def evaluation_grid(rows: Sequence[dict[str, Any]], which: str) -> Grid:
+def evaluation_grid(rows: Sequence[dict[str, Any]], which: str, *, digits: int = 4) -> Grid:
     """Lay out rows of `evaluation.tabulate` as Tables IV and V: `which` is `float` or `saved`."""
     success = "success_rate" if which == "saved" else "success_rate_float"
     titles = {"saved": "8-bit PNG, as read back", "float": "float result, before rounding (the paper's convention)"}
-    columns = ("case", "method", "images", *(heading for _, heading, _ in _METRICS), "success", "passes")
+    columns = ("case", "images", "method", *(heading for _, heading, _ in _METRICS), "succ.", "passes")
     cells, best = [], set()
     for number, row in enumerate(rows):
         values = [row[which][key] for key, _, _ in _METRICS]
-        cells.append(
-            [row["case"], row["method"], str(row["images"]), *map(_number, values), _percent(row[success])]
-            + [f"{row['passes']:.0f}"]
-        )
+        numbers = [_number(value, digits) for value in values]
+        names = [row["case"], str(row["images"]), row["method"]]
+        cells.append([*names, *numbers, _percent(row[success]), f"{row['passes']:.0f}"])
         for column, (key, _, sign) in enumerate(_METRICS):
-            group = [
-                sign * other[which][key]
-                for other in rows
-                if other["case"] == row["case"] and other[which][key] is not None
-            ]
+            group = [sign * other[which][key] for other in rows if _comparable(other, row, which, key)]
             if values[column] is not None and sign * values[column] >= max(group) - 5e-5:
                 best.add((number, 3 + column))
-    return Grid(titles[which], columns, cells, frozenset(best), keys=2)
+    return Grid(titles[which], columns, cells, frozenset(best), keys=3)
+
+
+def _comparable(other: dict[str, Any], row: dict[str, Any], which: str, key: str) -> bool:
+    return bool(other["case"] == row["case"] and other[which][key] is not None)
 
 
 def classifier_grid(metrics: dict[str, dict[str, Any]]) -> Grid:
@@ -147,19 +146,20 @@ def classifier_grid(metrics: dict[str, dict[str, Any]]) -> Grid:
 
 
 def show(grid: Grid) -> Table:
-    """Return a grid for the terminal."""
-    table = _table(*grid.columns)
-    table.title, table.title_justify = Text(grid.title, style="bold"), "left"
-    for column in table.columns[: grid.keys]:
-        column.justify = "left"
-    previous = None
+    """Return a grid for the terminal; of several columns that name a row, all but the last head a group of rows."""
+    groups = grid.keys - 1
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=Text(grid.title, style="bold"))
+    table.title_justify = "left"
+    for number, column in enumerate(grid.columns[groups:]):
+        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=not number)
+    previous: list[str] = []
     for number, cells in enumerate(grid.rows):
-        if grid.keys > 1 and previous not in (None, cells[0]):
-            table.add_section()
-        shown = ["" if grid.keys > 1 and cells[0] == previous else cells[0], *cells[1:]]
+        if groups and cells[:groups] != previous:
+            previous = cells[:groups]
+            table.add_row(Text(clean(", ".join(previous)).plain, style="italic"))
         styles = ["bold" if (number, column) in grid.best else "" for column in range(len(cells))]
-        table.add_row(*(Text(clean(text).plain, style=style) for text, style in zip(shown, styles, strict=True)))
-        previous = cells[0]
+        texts = [Text(clean(text).plain, style=style) for text, style in zip(cells, styles, strict=True)]
+        table.add_row(*texts[groups:])
     return table
 
 
@@ -213,8 +213,8 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     return stream.getvalue()
 
 
-def _number(value: float | int | None) -> str:
-    return "N.A." if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+def _number(value: float | int | None, digits: int = 4) -> str:
+    return "N.A." if value is None else str(value) if isinstance(value, int) else f"{value:.{digits}f}"
 
 
 def _percent(value: float | None) -> str:

@@ -10,8 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import TINY_LABELS, TINY_PIXELS
 from hypothesis import settings
 from PIL import Image
+
+from mlperturb.checkpoints import Metadata, build_network, save_checkpoint
+from mlperturb.classifier import Classifier
+from mlperturb.preprocess import Preprocess
 
 settings.register_profile("mlperturb", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("mlperturb")
@@ -49,3 +54,23 @@ def run_python() -> Callable[[str], str]:
         return done.stdout.strip()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """Return a checkpoint of ours of a small torchvision network that is quick to run."""
+    preprocess = Preprocess(resize=(40, 40))
+    torch.manual_seed(0)
+    net = build_network("shufflenet_v2_x0_5", len(TINY_LABELS))
+    rng = np.random.default_rng(0)
+    probe = torch.from_numpy(rng.random((16, 3, 40, 40), dtype=np.float32)) * 2 - 1
+    with torch.no_grad():
+        for _ in range(20):
+            net.train()(probe)  # gives batch normalisation its statistics
+        net.eval().fc.weight.mul_(700)
+        seen = Classifier(net, TINY_LABELS, None, preprocess)([torch.from_numpy(TINY_PIXELS).permute(2, 0, 1) / 255])[0]
+        net.fc.bias.sub_(seen - torch.tensor([0.3, -0.3, 0.2, -0.2]))
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    metadata = Metadata("shufflenet_v2_x0_5", TINY_LABELS, (0.5,) * 4, preprocess.to_dict())
+    save_checkpoint(path, net.state_dict(), metadata)
+    return path

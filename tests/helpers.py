@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,10 @@ from mlperturb.attacks.fast_gradient import fg, fgs
 from mlperturb.attacks.ranking import rank_1, rank_2
 from mlperturb.attacks.schedule import FAST
 from mlperturb.targets import Targets, decide
+
+# Of the fixture `tiny`, and a photo of which it says cat and potted plant.
+TINY_LABELS = ("cat", "dog", "potted plant", "hen")
+TINY_PIXELS = np.random.default_rng(1).integers(0, 256, (30, 36, 3), dtype=np.uint8)
 
 # Every method, in every variant that takes another way through the code, tuned to be quick.
 ATTACKS: dict[str, Callable] = {

@@ -10,45 +10,20 @@ from pathlib import Path
 
 import jsonschema
 import matplotlib
-import numpy as np
 import pytest
 import torch
+from helpers import TINY_LABELS as LABELS
+from helpers import TINY_PIXELS as PIXELS
 from PIL import Image
 
 from mlperturb.attacks import METHODS
-from mlperturb.checkpoints import Metadata, build_network, bundled_checkpoint, read_metadata, save_checkpoint
-from mlperturb.classifier import Classifier
+from mlperturb.checkpoints import Metadata, bundled_checkpoint, read_metadata, save_checkpoint
 from mlperturb.cli.main import main
 from mlperturb.images import read_photo
-from mlperturb.preprocess import Preprocess
 from mlperturb.report import read_schema
 
-LABELS = ("cat", "dog", "potted plant", "hen")
-PIXELS = np.random.default_rng(1).integers(
-    0, 256, (30, 36, 3), dtype=np.uint8
-)  # cat and potted plant, the network says
-PREPROCESS = Preprocess(resize=(40, 40))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 PORTRAIT = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """Return a checkpoint of ours of a small torchvision network that is quick to run."""
-    torch.manual_seed(0)
-    net = build_network("shufflenet_v2_x0_5", len(LABELS))
-    rng = np.random.default_rng(0)
-    probe = torch.from_numpy(rng.random((16, 3, 40, 40), dtype=np.float32)) * 2 - 1
-    with torch.no_grad():
-        for _ in range(20):
-            net.train()(probe)  # gives batch normalisation its statistics
-        net.eval().fc.weight.mul_(700)
-        seen = Classifier(net, LABELS, None, PREPROCESS)([torch.from_numpy(PIXELS).permute(2, 0, 1) / 255])[0]
-        net.fc.bias.sub_(seen - torch.tensor([0.3, -0.3, 0.2, -0.2]))
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
-    metadata = Metadata("shufflenet_v2_x0_5", LABELS, (0.5,) * 4, PREPROCESS.to_dict())
-    save_checkpoint(path, net.state_dict(), metadata)
-    return path
 
 
 @pytest.fixture

@@ -187,7 +187,8 @@ class _Run:
             if not any(row["case"] == case.name for row in rows):
                 print_note(f"case {case.name}: no photo that the classifier gets right has the labels for it")
         self._write("tables.csv", to_csv(rows))
-        self._finish("tables", rows, [evaluation_grid(rows, "float"), evaluation_grid(rows, "saved")])
+        shown = [evaluation_grid(rows, which, digits=3) for which in ("float", "saved")]
+        self._finish("tables", rows, [evaluation_grid(rows, which) for which in ("float", "saved")], shown)
         return int(any(row["errors"] for row in rows))
 
     def _key(self, dataset: Dataset) -> dict[str, Any]:
@@ -209,7 +210,7 @@ class _Run:
             "device": self.device,
         }
 
-    def _finish(self, name: str, values: Any, grids: list[Grid]) -> None:
+    def _finish(self, name: str, values: Any, grids: list[Grid], shown: list[Grid] | None = None) -> None:
         from mlperturb.report import to_json
         from mlperturb.tables import show, to_latex, to_markdown
 
@@ -219,7 +220,7 @@ class _Run:
         if self.json:
             print(to_json(values))
         elif not self.quiet:
-            for grid in grids:
+            for grid in shown or grids:
                 stdout.print(show(grid))
             stdout.print(f"tables in {printable(str(self.out))}: {name}.json, .md, .tex", soft_wrap=True)
 

@@ -81,8 +81,8 @@ def train(
     if validation is None:
         training, validation = _hold_out(training, seed)
     recipe = Recipe(
-        arch, epochs, batch_size, lr, fresh_rate, 1e-2, instance_weight, calibration_weight, head_only, size, train_size,
-        average, seed, workers,
+        arch, epochs, batch_size, lr, fresh_rate, 1e-2, instance_weight, calibration_weight, head_only, size,
+        train_size, average, seed, workers,
     )  # fmt: skip
     files = [Path(name) for name in init or () if name != "torchvision"]
     provenance = {

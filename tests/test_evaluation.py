@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from sklearn import metrics as reference
+
+from mlperturb import evaluation
+from mlperturb.cases import Protocol, parse_cases, parse_variants
+from mlperturb.checkpoints import load_checkpoint
+from mlperturb.errors import UsageError
+from mlperturb.evaluation import METRICS, make_row, measure, predict_photos, run
+from mlperturb.images import read_photo
+from mlperturb.journal import Journal
+from mlperturb.tables import evaluation_grid, to_csv, to_latex, to_markdown
+from mlperturb.voc import Dataset
+
+LABELS = ("cat", "dog", "potted plant", "hen", "cow")
+BOUNDARY = torch.logit(torch.tensor([0.5, 0.4, 0.6, 0.5, 0.5]))
+
+
+def made_up_record(rng: np.random.Generator, flipped: int) -> dict:
+    """Return a record with random probabilities, ties among them, and `flipped` labels in A."""
+    truth = {label: bool(rng.random() < 0.4) for label in LABELS}
+    order = [LABELS[number] for number in rng.permutation(5)]
+    probabilities = {
+        when: {label: round(float(rng.random()), 1) for label in LABELS} for when in ("before", "float", "after")
+    }
+    return {
+        "status": "success" if rng.random() < 0.5 else "partial",
+        "success_float": bool(rng.random() < 0.5),
+        "truth": truth,
+        "flip": order[:flipped],
+        "keep": order[flipped:],
+        "probabilities": probabilities,
+        "distortion": {"rmsd": float(rng.random())},
+        "distortion_float": {"rmsd": float(rng.random())},
+        "cost": {"forward": 3, "backward": int(rng.integers(9))},
+        "error": None,
+    }
+
+
+@pytest.fixture
+def records() -> list[dict]:
+    rng = np.random.default_rng(0)
+    return [made_up_record(rng, flipped) for flipped in (1, 2, 5, 1, 3) for _ in range(8)]
+
+
+def desired(record: dict, label: str) -> bool:
+    return record["truth"][label] != (label in record["flip"])
+
+
+def test_every_metric_agrees_with_scikit_learn_and_scipy(records):
+    figures = measure(records, LABELS, BOUNDARY)
+    thresholds = torch.sigmoid(BOUNDARY.double()).numpy()
+    for row, record in enumerate(records):
+        scores = np.array([record["probabilities"]["after"][label] for label in LABELS])
+        wanted = np.array([desired(record, label) for label in LABELS])
+        decided = scores >= thresholds
+        ranks = (2 * wanted - 1) * np.array([1 + (label in record["flip"]) for label in LABELS])
+        for name, members in (("hamming_a", "flip"), ("hamming_b", "keep")):
+            chosen = np.array([label in record[members] for label in LABELS])
+            value = reference.hamming_loss(wanted[chosen], decided[chosen]) if chosen.any() else np.nan
+            assert figures[f"saved.{name}"][row] == pytest.approx(value, nan_ok=True)
+        f1 = reference.f1_score(wanted, decided, zero_division=0)
+        assert figures["saved.f1"][row] == pytest.approx(f1)
+        if wanted.any():
+            precision = reference.average_precision_score(wanted, scores)
+            assert figures["saved.map"][row] == pytest.approx(precision)
+        if wanted.any() and not wanted.all():
+            assert figures["saved.auc"][row] == pytest.approx(reference.roc_auc_score(wanted, scores))
+            loss = reference.label_ranking_loss(wanted[None], scores[None])
+            assert figures["saved.ranking_loss"][row] == pytest.approx(loss)
+        else:
+            assert np.isnan([figures["saved.auc"][row], figures["saved.ranking_loss"][row]]).all()
+        tau = stats.kendalltau(scores, ranks).statistic
+        assert figures["saved.kendall_tau"][row] == pytest.approx(tau, nan_ok=True)
+        assert figures["saved.rmsd"][row] == record["distortion"]["rmsd"]
+        assert figures["float.rmsd"][row] == record["distortion_float"]["rmsd"]
+
+
+def test_a_row_averages_what_is_known_and_leaves_the_rest_out(records):
+    figures = measure(records, LABELS, BOUNDARY)
+    row = make_row("extreme", "x", [measure(records[:7], LABELS, BOUNDARY), measure(records[7:], LABELS, BOUNDARY)])
+    assert row["images"] == 40 and row["ranked_images"] == int((~np.isnan(figures["saved.auc"])).sum()) < 40
+    assert row["success_rate"] == np.mean([record["status"] == "success" for record in records])
+    assert row["passes"] == np.mean([3 + record["cost"]["backward"] for record in records])
+    for which in ("float", "saved"):
+        for metric in METRICS:
+            assert row[which][metric] == pytest.approx(np.nanmean(figures[f"{which}.{metric}"]))
+            low, high = row["intervals"][which][metric]
+            assert low < row[which][metric] < high
+
+
+def test_an_empty_b_and_an_error_are_not_available_rather_than_zero(records):
+    extreme = [{**record, "flip": list(LABELS), "keep": []} for record in records]
+    row = make_row("extreme", "x", [measure(extreme, LABELS, BOUNDARY)])
+    assert row["saved"]["hamming_b"] is None and row["intervals"]["saved"]["hamming_b"] is None
+    broken = {**records[0], "probabilities": None, "distortion": None, "distortion_float": None, "error": {"type": "x"}}
+    row = make_row("random", "x", [measure([broken], LABELS, BOUNDARY)])
+    assert row["errors"] == 1 and set(row["saved"].values()) == set(row["float"].values()) == {None}
+
+
+def test_the_bootstrap_interval_covers_a_known_mean():
+    rng = np.random.default_rng(1)
+    inside = 0
+    for _ in range(60):
+        low, high = evaluation._mean(rng.exponential(2.0, 80))[1]
+        inside += low < 2.0 < high
+    assert inside >= 51  # 95% less what chance and the skew take
+
+
+@pytest.fixture
+def classifier(tiny):
+    return load_checkpoint(tiny, device="cpu")[0]
+
+
+@pytest.fixture
+def data(tmp_path, classifier) -> Dataset:
+    """Return fourteen photos; the annotations are the classifier's decisions, but wrong for two of them."""
+    rng = np.random.default_rng(2)
+    (tmp_path / "photos").mkdir()
+    paths = [tmp_path / "photos" / f"{number}.png" for number in range(14)]
+    for path in paths:
+        smooth = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(smooth).resize(tuple(rng.integers(20, 50, 2))).save(path)
+    seen = Dataset(tuple(paths), classifier.labels, np.zeros((14, 4), dtype=np.int8))
+    truth = np.where(predict_photos(classifier, seen) >= classifier.boundary, 1, -1).astype(np.int8)
+    truth[3, 0] *= -1
+    truth[8, 2] *= -1
+    truth[5, 1] = 0
+    return replace(seen, truth=truth)
+
+
+def make_protocol(**more) -> Protocol:
+    options = {"images": 5, "budget": "fast", "passes": 20, "batch_size": 2, **more}
+    cases = parse_cases(["random,extreme"], ["cat"], [], ("cat", "dog", "potted plant", "hen"))
+    return Protocol(cases, parse_variants(["fgs,ml-dp:solver=pinv,rank-2"], "fast"), **options)
+
+
+def strip(entries: list[dict]) -> list[dict]:
+    """Drop what differs from run to run: seconds."""
+    for entry in entries:
+        for record in entry.get("records", ()):
+            del record["cost"]["seconds"]
+    return entries
+
+
+def test_photos_are_decided_on_at_their_own_sizes_and_bad_ones_left_out(classifier, data, tmp_path):
+    (tmp_path / "photos" / "5.png").write_bytes(b"nonsense")
+    logits = predict_photos(classifier, data)
+    assert logits[5].isnan().all() and logits.isfinite().all(1).sum() == 13
+    for row in (0, 13):
+        alone = classifier([torch.from_numpy(read_photo(data.paths[row]).rgb).permute(2, 0, 1) / 255])[0]
+        torch.testing.assert_close(logits[row], alone, atol=1e-3, rtol=1e-4)
+
+
+def test_an_evaluation_attacks_what_the_classifier_gets_right_and_counts_it(classifier, data, tmp_path):
+    journal = Journal(tmp_path / "out" / "records.jsonl", {}) if (tmp_path / "out").mkdir() is None else None
+    protocol = make_protocol()
+    rows = run(classifier, data, protocol, journal)
+    first, *batches = journal.entries()
+    assert set(range(14)) - set(first["correct"]) == {3, 8}
+    assert [(row["case"], row["method"]) for row in rows] == [
+        (case.name, variant.name)
+        for case in protocol.cases
+        if any(entry["case"] == case.name for entry in batches)
+        for variant in protocol.variants
+    ]
+    wrong = {str(data.paths[3]), str(data.paths[8])}
+    for row in rows:
+        mine = [r for e in batches if (e["case"], e["method"]) == (row["case"], row["method"]) for r in e["records"]]
+        assert len(mine) == row["images"] <= 5 and not {record["source"] for record in mine} & wrong
+        assert row["success_rate"] == sum(record["status"] == "success" for record in mine) / len(mine)
+        assert row["saved"]["rmsd"] == pytest.approx(np.mean([record["distortion"]["rmsd"] for record in mine]))
+        assert all(record["cost"]["forward"] + record["cost"]["backward"] <= 20 for record in mine)
+    assert not (tmp_path / "out" / "images").exists()
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("batches", [0, 1, 4, 9])
+def test_a_stopped_evaluation_goes_on_to_the_identical_tables(classifier, data, tmp_path, batches):
+    protocol = make_protocol()
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = Journal(tmp_path / "whole" / "j.jsonl", {})
+    expected = run(classifier, data, protocol, whole)
+    count = 0
+
+    def stop(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > batches:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(classifier, data, protocol, Journal(tmp_path / "parts" / "j.jsonl", {}), done=stop)
+    with (tmp_path / "parts" / "j.jsonl").open("ab") as stream:
+        stream.write(b'{"case": "random", "rec')  # as a killed process leaves it
+    left = []
+    again = Journal(tmp_path / "parts" / "j.jsonl", {})
+    rows = run(classifier, data, protocol, again, planned=lambda total, had: left.append(total - had))
+    assert again.torn and rows == expected
+    assert strip(list(again.entries())) == strip(list(whole.entries()))
+    sources = [
+        (e["case"], e["method"], record["source"]) for e in again.entries() if "records" in e for record in e["records"]
+    ]
+    assert len(set(sources)) == len(sources)
+    assert 0 < left[0] < len(sources)
+
+
+def test_the_cap_on_rmsd_holds_for_every_method_and_both_results(classifier, data, tmp_path):
+    journal = Journal(tmp_path / "j.jsonl", {})
+    cases = parse_cases(["extreme"], [], [], classifier.labels)
+    protocol = Protocol(cases, parse_variants(["all"], "fast"), images=3, budget="fast", passes=60, max_rmsd=1.5)
+    for row in run(classifier, data, protocol, journal):
+        assert 0 < row["saved"]["rmsd"] <= 1.5
+    for entry in journal.entries():
+        for record in entry.get("records", ()):
+            assert record["distortion"]["rmsd"] <= 1.5 and record["distortion_float"]["rmsd"] <= 1.5
+
+
+def test_kept_images_are_the_ones_the_records_describe(classifier, data, tmp_path):
+    journal = Journal(tmp_path / "j.jsonl", {})
+    run(classifier, data, make_protocol(images=2, keep_images=True), journal)
+    for entry in journal.entries():
+        for record in entry.get("records", ()):
+            folder = tmp_path / "images" / entry["case"].replace(" ", "_") / entry["method"].replace(":", "_")
+            saved, photo = read_photo(folder / record["files"]["adversarial"]), read_photo(Path(record["source"]))
+            difference = saved.rgb.astype(float) - photo.rgb
+            assert np.sqrt((difference**2).mean()) == pytest.approx(record["distortion"]["rmsd"])
+
+
+def test_a_data_set_that_fits_no_case_is_refused(classifier, data, tmp_path):
+    nothing = replace(data, truth=-data.truth)
+    with pytest.raises(UsageError, match="of the 0 photos"):
+        run(classifier, nothing, make_protocol(), Journal(tmp_path / "j.jsonl", {}))
+
+
+@pytest.fixture
+def rows(records) -> list[dict]:
+    figures = [measure(records[start : start + 20], LABELS, BOUNDARY) for start in (0, 20)]
+    return [
+        make_row(case, method, [part])
+        for case, method, part in (
+            ("random", "a_b", figures[0]),
+            ("random", "c|d", figures[1]),
+            ("reduce <i>&\x1b", "a_b", figures[0]),
+        )
+    ]
+
+
+def test_the_files_hold_the_figures_and_mark_the_best_of_each_case(rows):
+    grid = evaluation_grid(rows, "saved")
+    column = grid.columns.index("RMSD")
+    best = min((0, 1), key=lambda number: rows[number]["saved"]["rmsd"])
+    assert {(number, column) for number in range(3)} & grid.best == {(best, column), (2, column)}
+    assert grid.rows[best][column] == f"{rows[best]['saved']['rmsd']:.4f}"
+    column = grid.columns.index("F1")
+    assert (max((0, 1), key=lambda number: rows[number]["saved"]["f1"]), column) in grid.best
+    for text, line in zip(csv.DictReader(io.StringIO(to_csv(rows))), range(6), strict=True):
+        source = rows[line // 2]
+        which = ("float", "saved")[line % 2]
+        assert text["result"] == which and float(text["map"]) == source[which]["map"]
+        assert float(text["auc_low"]) == source["intervals"][which]["auc"][0]
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_untrusted_names_are_harmless_in_markdown_and_latex(rows):
+    grid = evaluation_grid(rows, "float")
+    markdown, latex = to_markdown([grid]), to_latex([grid])
+    assert "\\<i\\>" in markdown and "c\\|d" in markdown and "a\\_b" in markdown
+    assert r"a\_b" in latex and r"<i>\&" in latex and "\x1b" not in markdown + latex
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in lines} == {len(grid.columns) + 1}
+    assert latex.count(r"\\") == 4 and latex.count("&") - latex.count(r"\&") == 4 * (len(grid.columns) - 1)
