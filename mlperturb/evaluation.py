@@ -109,7 +109,7 @@ def run(
             if done:
                 done(case, variant, records)
 
-        run_attack(classifier, jobs, folder, _settings(protocol, variant), keep)
+        run_attack(classifier, jobs, folder, make_settings(protocol, variant), keep)
         if not protocol.keep_images:
             for place in (folder, folder.parent, folder.parent.parent):
                 if not any(place.iterdir()):
@@ -223,8 +223,12 @@ def _finished(journal: Journal) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-def _settings(protocol: Protocol, variant: Variant) -> Settings:
-    """Return the settings of one method's attacks; every photo has a request of its own."""
+def make_settings(protocol: Protocol, variant: Variant) -> Settings:
+    """Return the settings of one method's attacks; every photo has a request of its own.
+
+    Raises:
+        UsageError: if they cannot be carried out.
+    """
     return Settings(
         variant.method, protocol.budget, Request(flip=(0,)), protocol.passes, protocol.batch_size,
         max_rmsd=protocol.max_rmsd, keep_failed=True, options=variant.options,

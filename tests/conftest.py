@@ -16,6 +16,7 @@ from PIL import Image
 
 from mlperturb.checkpoints import Metadata, build_network, save_checkpoint
 from mlperturb.classifier import Classifier
+from mlperturb.cli.main import main
 from mlperturb.preprocess import Preprocess
 
 settings.register_profile("mlperturb", max_examples=60, deadline=None, derandomize=True, database=None)
@@ -74,3 +75,21 @@ def tiny(tmp_path_factory) -> Path:
     metadata = Metadata("shufflenet_v2_x0_5", TINY_LABELS, (0.5,) * 4, preprocess.to_dict())
     save_checkpoint(path, net.state_dict(), metadata)
     return path
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; return exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlperturb", *map(str, arguments)])
+        monkeypatch.setattr("mlperturb.devices.keep_freed_memory", lambda: False)
+        try:
+            with pytest.raises(SystemExit) as stop:
+                main()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+    return run

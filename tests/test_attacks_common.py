@@ -258,6 +258,29 @@ def test_no_image_spends_more_passes_than_its_limit(name, limit):
     assert int(spent.max()) <= limit + 7
 
 
+@every_attack
+@pytest.mark.parametrize("cap", [0.1, 0.3])
+def test_no_iterate_or_lattice_point_lies_beyond_the_cap(name, cap):
+    images, targets = ragged_targets(NET)
+    caps = torch.full((len(images),), cap, dtype=images.dtype)
+    caps[::2] *= 2  # an image's own
+    problem = Problem.start(NET, images, targets, cap=caps)
+    outcome = ATTACKS[name](problem)
+    moved = (outcome.images - images).flatten(1).norm(dim=1)
+    assert bool((moved <= caps).all()) and float(moved.max()) > 0
+    lattice = quantise(problem, outcome, scales=6, iterations=20)
+    assert bool(((lattice.images - images).flatten(1).norm(dim=1) <= caps).all())
+
+
+@pytest.mark.parametrize("name", ["ml-cw", "ml-dp nnls", "fg"])
+def test_a_generous_cap_changes_nothing(name):
+    images, targets = ragged_targets(NET)
+    free = ATTACKS[name](Problem.start(NET, images, targets))
+    capped = ATTACKS[name](Problem.start(NET, images, targets, cap=torch.full((9,), 1e3, dtype=images.dtype)))
+    torch.testing.assert_close(capped.images, free.images, atol=1e-6, rtol=0)
+    assert torch.equal(capped.met, free.met)
+
+
 @pytest.mark.parametrize("name", ["ml-cw", "rank-1", "ml-dp nnls"])
 def test_a_generous_limit_changes_nothing(name):
     images, targets = ragged_targets(NET)

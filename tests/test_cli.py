@@ -18,7 +18,6 @@ from PIL import Image
 
 from mlperturb.attacks import METHODS
 from mlperturb.checkpoints import Metadata, bundled_checkpoint, read_metadata, save_checkpoint
-from mlperturb.cli.main import main
 from mlperturb.images import read_photo
 from mlperturb.report import read_schema
 
@@ -39,24 +38,6 @@ def portrait(tmp_path) -> Path:
     with Image.open(PORTRAIT) as image:
         image.resize((130, 160)).save(path, quality=95)
     return path
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run the command line in this process; return exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlperturb", *map(str, arguments)])
-        monkeypatch.setattr("mlperturb.devices.keep_freed_memory", lambda: False)
-        try:
-            with pytest.raises(SystemExit) as stop:
-                main()
-        finally:
-            torch.use_deterministic_algorithms(False)
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

@@ -159,6 +159,8 @@ class _Run:
         from mlperturb.tables import evaluation_grid, to_csv
         from mlperturb.voc import join
 
+        for variant in self.protocol.variants:
+            evaluation.make_settings(self.protocol, variant)  # refuses what cannot be, before anything is written
         dataset = join(self.parts.values())
         path = self.out / "records.jsonl"
         if overwrite:

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import TINY_LABELS as LABELS
+from PIL import Image
+
+from mlperturb.checkpoints import load_checkpoint
+from mlperturb.evaluation import predict_photos
+from mlperturb.voc import Dataset
+
+QUICK = ("--budget", "fast", "--passes", 20, "--images", 2, "--methods", "fgs,ml-cw", "--cases", "random,extreme")
+
+
+@pytest.fixture
+def table(tmp_path, tiny) -> Path:
+    """Write six photos and a table of what the classifier sees in them."""
+    rng = np.random.default_rng(4)
+    paths = [tmp_path / "photos" / f"{number}.png" for number in range(6)]
+    paths[0].parent.mkdir()
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (30, 36, 3), dtype=np.uint8)).save(path)
+    classifier, _ = load_checkpoint(tiny, device="cpu")
+    present = predict_photos(classifier, Dataset(tuple(paths), LABELS, np.zeros((6, 4), np.int8))) >= 0
+    with (tmp_path / "labels.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["image", *LABELS])
+        writer.writerows([path.name, *row] for path, row in zip(paths, present.int().tolist(), strict=True))
+    return tmp_path / "labels.csv"
+
+
+@pytest.fixture
+def evaluate(cli, table, tiny):
+    def run(*more: object) -> tuple[int, str, str]:
+        data = ("--photos", table.parent / "photos", "--csv", table, "--checkpoint", tiny)
+        return cli("evaluate", *data, "--out", table.parent / "out", "--device", "cpu", *more)
+
+    return run
+
+
+def test_tables_are_printed_and_written(evaluate, table):
+    code, stdout, stderr = evaluate(*QUICK)
+    assert (code, stderr) == (0, "")
+    assert "8-bit PNG" in stdout and "float result" in stdout and "random, 2" in stdout
+    rows = json.loads((table.parent / "out" / "tables.json").read_text())
+    assert [(row["case"], row["method"]) for row in rows] == [
+        (case, method) for case in ("random", "extreme") for method in ("fgs", "ml-cw")
+    ]
+    keys = {"case", "method", "images", "success_rate", "passes", "float", "saved"}
+    metrics = {"rmsd", "hamming_a", "hamming_b", "f1", "ranking_loss", "map", "auc", "kendall_tau"}
+    assert all(keys <= row.keys() and row["float"].keys() == row["saved"].keys() == metrics for row in rows)
+    assert sorted(path.name for path in (table.parent / "out").iterdir()) == [
+        "records.jsonl",
+        "tables.csv",
+        "tables.json",
+        "tables.md",
+        "tables.tex",
+    ]
+
+
+def test_the_same_command_goes_on_and_another_one_is_refused(evaluate, table):
+    out = table.parent / "out"
+    evaluate(*QUICK)
+    first, journal = (out / "tables.json").read_bytes(), (out / "records.jsonl").read_bytes()
+    code, stdout, stderr = evaluate(*QUICK, "--json")
+    assert code == 0 and stderr == "mlperturb: going on: 8 of 8 attacks are done already\n"
+    assert (out / "tables.json").read_bytes() == first == stdout.encode()
+    code, stdout, stderr = evaluate(*QUICK, "--seed", 1)
+    assert (code, stdout) == (2, "") and "written with another seed" in stderr and stderr.count("\n") == 1
+    assert (out / "records.jsonl").read_bytes() == journal
+    assert evaluate(*QUICK, "--seed", 1, "--overwrite", "--quiet")[:2] == (0, "")
+    assert (out / "records.jsonl").read_bytes() != journal
+
+
+def test_clean_measures_the_classifier_itself(evaluate, table):
+    code, stdout, stderr = evaluate("--clean")
+    assert (code, stderr) == (0, "") and "Table III" in stdout
+    figures = json.loads((table.parent / "out" / "table3.json").read_text())["labels.csv"]
+    assert figures["images"] == 6 and figures["hamming"] == 0 and figures["micro_f1"] == 1
+    assert set(figures["per_label"]) == set(LABELS)
+
+
+def test_a_photo_that_cannot_be_read_is_left_out_and_said(evaluate, table):
+    (table.parent / "photos" / "3.png").write_bytes(b"\x89PNG")
+    code, _, stderr = evaluate("--clean")
+    assert code == 0 and stderr == "mlperturb: 1 photos of labels.csv could not be read, and are left out\n"
+    assert json.loads((table.parent / "out" / "table3.json").read_text())["labels.csv"]["images"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cases", "nope"), "unknown case 'nope'"),
+        (("--methods", "nope", "--cases", "random"), "unknown method 'nope'"),
+        (("--methods", "ml-cw:solver=pinv", "--reduce", "cat"), "--solver is an option of ml-dp"),
+        (("--reduce", "catt"), "unknown label 'catt'"),
+        ((), "unknown label 'person'"),  # the paper's cases are of VOC's labels
+        (("--budget", "slow", "--cases", "random"), "unknown budget 'slow'"),
+        (("--batch-size", "x", "--cases", "random"), "--batch-size"),
+        (("--passes", "3", "--cases", "random"), "--passes of at least"),
+        (("--voc", "x"), "either --voc with --year, or --photos with --csv"),
+    ],
+)
+def test_bad_arguments_get_one_line_and_leave_nothing(evaluate, table, arguments, message):
+    code, stdout, stderr = evaluate(*arguments)
+    assert (code, stdout) == (2, "") and message in stderr and stderr.count("\n") == 1
+    assert not (table.parent / "out" / "records.jsonl").exists()
+
+
+def test_labels_that_are_not_the_classifiers_are_refused(evaluate, table):
+    table.write_text(table.read_text().replace("hen", "cow"))
+    code, _, stderr = evaluate(*QUICK)
+    assert code == 2 and "'hen' is not in both" in stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on(evaluate, table, monkeypatch):
+    def interrupt(*_: object, **__: object):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlperturb.evaluation.run", interrupt)
+    code, stdout, stderr = evaluate(*QUICK)
+    assert (code, stdout) == (130, "") and "the same command goes on" in stderr
