@@ -125,7 +125,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: if the file is no checkpoint, or does not fit the architecture and labels.
     """
-    from mlperturb.classifier import Classifier
+    from mlperturb.classifier import Classifier, fold_batch_norm
     from mlperturb.preprocess import Preprocess
 
     if architecture is None and labels is None:
@@ -141,7 +141,7 @@ def load_checkpoint(
     network = build_network(metadata.architecture, len(metadata.labels), meta=True)
     _fill(network, read_tensors(path), path, len(metadata.labels))
     preprocess = Preprocess.from_dict(metadata.preprocess)
-    return Classifier(network, metadata.labels, metadata.thresholds, preprocess).to(device), metadata
+    return Classifier(fold_batch_norm(network), metadata.labels, metadata.thresholds, preprocess).to(device), metadata
 
 
 def build_network(architecture: str, outputs: int, *, meta: bool = False) -> nn.Module:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mlperturb.classifier import Classifier
+from mlperturb.checkpoints import build_network
+from mlperturb.classifier import Classifier, fold_batch_norm
 from mlperturb.errors import CheckpointError, UsageError
 from mlperturb.preprocess import Preprocess
 
@@ -81,3 +82,32 @@ def test_images_of_another_layout_are_refused(shape):
 def test_labels_and_thresholds_that_do_not_fit_are_refused(labels, thresholds, message):
     with pytest.raises(CheckpointError, match=message):
         Classifier(nn.Identity(), labels, thresholds)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "inception_v3", "shufflenet_v2_x0_5"])
+def test_folding_batch_norm_leaves_logits_and_gradients_as_they_were(name):
+    network = build_network(name, 3).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    folded = fold_batch_norm(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    results = []
+    for net in (network, folded):
+        images = torch.rand(2, 3, 80, 80, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        logits = net(images)
+        results.append((logits.detach(), torch.autograd.grad(logits[:, 0].sum(), images)[0]))
+    (logits, gradient), (folded_logits, folded_gradient) = results
+    torch.testing.assert_close(folded_logits, logits, atol=1e-5 * float(logits.abs().max()), rtol=1e-4)
+    assert float((folded_gradient - gradient).norm()) < 1e-3 * float(gradient.norm())
+
+
+def test_a_network_that_cannot_be_traced_is_used_as_it_is():
+    class Branching(nn.Module):
+        def forward(self, images):
+            return images.flatten(1) if images.sum() > 0 else -images.flatten(1)
+
+    network = Branching()
+    assert fold_batch_norm(network) is network
