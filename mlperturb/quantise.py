@@ -4,10 +4,10 @@ The perturbations this is about are smaller than the rounding step, so plain rou
 
 1. The least scale s for which round(x + s * r) meets the goal: where one constraint binds and the model is nearly
    linear, the best lattice point is of that form. Forward passes alone.
-2. Descent with the *rounded* photo in the forward pass and the gradient passed straight through to a latent
-   perturbation of fixed norm (the decoupled direction and norm of DDN, Rony et al. 2019). Each constraint has its own
-   weight, which grows while it is violated and decays while it is slack; the norm shrinks while the goal is met and
-   grows while it is not. The best lattice point is kept.
+2. The descent of ML-DDN (`attacks.ddn`) with the *rounded* photo in the forward pass and the gradient passed straight
+   through to the perturbation before rounding. The best lattice point is kept.
+
+A result that is on the lattice already, as that of ML-DDN itself, is taken as it is.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlperturb.attacks.common import Best, Goal, Outcome, Problem, norms, spread
+from mlperturb.attacks.common import Best, Goal, Outcome, Problem, spread, to_lattice
+from mlperturb.attacks.ddn import descend
 
 _STEP = 1 / 255
+_GENTLE = {"rate": 0.3, "shrink": 0.05, "grow": 0.05, "need": 0.0, "sharpness": 4.0}  # for a good start is at hand
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,6 @@ class Lattice:
     met: Tensor
 
 
-def to_lattice(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to multiples of 1/255."""
-    return (images * 255).round().clamp(0, 255) / 255
-
-
 def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations: int = 40) -> Lattice:
     """Find the lattice point of the best score, then of the least distortion, near an attack's result.
 
@@ -49,6 +46,8 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
         scales: scales tried in the first stage, a forward pass each.
         iterations: of the second stage, a forward and a backward pass each.
     """
+    if outcome.on_lattice:
+        return Lattice(outcome.images, outcome.met)
     best = Best(problem.images)
     goal = outcome.goal
     difference = outcome.images - problem.images
@@ -59,8 +58,10 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     moved = largest > 0
     least = (_STEP / 2 / largest.clamp(min=1e-30) * 1.1).clamp(min=1.0)  # below it everything rounds to the clean photo
     scale = _search_scale(problem, goal, difference, moved, best, least, scales)
-    latent = difference * spread(torch.minimum(scale, 1.3 * least))
-    _descend(problem, goal, latent, moved, best, iterations)
+    if bool(moved.any()) and iterations:
+        latent, rows = difference * spread(torch.minimum(scale, 1.3 * least)), moved.nonzero().flatten()
+        part, aim = problem.select(moved), goal.select(rows)
+        descend(part, aim, best, latent[rows], iterations, lattice=True, **_GENTLE)
     return Lattice(best.images, best.met)
 
 
@@ -83,41 +84,3 @@ def _search_scale(
         scale = torch.where(high.isinf(), low * 1.25, torch.where(low > 0, (low + high) / 2, high * 0.8))
         scale = torch.where(scale > 0, scale, start)
     return torch.where(high.isinf(), torch.maximum(low, start), high)
-
-
-def _descend(problem: Problem, goal: Goal, latent: Tensor, active: Tensor, best: Best, iterations: int) -> None:
-    """Run the second stage for the active images."""
-    if not bool(active.any()) or not iterations:
-        return
-    rows = active.nonzero().flatten()
-    problem, goal, latent = problem.select(active), goal.select(rows), latent[rows]
-    radius = norms(latent)  # of the latent perturbation, (n,)
-    weights: Tensor | None = None
-    for step in range(iterations):
-        keep = problem.affordable(2)
-        if problem.meter.limit is not None and not bool(keep.all()):
-            if not bool(keep.any()):
-                return
-            problem, goal = problem.select(keep), goal.select(keep.nonzero().flatten())
-            latent, radius = latent[keep], radius[keep]
-            weights = None if weights is None else weights[keep]
-        images = to_lattice(problem.images + latent).requires_grad_()
-        logits = problem.logits(images)
-        violations = goal.violations(logits)
-        if weights is None:
-            weights = violations.isfinite().to(latent.dtype)
-        present = violations.isfinite()
-        # softplus keeps pulling a little on constraints that hold but are near their edge
-        losses = (weights * torch.nn.functional.softplus(violations.masked_fill(~present, 0.0), beta=4)).sum(1)
-        gradient = problem.gradient(losses, images)
-        met = best.update(problem, goal, images.detach(), logits.detach())
-        decay = 1 - step / iterations
-        weights = weights * torch.exp(0.4 * torch.where(violations.detach() > 0, 1.0, -0.25) * decay * present)
-        weights = (weights / weights.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-3) * present
-        pull = 0.3 * decay * radius / norms(gradient).clamp(min=1e-30)
-        latent = latent - spread(pull) * gradient
-        radius = radius * torch.where(met, 1 - 0.05 * decay, 1 + 0.05 * decay)
-        if problem.cap is not None:
-            radius = radius.minimum(problem.cap)
-        latent = latent * spread(radius / norms(latent).clamp(min=1e-30))
-        latent = (problem.images + latent).clamp(0, 1) - problem.images

@@ -43,7 +43,7 @@ class Settings:
         margin: by how much a logit must clear its threshold during the search, see `Targets`.
         max_rmsd: the largest RMSD allowed, on the 0-255 scale, of the float result and of the PNG; None for no cap.
         keep_failed: write the files of a photo even where no label of A flipped.
-        options: of the method: `between`, `solver`, `space`.
+        options: of the method, see `attacks.CHOICES`.
     """
 
     method: str
@@ -186,14 +186,17 @@ def _search(
     problem = Problem.start(model, images, targets, cap=cap)
     problem.meter.forward += 1  # `before`
     after = 2  # the float result's decision, and the PNG's as read back
+    method = find_method(settings.method)
+    tuning = method.tuning(settings.budget, **settings.options)
     scales, iterations = _LATTICE[settings.budget]
     if settings.passes is not None:
         reserved = min(scales + 2 * iterations + 1, settings.passes // 3)
+        if tuning.get("rounding") == "inside":
+            reserved = 0
         problem.meter.limit = settings.passes - after - reserved
     if any(request.any_label for request in requests):
         problem = _resolve_any(problem, requests)
-    method = find_method(settings.method)
-    outcome = method.load()(problem, **method.tuning(settings.budget, **settings.options))
+    outcome = method.load()(problem, **tuning)
     with torch.no_grad():
         logits = problem.logits(outcome.images)
     if settings.passes is not None:

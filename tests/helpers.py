@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mlperturb.attacks.carlini_wagner import ml_cw
+from mlperturb.attacks.ddn import ml_ddn
 from mlperturb.attacks.deepfool import ml_dp
 from mlperturb.attacks.fast_gradient import fg, fgs
 from mlperturb.attacks.ranking import rank_1, rank_2
@@ -22,6 +23,8 @@ TINY_PIXELS = np.random.default_rng(1).integers(0, 256, (30, 36, 3), dtype=np.ui
 
 # Every method, in every variant that takes another way through the code, tuned to be quick.
 ATTACKS: dict[str, Callable] = {
+    "ml-ddn": lambda problem: ml_ddn(problem, iterations=20),
+    "ml-ddn after": lambda problem: ml_ddn(problem, rounding="after", iterations=20),
     "fgs": lambda problem: fgs(problem, grid=8, refinements=3),
     "fg": lambda problem: fg(problem, grid=8, refinements=3),
     "ml-cw": lambda problem: ml_cw(problem, schedule=FAST),

@@ -431,7 +431,7 @@ def test_every_budget_is_a_tuning_that_the_method_takes(name, budget):
 
 
 def test_an_unknown_method_budget_or_option_is_refused():
-    with pytest.raises(UsageError, match="unknown method 'cw': expected fgs"):
+    with pytest.raises(UsageError, match="unknown method 'cw': expected ml-ddn"):
         find_method("cw")
     with pytest.raises(UsageError, match="unknown budget 'long': expected fast, balanced, paper"):
         find_method("ml-cw").tuning("long")

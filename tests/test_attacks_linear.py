@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mlperturb.attacks.carlini_wagner import ml_cw
 from mlperturb.attacks.common import Problem
+from mlperturb.attacks.ddn import ml_ddn
 from mlperturb.attacks.deepfool import ml_dp, solve_dual, solve_step
 from mlperturb.attacks.fast_gradient import MAX_EPSILON, fg, fgs
 from mlperturb.attacks.ranking import rank_1, rank_2
@@ -303,6 +304,29 @@ def test_ml_cw_with_a_hinge_on_probabilities_finds_the_same_point():
     for row, distance in enumerate(moved(problem, outcome.images)):
         exact = np.linalg.norm(nearest(*constraints(model, problem, row)))
         assert exact * (1 - 1e-6) <= distance <= exact * 1.05
+
+
+# --- ML-DDN
+
+
+@COUNTS
+@pytest.mark.parametrize(("flip", "keep"), [([0], []), ([0], [1, 2]), ([0, 3], [1, 2, 4])])
+def test_ml_ddn_comes_close_to_the_nearest_point_of_the_polyhedron(count, flip, keep):
+    model, problem, targets = make(count, 5, flip, keep, seed=4)
+    outcome = ml_ddn(problem, rounding="after", iterations=200)
+    assert bool(outcome.met.all()) and not outcome.on_lattice
+    assert bool(targets.holds(model(outcome.images)).all())
+    for row, distance in enumerate(moved(problem, outcome.images)):
+        exact = np.linalg.norm(nearest(*constraints(model, problem, row)))
+        assert exact * (1 - 1e-6) <= distance <= exact * 1.03
+
+
+def test_ml_ddn_meets_a_linear_goal_in_a_few_passes():
+    model, problem, targets = make(8, 5, [0, 3], [1, 2, 4], seed=4)
+    outcome = ml_ddn(problem, rounding="after", iterations=10)
+    assert bool(outcome.met.all()) and int((problem.meter.forward + problem.meter.backward).max()) == 20
+    for row, distance in enumerate(moved(problem, outcome.images)):
+        assert distance <= 1.5 * np.linalg.norm(nearest(*constraints(model, problem, row)))
 
 
 # --- Rank I and Rank II

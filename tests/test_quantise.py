@@ -6,9 +6,10 @@ import torch
 from helpers import ATTACKS, Linear, linear_problem, make_net, mask, ragged_targets
 from torch import Tensor
 
-from mlperturb.attacks.common import ClassificationGoal, Outcome, Problem
+from mlperturb.attacks.common import ClassificationGoal, Outcome, Problem, to_lattice
+from mlperturb.attacks.ddn import ml_ddn
 from mlperturb.attacks.deepfool import ml_dp
-from mlperturb.quantise import quantise, to_lattice
+from mlperturb.quantise import quantise
 from mlperturb.targets import Targets, decide
 
 NET = make_net()
@@ -58,6 +59,22 @@ def test_a_goal_that_plain_rounding_loses_is_met_on_the_lattice(flip, keep, seed
     assert bool(targets.holds(model(lattice.images)).all())
 
 
+def gap_of(model, images, targets) -> float:
+    return float((model(images)[0, 0] - targets.boundary[0]).abs()) + MARGIN
+
+
+def least_steps(model, images, targets) -> float:
+    """Return the least sum of squared grey steps that flips label 0 of one photo on the lattice."""
+    # Least sum of n^2, n integer, with sum n |w| / 255 > gap: raise, again and again, the pixel whose next grey
+    # level gains the most for its cost, |w| / (2 n + 1). All n come out small, and the greedy sum close to the least.
+    wanted = gap_of(model, images, targets)
+    sizes = np.sort(model.weight[0].abs().numpy())[::-1] / 255
+    gains = np.array([(size / (2 * n + 1), size, 2 * n + 1) for n in range(4) for size in sizes])
+    gains = gains[np.argsort(-gains[:, 0], kind="stable")]
+    steps = int(np.searchsorted(np.cumsum(gains[:, 1]), wanted)) + 1
+    return float(gains[:steps, 2].sum())
+
+
 @pytest.mark.parametrize("gap", [0.01, 0.05, 0.2, 0.4, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_for_one_label_the_distortion_comes_near_the_least_on_the_lattice(gap, seed):
@@ -66,20 +83,33 @@ def test_for_one_label_the_distortion_comes_near_the_least_on_the_lattice(gap, s
     lattice = quantise(problem, ml_dp(problem))
     assert bool(lattice.met.all())
     got = float((lattice.images - images).mul(255).square().sum())
-    # Least sum of n^2, n integer, with sum n |w| / 255 > gap: raise, again and again, the pixel whose next grey
-    # level gains the most for its cost, |w| / (2 n + 1). All n come out small, and the greedy sum close to the least.
-    wanted = float((model(images)[0, 0] - targets.boundary[0]).abs()) + MARGIN
-    sizes = np.sort(model.weight[0].abs().numpy())[::-1] / 255
-    gains = np.array([(size / (2 * n + 1), size, 2 * n + 1) for n in range(4) for size in sizes])
-    gains = gains[np.argsort(-gains[:, 0], kind="stable")]
-    steps = int(np.searchsorted(np.cumsum(gains[:, 1]), wanted)) + 1
-    least = gains[:steps, 2].sum()
+    least = least_steps(model, images, targets)
+    wanted = gap_of(model, images, targets)
     relaxed = 255**2 * wanted**2 / float(model.weight[0].square().sum())  # without the lattice
     assert relaxed <= got
     assert got <= 1.25 * least + 1
 
 
-@pytest.mark.parametrize("name", ["ml-cw", "ml-dp nnls", "rank-1", "rank-2", "fgs"])
+@pytest.mark.parametrize("gap", [0.05, 0.2, 0.4, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_ml_ddn_on_the_lattice_comes_near_the_least_for_one_label(gap, seed):
+    model, images, targets = linear_case(1, 2, [0], [], gap=gap, seed=seed)
+    outcome = ml_ddn(Problem.start(model, images, targets), iterations=48)
+    assert outcome.on_lattice and bool(outcome.met.all()) and on_lattice(outcome.images)
+    assert float((outcome.images - images).mul(255).square().sum()) <= 1.3 * least_steps(model, images, targets) + 1
+
+
+def test_a_result_on_the_lattice_is_taken_as_it_is_at_no_cost():
+    model, images, targets = linear_case(2, 3, [0], [1])
+    problem = Problem.start(model, images, targets)
+    outcome = ml_ddn(problem)
+    spent = problem.meter.forward.clone()
+    lattice = quantise(problem, outcome)
+    assert torch.equal(lattice.images, outcome.images) and torch.equal(lattice.met, outcome.met)
+    assert torch.equal(problem.meter.forward, spent)
+
+
+@pytest.mark.parametrize("name", ["ml-ddn", "ml-ddn after", "ml-cw", "ml-dp nnls", "rank-1", "rank-2", "fgs"])
 def test_on_a_network_the_goal_stays_met_on_the_lattice(name):
     images, targets = ragged_targets(NET, margin=1e-3)
     images = to_lattice(images)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BUDGETS = ("fast", "balanced", "paper")
 CHOICES: dict[str, tuple[str, ...]] = {  # the options that some methods have, and their values
+    "rounding": ("inside", "after"),
     "between": ("rest", "rest-positive", "rest-negative", "none", "threshold"),
     "solver": ("pinv", "nnls"),
     "space": ("logit", "probability"),
@@ -81,6 +82,13 @@ _GRIDS = {
 }
 
 METHODS: dict[str, Method] = {
+    "ml-ddn": Method(
+        ("ddn", "ml_ddn"),
+        "least norm by direction and norm apart, a multiplier for each constraint",
+        "after Rony et al. 2019, 2021",
+        {name: {"iterations": count, "rounding": "inside"} for name, count in zip(BUDGETS, (13, 48, 500), strict=True)},
+        ("space", "rounding"),
+    ),
     "fgs": Method(("fast_gradient", "fgs"), "one step along the sign of the gradient", "Section IV-C", _GRIDS),
     "fg": Method(("fast_gradient", "fg"), "one step along the gradient", "Section IV-C", _GRIDS),
     "ml-cw": Method(

@@ -181,6 +181,13 @@ class Problem:
         limit = torch.iinfo(torch.long).max if self.meter.limit is None else self.meter.limit
         return (spent + passes <= limit).to(self.images.device)
 
+    def iterations_left(self, iterations: int) -> Tensor:
+        """Return how many iterations of two passes each image may still have, (n,), at most so many."""
+        if self.meter.limit is None:
+            return torch.full((len(self),), float(iterations), device=self.images.device)
+        spent = (self.meter.forward + self.meter.backward)[self.rows]
+        return ((self.meter.limit - spent) // 2).clamp(1, max(iterations, 1)).to(self.images)
+
 
 class Best:
     """The best iterate of each image of a batch: the highest score, then the least L2 distortion, within the cap.
@@ -223,11 +230,18 @@ class Outcome:
         images: the best iterates x*, float, in [0, 1], (N, 3, H, W).
         met: whether the goal is met, (N,).
         goal: what the attack was after; the search for an 8-bit photo is after the same.
+        on_lattice: whether the images are 8-bit already, found with the rounding inside the attack.
     """
 
     images: Tensor
     met: Tensor
     goal: Goal
+    on_lattice: bool = False
+
+
+def to_lattice(images: Tensor) -> Tensor:
+    """Round images in [0, 1] to multiples of 1/255."""
+    return (images * 255).round().clamp(0, 255) / 255
 
 
 def norms(images: Tensor) -> Tensor:

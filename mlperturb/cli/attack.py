@@ -70,6 +70,7 @@ def attack(
         ),
     ] = None,
     solver: Annotated[str | None, typer.Option(help="ml-dp: pinv (the paper's equalities) or nnls (exact).")] = None,
+    rounding: Annotated[str | None, typer.Option(help="ml-ddn: to 8 bits inside its loop, or after it.")] = None,
     space: Annotated[str | None, typer.Option(help="All but fgs, fg: constraints on logit or probability.")] = None,
     checkpoint: Checkpoint = None,
     arch: Arch = None,
@@ -90,7 +91,7 @@ def attack(
     """
     source = find_source(checkpoint, arch, labels)
     request = parse_request(source.labels, flip=flip or (), keep=keep or (), add=add or (), remove=remove or ())
-    options = {"between": between, "solver": solver, "space": space}
+    options = {"between": between, "solver": solver, "rounding": rounding, "space": space}
     find_method(method).tuning(budget, **options)
     names = {"flip": flip or [], "keep": keep or [], "add": add or [], "remove": remove or []}
     raise typer.Exit(

@@ -1,0 +1,120 @@
+"""ML-DDN: the least perturbation by decoupled direction and norm (DDN, Rony et al. 2019), with multipliers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mlperturb.attacks.common import Best, ClassificationGoal, Goal, Outcome, Problem, norms, spread, to_lattice
+from mlperturb.targets import Space
+
+Rounding = Literal["inside", "after"]
+
+_OVERSHOOT = 1.3  # of the first step: logits curve away from their linearisation
+
+
+def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "inside", iterations: int = 48) -> Outcome:
+    """Min ||r||_2 so that every constraint holds: DDN with a multiplier for each constraint, on the 8-bit lattice.
+
+    1. r = 0, every multiplier mu_j = 1.
+    2. g = gradient of sum_j mu_j softplus(violation_j) at round(x + r): a forward and a backward pass.
+    3. First time: r = -s g, with s so large that the linearised constraints hold, and a little more.
+    4. Later: r moves along -g by a share of ||r||, which a schedule lets decay to zero.
+    5. ||r|| is set: less than before if all constraints hold; else more, by a share of the linearised distance.
+    6. x + r is clipped to the pixel range.
+    7. mu_j grows while constraint j is violated, and decays while it is slack.
+    8. From 2, `iterations` times. Of the lattice points that hold the most constraints, the nearest is kept.
+
+    Sources: direction and norm apart, Rony et al. 2019 (DDN); multipliers that follow the violations, as in an
+    augmented Lagrangian, Rony et al. 2021 (ALMA, there for one constraint); steps of the linearised distance, Pintor
+    et al. 2021 (FMN). Rounding inside the loop is ours: the result is a file, not a point that rounding would erase.
+
+    Args:
+        problem: the batch.
+        space: where the violations are measured, see `ClassificationGoal`.
+        rounding: `inside` the loop, with the gradient passed straight through; or `after` it, by `quantise`, as for the
+            other attacks: the float result is then nearer to the photo, the file further from it.
+        iterations: a forward and a backward pass each.
+    """
+    goal, best = ClassificationGoal(problem.targets, space), Best(problem.images)
+    inside = rounding == "inside"
+    descend(problem, goal, best, None, iterations, lattice=inside)
+    return Outcome(best.images, best.met, goal, on_lattice=inside)
+
+
+def descend(
+    problem: Problem,
+    goal: Goal,
+    best: Best,
+    latent: Tensor | None,
+    iterations: int,
+    *,
+    lattice: bool,
+    rate: float = 0.6,
+    shrink: float = 0.2,
+    grow: float = 0.1,
+    need: float = 0.3,
+    sharpness: float = 1.5,
+) -> None:
+    """Run DDN with multipliers, and keep the best iterates in `best`.
+
+    Args:
+        problem: the batch; an image that cannot afford another iteration stands still.
+        goal: whose violations are to be brought to zero.
+        best: takes the iterates.
+        latent: the perturbation r to begin with, before any rounding, (n, 3, H, W); None to begin at the photos.
+        iterations: a forward and a backward pass each; the schedule is of as many as the limit on passes allows.
+        lattice: round x + r to 8 bits before the forward pass; the gradient passes straight through.
+        rate: the first share of ||r|| that a step along -g has.
+        shrink: the first share by which ||r|| shrinks where all constraints hold.
+        grow: the first share by which it grows elsewhere.
+        need: and it grows by at least this share of the linearised distance to the violated constraints.
+        sharpness: of the softplus, which still pulls a little on constraints that hold but are near their edge.
+    """
+    fresh = latent is None
+    latent = torch.zeros_like(problem.images) if latent is None else latent
+    radius = norms(latent)  # (n,)
+    widest = latent[0].numel() ** 0.5  # no perturbation of pixels in [0, 1] is longer
+    allowed = problem.iterations_left(iterations)
+    multipliers: Tensor | None = None  # (n, K)
+    done = torch.zeros_like(radius, dtype=torch.bool)  # clean photos that meet the goal
+    for step in range(iterations):
+        keep = problem.affordable(2) & ~done
+        if (problem.meter.limit is not None or step == 1) and not bool(keep.all()):
+            if not bool(keep.any()):
+                return
+            problem, goal = problem.select(keep), goal.select(keep.nonzero().flatten())
+            latent, radius, allowed, done = latent[keep], radius[keep], allowed[keep], done[keep]
+            multipliers = None if multipliers is None else multipliers[keep]
+        perturbed = problem.images + latent
+        if lattice and not (fresh and step == 0):
+            perturbed = to_lattice(perturbed)
+        images = perturbed.requires_grad_()
+        logits = problem.logits(images)
+        violations = goal.violations(logits)  # (n, K)
+        present = violations.isfinite()
+        violations = violations.masked_fill(~present, 0.0)
+        multipliers = present.to(latent.dtype) if multipliers is None else multipliers
+        losses = (multipliers * functional.softplus(violations, beta=sharpness)).sum(1)
+        gradient = problem.gradient(losses, images)
+        met = best.update(problem, goal, images.detach(), logits.detach())
+        violations, length = violations.detach(), norms(gradient).clamp(min=1e-30)
+
+        decay = 1 - step / allowed  # (n,)
+        first = radius == 0
+        done = met & first
+        latent = latent - spread(torch.where(first, 1.0, rate * decay * radius) / length) * gradient
+        near = torch.where(first.unsqueeze(1), _OVERSHOOT, need * torch.sigmoid(sharpness * violations))
+        distance = (near * multipliers * violations.clamp(min=0)).sum(1) / length
+        larger = torch.maximum(radius * (1 + grow * decay), radius + distance)
+        radius = torch.where(met, radius * (1 - shrink * decay), larger).clamp(max=widest)
+        if problem.cap is not None:
+            radius = radius.minimum(problem.cap)
+        latent = latent * spread(radius / norms(latent).clamp(min=1e-30))
+        latent = (problem.images + latent).clamp(0, 1) - problem.images
+
+        multipliers = multipliers * torch.exp(torch.where(violations > 0, 0.4, -0.1) * decay.unsqueeze(1))
+        multipliers = (multipliers / multipliers.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-3) * present
