@@ -21,7 +21,7 @@ from mlperturb.attacks.common import Best, Goal, Outcome, Problem, spread, to_la
 from mlperturb.attacks.ddn import descend
 
 _STEP = 1 / 255
-_GENTLE = {"rate": 0.3, "shrink": 0.05, "grow": 0.05, "need": 0.0, "sharpness": 4.0}  # for a good start is at hand
+_GENTLE = {"rate": 0.3, "shrink": 0.05, "grow": 0.05, "need": 0.0, "sharpness": 4.0}  # a good start is at hand
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     if bool(moved.any()) and iterations:
         latent, rows = difference * spread(torch.minimum(scale, 1.3 * least)), moved.nonzero().flatten()
         part, aim = problem.select(moved), goal.select(rows)
-        descend(part, aim, best, latent[rows], iterations, lattice=True, **_GENTLE)
+        descend(part, aim, best, latent[rows], iterations, lattice=True, restarts=False, **_GENTLE)
     return Lattice(best.images, best.met)
 
 

@@ -13,6 +13,8 @@ from mlperturb.targets import Space
 
 Rounding = Literal["inside", "after"]
 
+_SOFTNESS = 0.7  # of counting: how far, in logits, the next constraint may be to be pushed almost as hard
+_ENOUGH = 40  # iterations that leave time to begin again
 _OVERSHOOT = 1.3  # of the first step: logits curve away from their linearisation
 
 
@@ -26,7 +28,9 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
     5. ||r|| is set: less than before if all constraints hold; else more, by a share of the linearised distance.
     6. x + r is clipped to the pixel range.
     7. mu_j grows while constraint j is violated, and decays while it is slack.
-    8. From 2, `iterations` times. Of the lattice points that hold the most constraints, the nearest is kept.
+    8. An image that never met its goal in a quarter of the iterations begins again near the photo, and counts
+       constraints first: those nearest to holding are pushed, those far from it, perhaps never to hold, wait.
+    9. From 2, `iterations` times. Of the lattice points that hold the most constraints, the nearest is kept.
 
     Sources: direction and norm apart, Rony et al. 2019 (DDN); multipliers that follow the violations, as in an
     augmented Lagrangian, Rony et al. 2021 (ALMA, there for one constraint); steps of the linearised distance, Pintor
@@ -58,6 +62,7 @@ def descend(
     grow: float = 0.1,
     need: float = 0.3,
     sharpness: float = 1.5,
+    restarts: bool = True,
 ) -> None:
     """Run DDN with multipliers, and keep the best iterates in `best`.
 
@@ -72,6 +77,7 @@ def descend(
         shrink: the first share by which ||r|| shrinks where all constraints hold.
         grow: the first share by which it grows elsewhere.
         need: and it grows by at least this share of the linearised distance to the violated constraints.
+        restarts: let images that never meet the goal begin again, counting constraints first.
         sharpness: of the softplus, which still pulls a little on constraints that hold but are near their edge.
     """
     fresh = latent is None
@@ -81,13 +87,15 @@ def descend(
     allowed = problem.iterations_left(iterations)
     multipliers: Tensor | None = None  # (n, K)
     done = torch.zeros_like(radius, dtype=torch.bool)  # clean photos that meet the goal
+    ever, hard = done, done  # images that met the goal at some time; those that count constraints first
     for step in range(iterations):
         keep = problem.affordable(2) & ~done
         if (problem.meter.limit is not None or step == 1) and not bool(keep.all()):
             if not bool(keep.any()):
                 return
             problem, goal = problem.select(keep), goal.select(keep.nonzero().flatten())
-            latent, radius, allowed, done = latent[keep], radius[keep], allowed[keep], done[keep]
+            latent, radius, allowed = latent[keep], radius[keep], allowed[keep]
+            done, ever, hard = done[keep], ever[keep], hard[keep]
             multipliers = None if multipliers is None else multipliers[keep]
         perturbed = problem.images + latent
         if lattice and not (fresh and step == 0):
@@ -98,7 +106,8 @@ def descend(
         present = violations.isfinite()
         violations = violations.masked_fill(~present, 0.0)
         multipliers = present.to(latent.dtype) if multipliers is None else multipliers
-        losses = (multipliers * functional.softplus(violations, beta=sharpness)).sum(1)
+        weights = torch.where(hard.unsqueeze(1), count_first(violations.detach()), 1.0) * multipliers
+        losses = (weights * functional.softplus(violations, beta=sharpness)).sum(1)
         gradient = problem.gradient(losses, images)
         met = best.update(problem, goal, images.detach(), logits.detach())
         violations, length = violations.detach(), norms(gradient).clamp(min=1e-30)
@@ -108,8 +117,9 @@ def descend(
         done = met & first
         latent = latent - spread(torch.where(first, 1.0, rate * decay * radius) / length) * gradient
         near = torch.where(first.unsqueeze(1), _OVERSHOOT, need * torch.sigmoid(sharpness * violations))
-        distance = (near * multipliers * violations.clamp(min=0)).sum(1) / length
-        larger = torch.maximum(radius * (1 + grow * decay), radius + distance)
+        distance = (near * weights * violations.clamp(min=0)).sum(1) / length
+        growth = torch.where(hard, 2 * grow, grow) * decay
+        larger = torch.maximum(radius * (1 + growth), radius + distance)
         radius = torch.where(met, radius * (1 - shrink * decay), larger).clamp(max=widest)
         if problem.cap is not None:
             radius = radius.minimum(problem.cap)
@@ -118,3 +128,18 @@ def descend(
 
         multipliers = multipliers * torch.exp(torch.where(violations > 0, 0.4, -0.1) * decay.unsqueeze(1))
         multipliers = (multipliers / multipliers.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-3) * present
+
+        ever = ever | met
+        restart = ~ever & restarts & (allowed >= _ENOUGH) & (step == allowed // 4)
+        hard = hard | restart
+        latent = torch.where(spread(restart), 0.1 * latent, latent)
+        radius = torch.where(restart, 0.1 * radius, radius)
+        multipliers = torch.where(restart.unsqueeze(1), present.to(multipliers.dtype), multipliers)
+
+
+def count_first(violations: Tensor) -> Tensor:
+    """Return weights that push the violated constraints nearest to holding, (n, K); 1 for those that hold."""
+    violated = violations > 0
+    slope = torch.sigmoid(violations / _SOFTNESS) * torch.sigmoid(-violations / _SOFTNESS)
+    largest = torch.where(violated, slope, 0.0).amax(1, keepdim=True).clamp(min=1e-12)
+    return torch.where(violated, slope / largest, 1.0)
