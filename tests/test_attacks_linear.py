@@ -11,12 +11,12 @@ from torch import Tensor
 
 from mlperturb.attacks.carlini_wagner import ml_cw
 from mlperturb.attacks.common import Problem
-from mlperturb.attacks.ddn import ml_ddn
+from mlperturb.attacks.ddn import count_first, ml_ddn
 from mlperturb.attacks.deepfool import ml_dp, solve_dual, solve_step
 from mlperturb.attacks.fast_gradient import MAX_EPSILON, fg, fgs
 from mlperturb.attacks.ranking import rank_1, rank_2
 from mlperturb.attacks.schedule import Schedule
-from mlperturb.targets import Targets
+from mlperturb.targets import Targets, decide
 
 LONG = Schedule(1.0, 10, 200, 5e-3, final_rate=0.005, patience=0.0, precision=0.01)
 TINY = 1e-7  # with no overshoot at all the step may end on the boundary itself, where nothing is flipped yet
@@ -327,6 +327,24 @@ def test_ml_ddn_meets_a_linear_goal_in_a_few_passes():
     assert bool(outcome.met.all()) and int((problem.meter.forward + problem.meter.backward).max()) == 20
     for row, distance in enumerate(moved(problem, outcome.images)):
         assert distance <= 1.5 * np.linalg.norm(nearest(*constraints(model, problem, row)))
+
+
+def test_ml_ddn_holds_all_that_can_hold_where_one_label_is_out_of_reach():
+    model, problem, targets = make(4, 5, [0, 1, 2, 3, 4], [], seed=4)
+    logits = model(problem.images)
+    boundary = targets.boundary.clone()
+    boundary[2] = 1e6  # absent, and never to be present
+    targets = Targets(targets.flip, targets.keep, decide(logits, boundary), boundary)
+    outcome = ml_ddn(Problem.start(model, problem.images, targets), rounding="after", iterations=60)
+    assert not bool(outcome.met.any())
+    assert targets.holds(model(outcome.images)).sum(1).tolist() == [4] * 4
+
+
+def test_counting_pushes_the_nearest_violated_constraint_and_leaves_the_others_for_later():
+    weights = count_first(torch.tensor([[0.5, 6.0, -1.0, 0.0], [-1.0, -2.0, -3.0, -4.0], [9.0, 9.0, 40.0, -1.0]]))
+    assert weights[0, 0] == 1 and weights[0, 1] < 1e-2 and weights[0, 2:].tolist() == [1, 1]
+    assert weights[1].tolist() == [1] * 4
+    assert weights[2, :2].tolist() == [1, 1] and weights[2, 2] < 1e-6
 
 
 # --- Rank I and Rank II

@@ -564,7 +564,7 @@ def test_a_photo_on_which_the_attack_fails_is_no_error_but_gets_advice(attack, t
     assert code == 0
     assert report["images"][0]["status"] == "failed"
     assert "1 of 1 constraints do not hold (cat)" in stderr
-    assert "--method ml-cw" in stderr and "more --passes" in stderr
+    assert "--method ml-ddn" in stderr and "more --passes" in stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json"]
 
 

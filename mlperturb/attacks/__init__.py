@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlperturb.attacks.common import Outcome
 
 BUDGETS = ("fast", "balanced", "paper")
+DEFAULT_METHOD = "ml-ddn"
 CHOICES: dict[str, tuple[str, ...]] = {  # the options that some methods have, and their values
     "rounding": ("inside", "after"),
     "between": ("rest", "rest-positive", "rest-negative", "none", "threshold"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlperturb.attacks import BUDGETS, METHODS, find_method
+from mlperturb.attacks import BUDGETS, DEFAULT_METHOD, METHODS, find_method
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error, print_note, printable
 from mlperturb.cli.options import (
@@ -55,7 +55,9 @@ def attack(
         list[str] | None,
         typer.Option(metavar="LABEL", help="Labels to be absent: flipped where they are present, else kept absent."),
     ] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.")] = "ml-cw",
+    method: Annotated[
+        str, typer.Option(help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.")
+    ] = DEFAULT_METHOD,
     budget: Annotated[str, typer.Option(help=f"How long to search: {', '.join(BUDGETS)}.")] = "balanced",
     passes: Passes = None,
     max_rmsd: Annotated[
@@ -109,7 +111,7 @@ def run(
     request: Request,
     names: dict[str, list[str]],
     *,
-    method: str = "ml-cw",
+    method: str = DEFAULT_METHOD,
     budget: str = "balanced",
     passes: int | None = None,
     max_rmsd: float | None = None,
@@ -260,7 +262,7 @@ def advice(record: Record, settings: Settings) -> str:
         )
     hints = []
     if settings.method in ("fgs", "fg", "ml-dp"):
-        hints.append("--method ml-cw")
+        hints.append(f"--method {DEFAULT_METHOD}")
     if settings.passes is not None:
         hints.append("more --passes")
     elif settings.max_rmsd is not None:

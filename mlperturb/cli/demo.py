@@ -17,7 +17,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the PNGs and report.json.")] = Path("mlperturb-demo"),
     device: Device = "auto",
 ) -> None:
-    """Attack the public-domain portrait that ships inside Matplotlib: flip `person`, keep the rest (budget fast)."""
+    """Attack the public-domain portrait that ships inside Matplotlib: flip `person`, keep the rest."""
     import matplotlib
 
     portrait = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
@@ -27,6 +27,4 @@ def demo(
     request = parse_request(source.labels, flip=["person"], keep=["rest"])
     names: dict[str, list[str]] = {"flip": ["person"], "keep": ["rest"], "add": [], "remove": []}
     predict.run(source, [portrait], device=device)
-    raise typer.Exit(
-        attack.run(source, [portrait], request, names, budget="fast", out=out, overwrite=True, device=device)
-    )
+    raise typer.Exit(attack.run(source, [portrait], request, names, out=out, overwrite=True, device=device))
