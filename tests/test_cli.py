@@ -278,7 +278,7 @@ def test_without_keep_nothing_is_kept(attack, photo):
         (["--flip", ","], ["nothing to change"]),
         (["--flip", "any,cat"], ["--flip any stands alone"]),
         (["--flip", "all", "--keep", "rest"], ["--flip all leaves nothing"]),
-        (["--flip", "cat", "--method", "cw"], ["unknown method 'cw': expected fgs"]),
+        (["--flip", "cat", "--method", "cw"], ["unknown method 'cw': expected ml-ddn"]),
         (["--flip", "cat", "--budget", "long"], ["unknown budget 'long': expected fast, balanced, paper"]),
         (["--flip", "cat", "--solver", "nnls"], ["--solver is an option of ml-dp"]),
         (["--flip", "cat", "--method", "rank-1", "--between", "x"], ["unknown --between 'x'"]),
