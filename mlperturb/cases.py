@@ -15,6 +15,8 @@ from mlperturb.errors import UsageError
 from mlperturb.labels import Request, find_label, split_names
 from mlperturb.voc import Dataset
 
+Kind = Literal["random", "extreme", "reduce", "augment"]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -28,7 +30,7 @@ class Case:
     """
 
     name: str
-    kind: Literal["random", "extreme", "reduce", "augment"]
+    kind: Kind
     label: int | None = None
 
     def eligible(self, truth: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:
@@ -110,8 +112,10 @@ def parse_cases(
             cases.append(Case(name, "augment", find_label(name, labels)))
         else:
             raise UsageError(f"unknown case {name!r}: expected random, extreme, person, sheep; or --reduce, --augment")
-    cases += [Case(f"reduce {name}", "reduce", find_label(name, labels)) for name in split_names(reduce, labels)]
-    cases += [Case(f"augment {name}", "augment", find_label(name, labels)) for name in split_names(augment, labels)]
+    named: tuple[tuple[Kind, Iterable[str]], ...] = (("reduce", reduce), ("augment", augment))
+    for kind, values in named:
+        for number in (find_label(name, labels) for name in split_names(values, labels)):
+            cases.append(Case(f"{kind} {labels[number]}", kind, number))
     if not cases:
         raise UsageError("expected at least one case")
     return tuple({case.name: case for case in cases}.values())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mlperturb.cases import Case, Protocol, Variant, choose
 from mlperturb.classifier import Classifier
-from mlperturb.errors import ImageError, UsageError
+from mlperturb.errors import ImageError, StorageError, UsageError
+from mlperturb.files import file_sha256
 from mlperturb.images import read_photo
 from mlperturb.journal import Journal
 from mlperturb.labels import Request
@@ -33,6 +34,7 @@ from mlperturb.targets import Targets, decide
 from mlperturb.voc import Dataset
 
 METRICS = ("rmsd", "hamming_a", "hamming_b", "f1", "ranking_loss", "map", "auc", "kendall_tau")
+_NEEDED = {field.name for field in fields(Record)}  # of every record in a journal
 _RESAMPLES = 1000
 _BATCH = 32  # photos decided on together, before any attack
 
@@ -75,20 +77,22 @@ def run(
         classifier: to attack.
         dataset: with the classifier's labels in its order, see `align`.
         protocol: what to do.
-        journal: holds X and the records of every finished batch; the images lie beside it.
+        journal: holds X and the records of every finished batch; the images lie beside it. A photo with an error is
+            attacked again.
         scanned: told how many more photos have been decided on, while X is being found.
         planned: told how many attacks there are and how many of them the journal has.
         done: told of every finished batch.
 
     Raises:
-        UsageError: if no case fits a photo.
-        StorageError: if nothing can be written any more.
+        UsageError: if no case fits a photo, or a photo that is done has changed.
+        StorageError: if nothing can be written any more, or the journal is damaged.
     """
+    row_of = {str(path): row for row, path in enumerate(dataset.paths)}
     correct = _find_correct(classifier, dataset, journal, scanned)
     chosen = {case: choose(case, dataset, correct, protocol) for case in protocol.cases}
     if not any(chosen.values()):
         raise UsageError(f"of the {len(correct)} photos that the classifier gets right, none has the labels for a case")
-    finished = _finished(journal)
+    finished = _finished(journal, dataset)
     pairs = [(case, variant) for case in protocol.cases for variant in protocol.variants]
     if planned:
         left = [len(_jobs(dataset, chosen[c], finished.get((c.name, v.name), set()))) for c, v in pairs]
@@ -99,10 +103,11 @@ def run(
         jobs = _jobs(dataset, chosen[case], finished.get((case.name, variant.name), set()))
         if not jobs:
             continue
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folders(folder)
 
         def keep(records: list[Record], case: Case = case, variant: Variant = variant, folder: Path = folder) -> None:
-            journal.append({"case": case.name, "method": variant.name, "records": [asdict(r) for r in records]})
+            entry = {"case": case.name, "method": variant.name, "rows": [row_of[record.source] for record in records]}
+            journal.append({**entry, "records": [asdict(record) for record in records]})
             if not protocol.keep_images:
                 for name in [name for record in records for name in record.files.values() if name]:
                     (folder / name).unlink(missing_ok=True)
@@ -118,18 +123,41 @@ def run(
 
 
 def tabulate(journal: Journal, protocol: Protocol, labels: Sequence[str], boundary: Tensor) -> list[dict[str, Any]]:
-    """Read the journal, a batch at a time, and return a row for each case and method that has records."""
+    """Read the journal, a batch at a time, and return a row for each case and method that has records.
+
+    Raises:
+        StorageError: if the journal is damaged.
+    """
     gathered: dict[tuple[str, str], list[Figures]] = {}
-    for entry in journal.entries():
-        if "records" in entry:
+    for entry in _batches(journal):
+        try:
             figures = measure(entry["records"], labels, boundary)
-            gathered.setdefault((entry["case"], entry["method"]), []).append(figures)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StorageError(
+                f"{journal.path} has a damaged record ({error!r:.80}); --overwrite starts again"
+            ) from error
+        figures["row"] = np.array(entry["rows"], dtype=np.float64)
+        gathered.setdefault((entry["case"], entry["method"]), []).append(figures)
     return [
         make_row(case.name, variant.name, gathered[case.name, variant.name])
         for case in protocol.cases
         for variant in protocol.variants
         if (case.name, variant.name) in gathered
     ]
+
+
+def failures(journal: Journal) -> list[str]:
+    """Return a line for each photo that could not be read or attacked, its latest attempt counting."""
+    latest: dict[tuple[str, str, int], str | None] = {}
+    lines: list[str] = []
+    for entry in journal.entries():
+        lines += [f"{name}: could not be read, and is left out" for name in entry.get("unreadable", ())]
+    for entry in _batches(journal):
+        for row, record in zip(entry["rows"], entry["records"], strict=True):
+            error = record.get("error")
+            message = f"{entry['case']}, {entry['method']}: {error['message']}" if error else None
+            latest[entry["case"], entry["method"], row] = message
+    return lines + [message for message in latest.values() if message]
 
 
 def measure(records: Sequence[dict[str, Any]], labels: Sequence[str], boundary: Tensor) -> Figures:
@@ -175,6 +203,10 @@ def measure(records: Sequence[dict[str, Any]], labels: Sequence[str], boundary: 
 def make_row(case: str, method: str, figures: Sequence[Figures]) -> dict[str, Any]:
     """Average the figures of a case and method; `intervals` holds 95% bootstrap intervals over the photos."""
     joined = {name: np.concatenate([part[name] for part in figures]) for name in figures[0]}
+    if "row" in joined:  # in the order of the data set; of two attempts at a photo the later one counts
+        last = {row: place for place, row in enumerate(joined["row"].tolist())}
+        order = [last[row] for row in sorted(last)]
+        joined = {name: values[order] for name, values in joined.items()}
     row: dict[str, Any] = {"case": case, "method": method, "images": len(joined["success"])}
     intervals: dict[str, Any] = {}
     for name, source in (("success_rate", "success"), ("success_rate_float", "success_float"), ("passes", "passes")):
@@ -209,18 +241,56 @@ def _find_correct(
     truth = torch.from_numpy(dataset.truth)
     right = (decide(logits, classifier.boundary.cpu()) == truth) | (truth == 0)
     correct = (right.all(1) & logits.isfinite().all(1)).nonzero().flatten().tolist()
-    unreadable = int(logits.isnan().all(1).sum())
+    unreadable = [str(dataset.paths[row]) for row in logits.isnan().all(1).nonzero().flatten().tolist()]
     journal.append({"correct": correct, "photos": len(dataset), "unreadable": unreadable})
     return [int(row) for row in correct]
 
 
-def _finished(journal: Journal) -> dict[tuple[str, str], set[str]]:
-    found: dict[tuple[str, str], set[str]] = {}
+def _batches(journal: Journal) -> Iterator[dict[str, Any]]:
+    """Read the finished batches: `case`, `method`, and for each photo its row of the data set and its record."""
     for entry in journal.entries():
-        if "records" in entry:
-            sources = {record["source"] for record in entry["records"]}
-            found.setdefault((entry["case"], entry["method"]), set()).update(sources)
+        if "records" not in entry:
+            continue
+        parts = [entry.get("rows"), entry["records"]]
+        whole = all(isinstance(part, list) for part in parts) and entry.keys() >= {"case", "method"}
+        if not whole or not all(isinstance(record, dict) and record.keys() >= _NEEDED for record in entry["records"]):
+            raise StorageError(f"{journal.path} has a damaged batch; --overwrite starts again")
+        yield entry
+
+
+def _finished(journal: Journal, dataset: Dataset) -> dict[tuple[str, str], set[str]]:
+    """Return the photos that need no further attack, by case and method.
+
+    Raises:
+        UsageError: if one of them is not the photo that it was.
+    """
+    found: dict[tuple[str, str], set[str]] = {}
+    known: dict[int, str] = {}
+    for entry in _batches(journal):
+        for row, record in zip(entry["rows"], entry["records"], strict=True):
+            path = dataset.paths[row]
+            if record.get("error"):
+                continue
+            if known.setdefault(row, record.get("sha256")) != record.get("sha256") or not path.is_file():
+                raise UsageError(f"{path} changed while {journal.path} was written: give --overwrite or another --out")
+            found.setdefault((entry["case"], entry["method"]), set()).add(str(path))
+    for row, digest in known.items():
+        if file_sha256(dataset.paths[row]) != digest:
+            raise UsageError(f"{dataset.paths[row]} changed since {journal.path} was written: give another --out")
     return found
+
+
+def _make_folders(folder: Path) -> None:
+    """Make `images/CASE/METHOD` in the output folder, which must be there still.
+
+    Raises:
+        StorageError: if they cannot be made.
+    """
+    try:
+        for place in (folder.parent.parent, folder.parent, folder):
+            place.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {folder}: {error.strerror or error}") from error
 
 
 def make_settings(protocol: Protocol, variant: Variant) -> Settings:

@@ -60,7 +60,7 @@ class Settings:
         find_method(self.method).tuning(self.budget, **self.options)
         if self.passes is not None and self.passes < MIN_PASSES:
             raise UsageError(f"expected --passes of at least {MIN_PASSES}, got {self.passes}")
-        if self.max_rmsd is not None and not self.max_rmsd > 0:
+        if self.max_rmsd is not None and not 0 < self.max_rmsd < float("inf"):
             raise UsageError(f"expected --max-rmsd above 0, got {self.max_rmsd}")
 
 

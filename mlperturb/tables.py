@@ -128,13 +128,16 @@ def evaluation_grid(rows: Sequence[dict[str, Any]], which: str, *, digits: int =
         cells.append([*names, *numbers, _percent(row[success]), f"{row['passes']:.0f}"])
         for column, (key, _, sign) in enumerate(_METRICS):
             group = [sign * other[which][key] for other in rows if _comparable(other, row, which, key)]
-            if values[column] is not None and sign * values[column] >= max(group) - 5e-5:
+            if _comparable(row, row, which, key) and sign * values[column] >= max(group) - 5e-5:
                 best.add((number, 3 + column))
     return Grid(titles[which], columns, cells, frozenset(best), keys=3)
 
 
 def _comparable(other: dict[str, Any], row: dict[str, Any], which: str, key: str) -> bool:
-    return bool(other["case"] == row["case"] and other[which][key] is not None)
+    """Say whether a row takes part in the contest for a case's best; the least RMSD is none where little flipped."""
+    if other["case"] != row["case"] or other[which][key] is None:
+        return False
+    return bool(key != "rmsd" or other[which]["hamming_a"] < 0.5)
 
 
 def classifier_grid(metrics: dict[str, dict[str, Any]]) -> Grid:
@@ -151,7 +154,11 @@ def show(grid: Grid) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=Text(grid.title, style="bold"))
     table.title_justify = "left"
     for number, column in enumerate(grid.columns[groups:]):
-        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=not number)
+        if not number:
+            table.add_column(column, overflow="fold")
+            continue
+        widths = [len(text) for text in (*column.split(), *(cells[groups + number] for cells in grid.rows))]
+        table.add_column(column, justify="right", min_width=max(widths))
     previous: list[str] = []
     for number, cells in enumerate(grid.rows):
         if groups and cells[:groups] != previous:

@@ -56,8 +56,8 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names of the photos, the labels and the annotations."""
-        names = "\n".join([*(path.name for path in self.paths), "", *self.labels])
+        """SHA-256 over the names and sizes of the photos' files, the labels and the annotations."""
+        names = "\n".join([*(f"{path.name} {path.stat().st_size}" for path in self.paths), "", *self.labels])
         return hashlib.sha256(names.encode("utf-8", "surrogateescape") + self.truth.tobytes()).hexdigest()
 
     def subset(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Dataset:
@@ -138,7 +138,10 @@ def read_csv(root: Path, table: Path) -> Dataset:
         DatasetError: if a file is missing, or a line does not fit the header.
     """
     lines = _read_lines(table)
-    header, *body = csv.reader(lines)
+    try:
+        header, *body = csv.reader(lines)
+    except csv.Error as error:
+        raise DatasetError(f"{table} is no table of comma-separated values: {error}") from error
     labels = tuple(name.strip() for name in header[1:])
     if not labels or len(set(labels)) != len(labels):
         raise DatasetError(f"{table}: expected a header `image,LABEL,...` of distinct labels, got {lines[0]!r:.80}")
@@ -155,6 +158,9 @@ def read_csv(root: Path, table: Path) -> Dataset:
 def _checked(dataset: Dataset, source: Path) -> Dataset:
     if not dataset.paths:
         raise DatasetError(f"{source} names no photo")
+    if len(set(dataset.paths)) < len(dataset):
+        twice = next(path for path in dataset.paths if dataset.paths.count(path) > 1)
+        raise DatasetError(f"{source} names {twice.name} twice")
     missing = [path for path in dataset.paths if not path.is_file()]
     if missing:
         raise DatasetError(f"{source} names {len(missing)} missing photos, the first {missing[0]}")

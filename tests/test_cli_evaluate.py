@@ -72,6 +72,8 @@ def test_the_same_command_goes_on_and_another_one_is_refused(evaluate, table):
     code, stdout, stderr = evaluate(*QUICK, "--seed", 1)
     assert (code, stdout) == (2, "") and "written with another seed" in stderr and stderr.count("\n") == 1
     assert (out / "records.jsonl").read_bytes() == journal
+    assert evaluate(*QUICK[:-1], "random", "--reduce", "dog", "--passes", 3, "--overwrite")[0] == 2
+    assert (out / "records.jsonl").read_bytes() == journal
     assert evaluate(*QUICK, "--seed", 1, "--overwrite", "--quiet")[:2] == (0, "")
     assert (out / "records.jsonl").read_bytes() != journal
 
@@ -87,7 +89,7 @@ def test_clean_measures_the_classifier_itself(evaluate, table):
 def test_a_photo_that_cannot_be_read_is_left_out_and_said(evaluate, table):
     (table.parent / "photos" / "3.png").write_bytes(b"\x89PNG")
     code, _, stderr = evaluate("--clean")
-    assert code == 0 and stderr == "mlperturb: 1 photos of labels.csv could not be read, and are left out\n"
+    assert code == 1 and "3.png: could not be read" in stderr and stderr.count("\n") == 1
     assert json.loads((table.parent / "out" / "table3.json").read_text())["labels.csv"]["images"] == 5
 
 
@@ -102,6 +104,10 @@ def test_a_photo_that_cannot_be_read_is_left_out_and_said(evaluate, table):
         (("--budget", "slow", "--cases", "random"), "unknown budget 'slow'"),
         (("--batch-size", "x", "--cases", "random"), "--batch-size"),
         (("--passes", "3", "--cases", "random"), "--passes of at least"),
+        (("--max-rmsd", "inf", "--cases", "random"), "--max-rmsd above 0"),
+        (("--split", "test"), "--split goes with --voc"),
+        (("--year", "2007"), "--year and --voc go together"),
+        (("--clean", "--cases", "random"), "--clean attacks nothing"),
         (("--voc", "x"), "either --voc with --year, or --photos with --csv"),
     ],
 )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from mlperturb import evaluation
+from mlperturb.attacks import METHODS
 from mlperturb.cases import Protocol, parse_cases, parse_variants
 from mlperturb.checkpoints import load_checkpoint
-from mlperturb.errors import UsageError
-from mlperturb.evaluation import METRICS, make_row, measure, predict_photos, run
+from mlperturb.errors import StorageError, UsageError
+from mlperturb.evaluation import METRICS, failures, make_row, measure, predict_photos, run
 from mlperturb.images import read_photo
 from mlperturb.journal import Journal
 from mlperturb.tables import evaluation_grid, to_csv, to_latex, to_markdown
@@ -168,8 +170,8 @@ def test_photos_are_decided_on_at_their_own_sizes_and_bad_ones_left_out(classifi
 def whole(classifier, data, tmp_path_factory) -> tuple[list[dict], list[dict], Path]:
     """Evaluate without a stop; return the rows, the journal and the folder."""
     folder = tmp_path_factory.mktemp("whole")
-    journal = Journal(folder / "j.jsonl", {})
-    return run(classifier, data, make_protocol(), journal), strip(list(journal.entries())), folder
+    with Journal(folder / "j.jsonl", {}) as journal:
+        return run(classifier, data, make_protocol(), journal), strip(list(journal.entries())), folder
 
 
 def test_an_evaluation_attacks_what_the_classifier_gets_right_and_counts_it(data, whole):
@@ -204,37 +206,37 @@ def test_a_stopped_evaluation_goes_on_to_the_identical_tables(classifier, data, 
         if count > batches:
             raise Stop
 
-    with pytest.raises(Stop):
-        run(classifier, data, protocol, Journal(tmp_path / "j.jsonl", {}), done=stop)
+    with pytest.raises(Stop), Journal(tmp_path / "j.jsonl", {}) as journal:
+        run(classifier, data, protocol, journal, done=stop)
     with (tmp_path / "j.jsonl").open("ab") as stream:
         stream.write(b'{"case": "random", "rec')  # as a killed process leaves it
     left = []
-    again = Journal(tmp_path / "j.jsonl", {})
-    rows = run(classifier, data, protocol, again, planned=lambda total, had: left.append(total - had))
+    with Journal(tmp_path / "j.jsonl", {}) as again:
+        rows = run(classifier, data, protocol, again, planned=lambda total, had: left.append(total - had))
+        found = list(again.entries())
     assert again.torn and rows == expected
-    assert strip(list(again.entries())) == entries
-    sources = [
-        (e["case"], e["method"], record["source"]) for e in again.entries() if "records" in e for record in e["records"]
-    ]
+    assert strip(found) == entries
+    sources = [(e["case"], e["method"], record["source"]) for e in found if "records" in e for record in e["records"]]
     assert len(set(sources)) == len(sources)
     assert 0 < left[0] < len(sources)
 
 
 def test_the_cap_on_rmsd_holds_for_every_method_and_both_results(classifier, data, tmp_path):
-    journal = Journal(tmp_path / "j.jsonl", {})
     cases = parse_cases(["extreme"], [], [], classifier.labels)
     protocol = Protocol(cases, parse_variants(["all"], "fast"), images=3, budget="fast", passes=60, max_rmsd=0.7)
-    run(classifier, data, protocol, journal)
-    records = [record for entry in journal.entries() for record in entry.get("records", ())]
+    with Journal(tmp_path / "j.jsonl", {}) as journal:
+        run(classifier, data, protocol, journal)
+        records = [record for entry in journal.entries() for record in entry.get("records", ())]
     reached = [record[which]["rmsd"] for record in records for which in ("distortion", "distortion_float")]
-    assert len(reached) == 2 * 3 * 6
+    assert len(reached) == 2 * 3 * len(METHODS)
     assert 0.6 < max(reached) <= 0.7
 
 
 def test_kept_images_are_the_ones_the_records_describe(classifier, data, tmp_path):
-    journal = Journal(tmp_path / "j.jsonl", {})
-    run(classifier, data, make_protocol(images=2, keep_images=True), journal)
-    for entry in journal.entries():
+    with Journal(tmp_path / "j.jsonl", {}) as journal:
+        run(classifier, data, make_protocol(images=2, keep_images=True), journal)
+        entries = list(journal.entries())
+    for entry in entries:
         for record in entry.get("records", ()):
             folder = tmp_path / "images" / entry["case"].replace(" ", "_") / entry["method"].replace(":", "_")
             saved, photo = read_photo(folder / record["files"]["adversarial"]), read_photo(Path(record["source"]))
@@ -244,8 +246,66 @@ def test_kept_images_are_the_ones_the_records_describe(classifier, data, tmp_pat
 
 def test_a_data_set_that_fits_no_case_is_refused(classifier, data, tmp_path):
     nothing = replace(data, truth=-data.truth)
-    with pytest.raises(UsageError, match="of the 0 photos"):
-        run(classifier, nothing, make_protocol(), Journal(tmp_path / "j.jsonl", {}))
+    with pytest.raises(UsageError, match="of the 0 photos"), Journal(tmp_path / "j.jsonl", {}) as journal:
+        run(classifier, nothing, make_protocol(), journal)
+
+
+@pytest.fixture
+def own(data, tmp_path) -> Dataset:
+    """Return a copy of the data set, to be damaged."""
+    paths = tuple(Path(shutil.copy(path, tmp_path / path.name)) for path in data.paths)
+    return replace(data, paths=paths)
+
+
+def test_a_photo_that_changed_is_not_mixed_with_what_it_was(classifier, own, tmp_path):
+    with Journal(tmp_path / "j.jsonl", {}) as journal:
+        run(classifier, own, make_protocol(images=1), journal)
+        done = {Path(r["source"]) for e in journal.entries() for r in e.get("records", ())}
+        rng = np.random.default_rng(9)
+        for path in done:
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+        with pytest.raises(UsageError, match="changed since"):
+            run(classifier, own, make_protocol(images=1), journal)
+
+
+def test_a_photo_that_failed_is_attacked_again_and_its_last_attempt_counts(classifier, own, tmp_path):
+    protocol = make_protocol(images=2)
+    with Journal(tmp_path / "j.jsonl", {}) as journal:
+        expected = run(classifier, own, protocol, journal)
+    kept = {path: path.read_bytes() for path in own.paths}
+    with Journal(tmp_path / "k.jsonl", {}) as journal:
+        broken = []
+
+        def damage(*_: object) -> None:
+            for path in own.paths:
+                path.write_bytes(b"gone")
+            broken.append(True)
+
+        rows = run(classifier, own, protocol, journal, planned=damage)
+        assert broken and all(row["errors"] == row["images"] for row in rows)
+        assert len(failures(journal)) == sum(row["images"] for row in rows)
+        for path, content in kept.items():
+            path.write_bytes(content)
+        assert run(classifier, own, protocol, journal) == expected
+        assert failures(journal) == []
+
+
+def test_photos_that_cannot_be_read_are_named(classifier, own, tmp_path):
+    own.paths[5].write_bytes(b"nonsense")
+    with Journal(tmp_path / "j.jsonl", {}) as journal:
+        run(classifier, own, make_protocol(images=1), journal)
+        assert failures(journal) == [f"{own.paths[5]}: could not be read, and is left out"]
+
+
+@pytest.mark.parametrize("damage", [{"records": [{}]}, {"records": [5]}, {"records": 5}, {"rows": None}])
+def test_damaged_records_stop_the_run_with_a_word(classifier, data, whole, tmp_path, damage):
+    _, entries, _ = whole
+    with Journal(tmp_path / "j.jsonl", {}) as journal:
+        for entry in entries:
+            journal.append(entry)
+        journal.append({**entries[-1], **damage})
+        with pytest.raises(StorageError, match="damaged"):
+            run(classifier, data, make_protocol(), journal)
 
 
 @pytest.fixture

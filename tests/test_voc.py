@@ -148,3 +148,16 @@ def test_data_sets_of_the_same_labels_can_be_joined():
 def test_data_sets_of_other_labels_cannot_be_joined():
     with pytest.raises(DatasetError, match="same labels"):
         _dataset("a") + _dataset("b", ("y",))
+
+
+def test_a_photo_named_twice_is_refused(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "table.csv").write_text("image,cat\na.jpg,1\na.jpg,0\n")
+    with pytest.raises(DatasetError, match="names a.jpg twice"):
+        read_csv(tmp_path, tmp_path / "table.csv")
+
+
+def test_a_table_that_is_none_is_refused(tmp_path):
+    (tmp_path / "table.csv").write_text('image,cat\n"' + "x\n" * 200_000)
+    with pytest.raises(DatasetError, match="no table of comma-separated values"):
+        read_csv(tmp_path, tmp_path / "table.csv")

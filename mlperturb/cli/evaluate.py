@@ -34,7 +34,7 @@ from mlperturb.cli.options import (
     make_folder,
     parse_batch_size,
 )
-from mlperturb.errors import StorageError
+from mlperturb.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from mlperturb.cases import Protocol
@@ -47,7 +47,7 @@ _CASES = ("random", "extreme", "person", "sheep")
 def evaluate(
     voc: Voc = None,
     year: Year = None,
-    split: Annotated[str, typer.Option(help="SPLIT of every year, or YEAR:SPLIT,... of several.")] = "test",
+    split: Annotated[str | None, typer.Option(help="SPLIT of every year (test), or YEAR:SPLIT,... of several.")] = None,
     photos: PhotoFolder = None,
     csv: LabelTable = None,
     clean: Annotated[bool, typer.Option("--clean", help="Attack nothing: the classifier's own figures.")] = False,
@@ -88,6 +88,10 @@ def evaluate(
     the same command goes on where it was.
     """
     check_data(voc, year, photos, csv)
+    if photos is not None and split is not None:
+        raise UsageError("--split goes with --voc: with --photos, the --csv is the split")
+    if clean and (cases or reduce or augment or methods):
+        raise UsageError("--clean attacks nothing: it goes without --cases, --reduce, --augment and --methods")
     source = find_source(checkpoint, arch, labels)
 
     from mlperturb.cases import Protocol, align, parse_cases, parse_variants
@@ -101,14 +105,22 @@ def evaluate(
         images, budget, max_rmsd or None, passes, parse_batch_size(batch_size), seed, keep_images,
     )  # fmt: skip
     if voc is not None:
-        parts = read_splits(voc, [name for value in year or () for name in value.split(",")], split)
+        parts = read_splits(voc, [name for value in year or () for name in value.split(",")], split or "test")
     else:
         assert photos is not None and csv is not None
         parts = {csv.name: read_csv(photos, csv)}
     parts = {name: align(part, source.labels) for name, part in parts.items()}
     make_folder(out)
     run = _Run(source, protocol, parts, out, device, json=json, quiet=quiet)
-    raise typer.Exit(run.clean() if clean else run.go(overwrite=overwrite))
+    try:
+        code = run.clean() if clean else run.go(overwrite=overwrite)
+    except KeyboardInterrupt:
+        print_note("interrupted" + ("" if clean else f": the same command goes on from what {out} holds"))
+        code = 130
+    except StorageError as error:
+        print_error(str(error))
+        code = 3
+    raise typer.Exit(code)
 
 
 class _Run:
@@ -140,17 +152,19 @@ class _Run:
         from mlperturb.tables import classifier_grid
 
         metrics: dict[str, dict[str, Any]] = {}
+        unread: list[Path] = []
         with self._bar(sum(map(len, self.parts.values()))) as advance:
             for name, part in self.parts.items():
                 logits = predict_photos(self.classifier, part, advance)
                 read = logits.isfinite().all(1)
-                if not bool(read.all()):
-                    print_note(f"{int((~read).sum())} photos of {name} could not be read, and are left out")
+                unread += [part.paths[row] for row in (~read).nonzero().flatten().tolist()]
                 metrics[name] = classifier_metrics(
                     logits[read], torch.from_numpy(part.truth)[read], self.classifier.boundary.cpu(), part.labels
                 )
         self._finish("table3", metrics, [classifier_grid(metrics)])
-        return 0
+        for path in unread:
+            print_error(f"{path}: could not be read or classified, and is left out")
+        return int(bool(unread))
 
     def go(self, *, overwrite: bool) -> int:
         """Attack, and write the tables; return the exit code."""
@@ -162,36 +176,42 @@ class _Run:
         for variant in self.protocol.variants:
             evaluation.make_settings(self.protocol, variant)  # refuses what cannot be, before anything is written
         dataset = join(self.parts.values())
-        path = self.out / "records.jsonl"
-        if overwrite:
-            path.unlink(missing_ok=True)
+        path, old = self.out / "records.jsonl", self.out / "records.old.jsonl"
+        if overwrite and path.is_file():
+            path.replace(old)
         try:
-            journal = Journal(path, self._key(dataset))
-            if journal.torn:
-                print_note(f"the last line of {path} was cut short, and is dropped: its photos are attacked again")
-            with self._bar(len(dataset)) as advance:
-                rows = evaluation.run(
-                    self.classifier,
-                    dataset,
-                    self.protocol,
-                    journal,
-                    scanned=advance,
-                    planned=self._planned,
-                    done=lambda case, variant, records: self._advance(len(records), f"{case.name}, {variant.name}"),
-                )
-        except KeyboardInterrupt:
-            print_note(f"interrupted: what is done lies in {path}; the same command goes on from there")
-            return 130
-        except StorageError as error:
-            print_error(str(error))
-            return 3
+            with Journal(path, self._key(dataset)) as journal:
+                if journal.torn:
+                    self._note(f"the last line of {path} was cut short, and is dropped: its photos are attacked again")
+                with self._bar(len(dataset)) as advance:
+                    rows = evaluation.run(
+                        self.classifier,
+                        dataset,
+                        self.protocol,
+                        journal,
+                        scanned=advance,
+                        planned=self._planned,
+                        done=lambda case, variant, records: self._advance(len(records), f"{case.name}, {variant.name}"),
+                    )
+                failures = evaluation.failures(journal)
+        except UsageError:
+            if overwrite and old.is_file():  # nothing is lost by a command that is refused
+                old.replace(path)
+            raise
+        old.unlink(missing_ok=True)
         for case in self.protocol.cases:
             if not any(row["case"] == case.name for row in rows):
-                print_note(f"case {case.name}: no photo that the classifier gets right has the labels for it")
+                self._note(f"case {case.name}: no photo that the classifier gets right has the labels for it")
         self._write("tables.csv", to_csv(rows))
         shown = [evaluation_grid(rows, which, digits=3) for which in ("float", "saved")]
         self._finish("tables", rows, [evaluation_grid(rows, which) for which in ("float", "saved")], shown)
-        return int(any(row["errors"] for row in rows))
+        for line in failures:
+            print_error(line)
+        return int(bool(failures))
+
+    def _note(self, message: str) -> None:
+        if not self.quiet:
+            print_note(message)
 
     def _key(self, dataset: Dataset) -> dict[str, Any]:
         """Return everything that decides what the record of a photo, a case and a method is."""
@@ -224,7 +244,8 @@ class _Run:
         elif not self.quiet:
             for grid in shown or grids:
                 stdout.print(show(grid))
-            stdout.print(f"tables in {printable(str(self.out))}: {name}.json, .md, .tex", soft_wrap=True)
+            forms = ".json, .md, .tex, .csv" if name == "tables" else ".json, .md, .tex"
+            stdout.print(f"tables in {printable(str(self.out))}: {name}{forms}", soft_wrap=True)
 
     def _write(self, name: str, text: str) -> None:
         from mlperturb.files import write_file
@@ -245,7 +266,7 @@ class _Run:
 
     def _planned(self, total: int, had: int) -> None:
         if had:
-            print_note(f"going on: {had} of {total} attacks are done already")
+            self._note(f"going on: {had} of {total} attacks are done already")
         self.bar.reset(self.task, total=total, completed=had, description="attacking")
 
     def _advance(self, count: int, text: str | None = None) -> None:

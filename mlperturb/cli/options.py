@@ -44,8 +44,8 @@ def check_data(voc: Path | None, year: list[str] | None, photos: Path | None, cs
     """
     if (voc is None) == (photos is None) or (photos is None) != (csv is None):
         raise UsageError("expected either --voc with --year, or --photos with --csv")
-    if voc is not None and not year:
-        raise UsageError("expected --year with --voc")
+    if (voc is not None) != bool(year):
+        raise UsageError("--year and --voc go together: expected both or neither")
 
 
 @dataclass(frozen=True)
