@@ -15,6 +15,7 @@ Rounding = Literal["inside", "after"]
 
 _SOFTNESS = 0.7  # of counting: how far, in logits, the next constraint may be to be pushed almost as hard
 _ENOUGH = 40  # iterations that leave time to begin again
+_LEAST = 0.55 / 255  # the largest change of a pixel, at least, before rounding
 _OVERSHOOT = 1.3  # of the first step: logits curve away from their linearisation
 
 
@@ -124,6 +125,9 @@ def descend(
         if problem.cap is not None:
             radius = radius.minimum(problem.cap)
         latent = latent * spread(radius / norms(latent).clamp(min=1e-30))
+        if lattice:  # below half a grey level nothing would change
+            lift = torch.where(met, 1.0, _LEAST / latent.flatten(1).abs().amax(1).clamp(min=1e-30)).clamp(min=1.0)
+            latent, radius = spread(lift) * latent, lift * radius
         latent = (problem.images + latent).clamp(0, 1) - problem.images
 
         multipliers = multipliers * torch.exp(torch.where(violations > 0, 0.4, -0.1) * decay.unsqueeze(1))
