@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -148,25 +149,29 @@ def classifier_grid(metrics: dict[str, dict[str, Any]]) -> Grid:
     return Grid("Table III: the classifier's own figures", headings, rows)
 
 
-def show(grid: Grid) -> Table:
-    """Return a grid for the terminal; of several columns that name a row, all but the last head a group of rows."""
+def show(grid: Grid) -> Group:
+    """Return a grid for the terminal; of several columns that name a row, all but the last head a table each."""
     groups = grid.keys - 1
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=Text(grid.title, style="bold"))
-    table.title_justify = "left"
+    tables: dict[tuple[str, ...], Table] = {}
+    for number, cells in enumerate(grid.rows):
+        head = tuple(cells[:groups])
+        if head not in tables:
+            tables[head] = _grid_table(grid, groups, clean(", ".join(head)))
+        styles = ["bold" if (number, column) in grid.best else "" for column in range(len(cells))]
+        texts = [Text(clean(text).plain, style=style) for text, style in zip(cells, styles, strict=True)]
+        tables[head].add_row(*texts[groups:])
+    return Group(Text(grid.title, style="bold"), *tables.values())
+
+
+def _grid_table(grid: Grid, groups: int, heading: Text) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=heading if heading else None)
+    table.title_justify, table.title_style = "left", "italic"
     for number, column in enumerate(grid.columns[groups:]):
         if not number:
             table.add_column(column, overflow="fold")
             continue
         widths = [len(text) for text in (*column.split(), *(cells[groups + number] for cells in grid.rows))]
         table.add_column(column, justify="right", min_width=max(widths))
-    previous: list[str] = []
-    for number, cells in enumerate(grid.rows):
-        if groups and cells[:groups] != previous:
-            previous = cells[:groups]
-            table.add_row(Text(clean(", ".join(previous)).plain, style="italic"))
-        styles = ["bold" if (number, column) in grid.best else "" for column in range(len(cells))]
-        texts = [Text(clean(text).plain, style=style) for text, style in zip(cells, styles, strict=True)]
-        table.add_row(*texts[groups:])
     return table
 
 
