@@ -29,7 +29,7 @@ from mlperturb.metrics import (
     ranking_loss,
 )
 from mlperturb.report import Record
-from mlperturb.runner import Job, Settings, plan_outputs, run_attack
+from mlperturb.runner import Job, Settings, plan_outputs, run_attack, to_tensor
 from mlperturb.targets import Targets, decide
 from mlperturb.voc import Dataset
 
@@ -53,7 +53,7 @@ def predict_photos(classifier: Classifier, dataset: Dataset, done: Callable[[int
             except ImageError:
                 continue
             rows.append(row)
-            images.append(torch.from_numpy(rgb).to(classifier.device).permute(2, 0, 1).float() / 255)
+            images.append(to_tensor(rgb, classifier.device))
         if images:
             logits[rows] = classifier(images).float().cpu()
         if done:
@@ -93,19 +93,22 @@ def run(
     if not any(chosen.values()):
         raise UsageError(f"of the {len(correct)} photos that the classifier gets right, none has the labels for a case")
     finished = _finished(journal, dataset)
-    pairs = [(case, variant) for case in protocol.cases for variant in protocol.variants]
+    plan = [
+        (case, variant, _jobs(dataset, chosen[case], finished.get((case.name, variant.name), set())))
+        for case in protocol.cases
+        for variant in protocol.variants
+    ]
     if planned:
-        left = [len(_jobs(dataset, chosen[c], finished.get((c.name, v.name), set()))) for c, v in pairs]
-        total = sum(len(chosen[case]) for case, _ in pairs)
-        planned(total, total - sum(left))
-    for case, variant in pairs:
-        folder = journal.path.parent / "images" / _slug(case.name) / _slug(variant.name)
-        jobs = _jobs(dataset, chosen[case], finished.get((case.name, variant.name), set()))
+        total = sum(len(chosen[case]) for case, _, _ in plan)
+        planned(total, total - sum(len(jobs) for _, _, jobs in plan))
+    for case, variant, jobs in plan:
         if not jobs:
             continue
+        folder = journal.path.parent / "images" / _slug(case.name) / _slug(variant.name)
         _make_folders(folder)
 
         def keep(records: list[Record], case: Case = case, variant: Variant = variant, folder: Path = folder) -> None:
+            """Make a finished batch durable, then drop its files unless they are to be kept."""
             entry = {"case": case.name, "method": variant.name, "rows": [row_of[record.source] for record in records]}
             journal.append({**entry, "records": [asdict(record) for record in records]})
             if not protocol.keep_images:

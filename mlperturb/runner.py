@@ -130,7 +130,7 @@ def _attack_batch(
     classifier: Classifier, batch: Sequence[tuple[Job, Photo]], out: Path, settings: Settings
 ) -> list[Record]:
     started = time.perf_counter()
-    images, sizes = pad_batch([_to_tensor(photo.rgb, classifier.device) for _, photo in batch])
+    images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for _, photo in batch])
     model = classifier.bind(sizes)
     with torch.no_grad():
         before = model(images)
@@ -236,7 +236,7 @@ def _finish(
     height, width = size
     labels, targets = classifier.labels, found.problem.targets.select(torch.tensor([row]))
     bare = replace(targets, margin=0.0)
-    exact = found.outcome.images[row, :, :height, :width] * 255 - _to_tensor(photo.rgb, classifier.device) * 255
+    exact = found.outcome.images[row, :, :height, :width] * 255 - to_tensor(photo.rgb, classifier.device) * 255
     facts: dict[str, Any] = _facts(job, photo) | {
         "truth": {label: bool(sign > 0) for label, sign in zip(labels, targets.truth[0].tolist(), strict=True)},
         "flip": _chosen(labels, targets.flip[0]),
@@ -261,7 +261,7 @@ def _finish(
         except (OutputError, ImageError) as error:
             return Record(**facts, status="failed", probabilities=probabilities, cost=cost, error=_describe(error))
         with torch.no_grad():
-            after = classifier([_to_tensor(saved, classifier.device)])
+            after = classifier([to_tensor(saved, classifier.device)])
         cost["forward"] += 1
     else:
         saved, after = photo.rgb, before.unsqueeze(0)
@@ -331,5 +331,6 @@ def _describe(error: Exception) -> dict[str, str]:
     return {"type": type(error).__name__, "message": str(error)}
 
 
-def _to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:
+def to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:
+    """Return 8-bit pixels, (H, W, 3), as an image in [0, 1], (3, H, W)."""
     return torch.from_numpy(rgb).to(device).permute(2, 0, 1).float() / 255

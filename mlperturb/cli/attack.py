@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlperturb.attacks import BUDGETS, DEFAULT_METHOD, METHODS, find_method
+from mlperturb.cli.console import make_bar, print_error, print_note, printable
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.console import print_error, print_note, printable
 from mlperturb.cli.options import (
     Arch,
     BatchSize,
@@ -231,12 +231,7 @@ class _Run:
         stdout.print(f"files in {printable(str(self.out))}, report {printable(str(self.report))}", soft_wrap=True)
 
     def _start_bar(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        from mlperturb.cli.console import err
-
-        columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=err, transient=True, disable=self.quiet or not err.is_terminal)
+        self.bar = make_bar(quiet=self.quiet)
         self.task = self.bar.add_task("loading", total=len(self.jobs))
         self.bar.start()
 

@@ -11,8 +11,8 @@ import typer
 
 from mlperturb import __version__
 from mlperturb.attacks import BUDGETS
+from mlperturb.cli.console import make_bar, print_error, print_note, printable
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.console import print_error, print_note, printable
 from mlperturb.cli.options import (
     Arch,
     BatchSize,
@@ -254,13 +254,7 @@ class _Run:
 
     @contextmanager
     def _bar(self, photos: int) -> Iterator[Callable[[int], None]]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        from mlperturb.cli.console import err
-
-        columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        hidden = self.quiet or not err.is_terminal
-        with Progress(*columns, console=err, transient=True, disable=hidden) as self.bar:
+        with make_bar(quiet=self.quiet) as self.bar:
             self.task = self.bar.add_task("classifying", total=photos)
             yield self._advance
 
