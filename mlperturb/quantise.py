@@ -50,7 +50,7 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
         return Lattice(outcome.images, outcome.met)
     best = Best(problem.images)
     goal = outcome.goal
-    difference = outcome.images - problem.images
+    difference = problem.within_region(outcome.images - problem.images)
     if not bool(problem.affordable(1).all()):
         return Lattice(best.images, best.met)
     best.update(problem, goal, problem.images, problem.logits(problem.images).detach())

@@ -22,6 +22,7 @@ from mlperturb.labels import Request
 from mlperturb.metrics import distortion, kendall_tau
 from mlperturb.preprocess import Size, pad_batch
 from mlperturb.quantise import Lattice, quantise
+from mlperturb.regions import Region
 from mlperturb.report import Record, Status
 from mlperturb.targets import Targets, decide, make_targets
 
@@ -42,6 +43,7 @@ class Settings:
         batch_size: photos at a time; None to choose by device and photo size.
         margin: by how much a logit must clear its threshold during the search, see `Targets`.
         max_rmsd: the largest RMSD allowed, on the 0-255 scale, of the float result and of the PNG; None for no cap.
+        region: the part of each photo that may change; None for all of it.
         keep_failed: write the files of a photo even where no label of A flipped.
         options: of the method, see `attacks.CHOICES`.
     """
@@ -53,6 +55,7 @@ class Settings:
     batch_size: int | None = None
     margin: float = 0.01
     max_rmsd: float | None = None
+    region: Region | None = None
     keep_failed: bool = False
     options: dict[str, str | None] = field(default_factory=dict)
 
@@ -113,6 +116,8 @@ def _batches(
     for job in jobs:
         try:
             photo = read_photo(job.source)
+            if settings.region:
+                settings.region.inside(*photo.rgb.shape[:2])
         except ImageError as error:
             done([Record(source=str(job.source), error=_describe(error))])
             continue
@@ -147,7 +152,8 @@ def _attack_batch(
     if len(rows):
         requests = [batch[row][0].request or settings.request for row in rows.tolist()]
         cap = None if settings.max_rmsd is None else _norm_cap(settings.max_rmsd, sizes, images.device)[rows]
-        found = _search(model.select(rows), images[rows], before[rows], requests, settings, cap)
+        region = None if settings.region is None else _region_of(settings.region, sizes, images)[rows]
+        found = _search(model.select(rows), images[rows], before[rows], requests, settings, cap, region)
         seconds = time.perf_counter() - started
         for place, row in enumerate(rows.tolist()):
             job, photo = batch[row]
@@ -171,6 +177,14 @@ def _norm_cap(rmsd: float, sizes: Sequence[Size], device: torch.device) -> Tenso
     return torch.tensor([rmsd / 255 * (3 * height * width) ** 0.5 for height, width in sizes], device=device)
 
 
+def _region_of(region: Region, sizes: Sequence[Size], images: Tensor) -> Tensor:
+    """Return the pixels of a padded batch, (N, 3, H, W), that may change, (N, 1, H, W)."""
+    allowed = torch.zeros_like(images[:, :1])
+    for row, (height, width) in enumerate(sizes):
+        allowed[row, 0, :height, :width] = torch.from_numpy(region.inside(height, width)).to(allowed)
+    return allowed
+
+
 def _search(
     model: BoundClassifier,
     images: Tensor,
@@ -178,12 +192,13 @@ def _search(
     requests: Sequence[Request],
     settings: Settings,
     cap: Tensor | None,
+    region: Tensor | None,
 ) -> _Found:
     """Attack a batch, then find the 8-bit photos; no image spends more than `settings.passes`."""
     boundary = model.classifier.boundary
     truth = decide(before, boundary)
     targets = make_targets(requests, truth, boundary, margin=settings.margin)
-    problem = Problem.start(model, images, targets, cap=cap)
+    problem = Problem.start(model, images, targets, cap=cap, region=region)
     problem.meter.forward += 1  # `before`
     after = 2  # the float result's decision, and the PNG's as read back
     method = find_method(settings.method)

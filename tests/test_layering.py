@@ -19,6 +19,7 @@ ORDER = [
     "metrics",
     "preprocess",
     "images",
+    "regions",
     "devices",
     "classifier",
     "checkpoints",

@@ -96,6 +96,7 @@ class Problem:
         rows: their places in the whole batch, (n,), on the CPU.
         meter: the passes spent, shared by all parts of the batch.
         cap: the largest ||x* - x||_2 allowed, in [0, 1] units, (n,); None for no cap.
+        region: the pixels that may change, 1 or 0, (n, 1, H, W); None for all. Gradients vanish outside it.
     """
 
     model: Model
@@ -104,10 +105,18 @@ class Problem:
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     meter: Meter = field(default_factory=lambda: Meter(torch.empty(0), torch.empty(0)))
     cap: Tensor | None = None
+    region: Tensor | None = None
 
     @classmethod
     def start(
-        cls, model: Model, images: Tensor, targets: Targets, *, limit: int | None = None, cap: Tensor | None = None
+        cls,
+        model: Model,
+        images: Tensor,
+        targets: Targets,
+        *,
+        limit: int | None = None,
+        cap: Tensor | None = None,
+        region: Tensor | None = None,
     ) -> Problem:
         """Return the problem of a whole batch, nothing spent.
 
@@ -119,7 +128,7 @@ class Problem:
             raise UsageError(f"expected images (N, 3, H, W) with {len(targets.truth)} targets, got {shape}")
         count = len(images)
         meter = Meter(torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long), limit)
-        return cls(model, images, targets, torch.arange(count), meter, cap)
+        return cls(model, images, targets, torch.arange(count), meter, cap, region)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -135,6 +144,7 @@ class Problem:
             self.rows[chosen.cpu()],
             self.meter,
             None if self.cap is None else self.cap[chosen],
+            None if self.region is None else self.region[chosen],
         )
 
     def logits(self, images: Tensor) -> Tensor:
@@ -145,7 +155,7 @@ class Problem:
     def gradient(self, losses: Tensor, images: Tensor) -> Tensor:
         """Return the gradient of each image's own loss, (n,), at `images`: one backward pass for each."""
         self.meter.backward[self.rows] += 1
-        return torch.autograd.grad(losses.sum(), images)[0]
+        return self.within_region(torch.autograd.grad(losses.sum(), images)[0])
 
     def jacobian(self, outputs: Tensor, images: Tensor, present: Tensor) -> Tensor:
         """Return d outputs / d images, (n, K, 3, H, W); zero where `present`, (n, K), is false.
@@ -165,7 +175,12 @@ class Problem:
         full = packed.new_zeros(outputs.shape[1], *images.shape)
         rows = torch.arange(len(images), device=images.device).expand(slots, -1)
         full[order.T, rows] = packed * present.gather(1, order).T.view(slots, -1, 1, 1, 1)
-        return full.transpose(0, 1)
+        jacobian = full.transpose(0, 1)
+        return jacobian if self.region is None else jacobian * self.region.unsqueeze(1)
+
+    def within_region(self, values: Tensor) -> Tensor:
+        """Return gradients or perturbations, (n, 3, H, W), that are 0 where nothing may change."""
+        return values if self.region is None else values * self.region
 
     def within_cap(self, images: Tensor) -> Tensor:
         """Pull iterates, (n, 3, H, W), back toward the clean photos until none lies beyond the cap; differentiable."""

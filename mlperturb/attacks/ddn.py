@@ -17,6 +17,7 @@ _SOFTNESS = 0.7  # of counting: how far, in logits, the next constraint may be t
 _ENOUGH = 40  # iterations that leave time to begin again
 _LEAST = 0.55 / 255  # the largest change of a pixel, at least, before rounding
 _OVERSHOOT = 1.3  # of the first step: logits curve away from their linearisation
+_WIDEST, _HALVINGS = 5.0, 7  # of the search for the first step's length: up to 2^5 times, to 2^(5 / 128)
 
 
 def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "inside", iterations: int = 48) -> Outcome:
@@ -24,7 +25,7 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
 
     1. r = 0, every multiplier mu_j = 1.
     2. g = gradient of sum_j mu_j softplus(violation_j) at round(x + r): a forward and a backward pass.
-    3. First time: r = -s g, with s so large that the linearised constraints hold, and a little more.
+    3. First time: r = -s g, with s so large that the linearised constraints hold at round(x + r), and a little more.
     4. Later: r moves along -g by a share of ||r||, which a schedule lets decay to zero.
     5. ||r|| is set: less than before if all constraints hold; else more, by a share of the linearised distance.
     6. x + r is clipped to the pixel range.
@@ -125,6 +126,9 @@ def descend(
         if problem.cap is not None:
             radius = radius.minimum(problem.cap)
         latent = latent * spread(radius / norms(latent).clamp(min=1e-30))
+        if lattice and fresh and step == 0:
+            wider = lattice_scale(latent, gradient, distance * length)
+            latent, radius = spread(wider) * latent, wider * radius
         if lattice:  # below half a grey level nothing would change
             lift = torch.where(met, 1.0, _LEAST / latent.flatten(1).abs().amax(1).clamp(min=1e-30)).clamp(min=1.0)
             latent, radius = spread(lift) * latent, lift * radius
@@ -139,6 +143,25 @@ def descend(
         latent = torch.where(spread(restart), 0.1 * latent, latent)
         radius = torch.where(restart, 0.1 * radius, radius)
         multipliers = torch.where(restart.unsqueeze(1), present.to(multipliers.dtype), multipliers)
+
+
+def lattice_scale(latent: Tensor, gradient: Tensor, needed: Tensor) -> Tensor:
+    """Return how much longer r must be for round(r) to lower the linearised loss as r itself should, (n,).
+
+    Rounding takes what is smaller than half a grey level, so that a small r loses most of its effect.
+
+    Args:
+        latent: r = -s g, (n, 3, H, W).
+        gradient: g, of that shape.
+        needed: by how much the loss is to fall, (n,).
+    """
+    low, high = torch.zeros_like(needed), torch.full_like(needed, _WIDEST)  # of log2 of the scale
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        rounded = (spread(torch.exp2(middle)) * latent * 255).round() / 255
+        enough = -(rounded * gradient).flatten(1).sum(1) >= needed
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return torch.exp2(high)
 
 
 def count_first(violations: Tensor) -> Tensor:

@@ -64,6 +64,9 @@ def attack(
         float | None,
         typer.Option(min=0, help="Go no further than this RMSD, 0-255 scale, of the float result or the PNG."),
     ] = None,
+    region: Annotated[
+        str | None, typer.Option(metavar="X,Y,W,H|MASK", help="Change only this rectangle, or where MASK is not black.")
+    ] = None,
     between: Annotated[
         str | None,
         typer.Option(
@@ -99,7 +102,7 @@ def attack(
     raise typer.Exit(
         run(
             source, paths, request, names, method=method, budget=budget, passes=passes, max_rmsd=max_rmsd,
-            options=options, out=out, report=report, overwrite=overwrite, recursive=recursive,
+            region=region, options=options, out=out, report=report, overwrite=overwrite, recursive=recursive,
             batch_size=parse_batch_size(batch_size), device=device, seed=seed, json=json, quiet=quiet,
         )
     )  # fmt: skip
@@ -115,6 +118,7 @@ def run(
     budget: str = "balanced",
     passes: int | None = None,
     max_rmsd: float | None = None,
+    region: str | None = None,
     options: dict[str, str | None] | None = None,
     out: Path,
     report: Path | None = None,
@@ -128,9 +132,19 @@ def run(
 ) -> int:
     """Run an attack whose labels have been checked; return the exit code."""
     from mlperturb.images import find_photos
+    from mlperturb.regions import parse_region
     from mlperturb.runner import Settings, plan_outputs
 
-    settings = Settings(method, budget, request, passes, batch_size, max_rmsd=max_rmsd, options=options or {})
+    settings = Settings(
+        method,
+        budget,
+        request,
+        passes,
+        batch_size,
+        max_rmsd=max_rmsd,
+        region=None if region is None else parse_region(region),
+        options=options or {},
+    )
     jobs = plan_outputs(find_photos(paths, recursive=recursive))
     report = report or out / "report.json"
     _prepare_folder(out, report, jobs, overwrite)
@@ -149,6 +163,7 @@ def run(
         "device": name,
         "passes": passes,
         "max_rmsd": max_rmsd,
+        "region": region,
         "batch_size": batch_size or "auto",
         "margin": settings.margin,
         **{key: value for key, value in settings.options.items() if value is not None},

@@ -29,14 +29,17 @@ from mlperturb.targets import Targets, decide
 
 
 def build(arguments: argparse.Namespace) -> tuple[BoundClassifier, torch.Tensor, Targets]:
-    """Return a classifier bound to a batch of random images, and what is asked of each: one pair flipped, 18 kept."""
+    """Return a classifier bound to a batch of random photos, and what is asked of each: a pair flipped, the rest kept.
+
+    Of `arguments`: arch, its size and number of labels, batch, the photo's (height, width), device.
+    """
     device = prepare(arguments.device, 0)
     normalise = default_preprocess(arguments.arch)
     preprocess = Preprocess((arguments.size, arguments.size), mean=normalise.mean, std=normalise.std)
-    network = fold_batch_norm(build_network(arguments.arch, 20))
-    classifier = Classifier(network, [str(number) for number in range(20)], None, preprocess).to(device)
-    images = (torch.rand(arguments.batch, 3, arguments.size, arguments.size) * 255).round().div(255).to(device)
-    model = classifier.bind([(arguments.size, arguments.size)] * arguments.batch)
+    network = fold_batch_norm(build_network(arguments.arch, arguments.labels))
+    classifier = Classifier(network, [str(number) for number in range(arguments.labels)], None, preprocess).to(device)
+    images = (torch.rand(arguments.batch, 3, *arguments.photo) * 255).round().div(255).to(device)
+    model = classifier.bind([arguments.photo] * arguments.batch)
     with torch.no_grad():
         logits = model(images)
         classifier.boundary += logits.mean(0)  # so that labels of both signs are near
@@ -108,6 +111,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    arguments.labels, arguments.photo = 20, (arguments.size, arguments.size)
 
     methods = list(METHODS) if arguments.methods == "all" else arguments.methods.split(",")
     model, images, targets = build(arguments)

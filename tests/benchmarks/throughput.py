@@ -1,0 +1,92 @@
+"""Photos a second end to end, files in and files out, and where the time goes.
+
+    python tests/benchmarks/throughput.py --photos ../shared/voc/VOCdevkit/VOC2012/JPEGImages --count 200 --budget fast
+
+`mlperturb attack`'s own runner on photos of a folder, into a temporary folder: `--flip any --keep rest`. `forward` and
+`backward` are passes of the resizing and the network; `write` is encoding, flushing to disk, renaming and reading back.
+On CUDA passes are only started by those calls: what is waited for is in `rest`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from mlperturb import runner
+from mlperturb.attacks.common import Problem
+from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
+from mlperturb.devices import prepare
+from mlperturb.images import find_photos
+from mlperturb.labels import parse_request
+
+
+def timed(spent: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with its seconds added up under `name`."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*arguments, **options)
+        finally:
+            spent[name] += time.perf_counter() - started
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--method", default="ml-ddn")
+    parser.add_argument("--budget", default="balanced")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    device = prepare(arguments.device, 0)
+    classifier, _ = load_checkpoint(arguments.checkpoint or bundled_checkpoint(), device=device)
+    jobs = runner.plan_outputs(find_photos([arguments.photos], recursive=True)[: arguments.count])
+    request = parse_request(classifier.labels, flip=["any"], keep=["rest"])
+    settings = runner.Settings(arguments.method, arguments.budget, request)
+    spent: Counter[str] = Counter()
+    statuses: Counter[str] = Counter()
+    started = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as out,
+        patch.object(runner, "read_photo", timed(spent, "decode", runner.read_photo)),
+        patch.object(runner, "_save", timed(spent, "write", runner._save)),
+        patch.object(Problem, "logits", timed(spent, "forward", Problem.logits)),
+        patch.object(Problem, "gradient", timed(spent, "backward", Problem.gradient)),
+    ):
+        runner.run_attack(
+            classifier, jobs, Path(out), settings, lambda records: statuses.update(r.status for r in records)
+        )
+    total = time.perf_counter() - started
+    spent["rest"] = total - sum(spent.values())
+    result = {
+        "method": arguments.method,
+        "budget": arguments.budget,
+        "device": str(device),
+        "photos": len(jobs),
+        "statuses": dict(statuses),
+        "photos_per_second": len(jobs) / total,
+        "share": {name: seconds / total for name, seconds in spent.items()},
+    }
+    print(f"{len(jobs)} photos, {arguments.method}, {arguments.budget}, {device}: {dict(statuses)}")
+    print(f"{result['photos_per_second']:.2f} photos a second; of the time:")
+    for name in ("decode", "forward", "backward", "write", "rest"):
+        print(f"  {name:9}{spent[name] / total:6.1%}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
