@@ -26,8 +26,9 @@ class Record:
         sha256: of the photo's file.
         width: in pixels, upright.
         height: in pixels, upright.
-        status: `success` if every constraint holds on the PNG as read back, `partial` if some label of A flipped,
-            `failed` if none did (no file is written), `unreadable` if the photo could not be decoded.
+        status: `success` if every constraint holds on the PNG as read back, and after the compressions to survive,
+            `partial` if some label of A flipped, `failed` if none did (no file is written), `unreadable` if the photo
+            could not be decoded.
         truth: y, the classifier's decisions on the photo.
         flip: A.
         keep: B.
@@ -36,6 +37,8 @@ class Record:
         distortion: of the PNG, on the 0-255 scale.
         distortion_float: of the attack's float result.
         success_float: whether every constraint holds on the float result.
+        survival: by compression that the attack was to survive, the constraints `held`, `total` and `violated`; None
+            if there was none.
         ranking: for a ranking attack, whether its constraints hold on the PNG, and Kendall's tau_b.
         cost: passes and seconds.
         files: names relative to the report's folder.
@@ -56,6 +59,7 @@ class Record:
     distortion: Distortion | None = None
     distortion_float: Distortion | None = None
     success_float: bool | None = None
+    survival: dict[str, dict[str, Any]] | None = None
     ranking: dict[str, Any] | None = None
     cost: dict[str, float] = field(default_factory=lambda: {"forward": 0, "backward": 0, "seconds": 0.0})
     files: dict[str, str | None] = field(default_factory=lambda: {"adversarial": None, "map": None})

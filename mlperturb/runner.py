@@ -15,15 +15,17 @@ from torch import Tensor
 from mlperturb.attacks import find_method
 from mlperturb.attacks.common import MAX_COMPARED, Outcome, Problem, nearest_label
 from mlperturb.attacks.ranking import RankingGoal
-from mlperturb.classifier import BoundClassifier, Classifier
+from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError, OutputError, StorageError, UsageError
 from mlperturb.images import Photo, Pixels, magnify, read_photo, read_pixels, write_png
 from mlperturb.labels import Request
 from mlperturb.metrics import distortion, kendall_tau
 from mlperturb.preprocess import Size, pad_batch
+from mlperturb.purify import Purification
 from mlperturb.quantise import Lattice, quantise
 from mlperturb.regions import Region
 from mlperturb.report import Record, Status
+from mlperturb.survival import SurvivingModel, repeat_targets
 from mlperturb.targets import Targets, decide, make_targets
 
 MIN_PASSES = 10
@@ -43,6 +45,7 @@ class Settings:
         batch_size: photos at a time; None to choose by device and photo size.
         margin: by how much a logit must clear its threshold during the search, see `Targets`.
         max_rmsd: the largest RMSD allowed, on the 0-255 scale, of the float result and of the PNG; None for no cap.
+        survive: compressions that the result is to survive: those the attack sees, and those it is checked at.
         region: the part of each photo that may change; None for all of it.
         keep_failed: write the files of a photo even where no label of A flipped.
         options: of the method, see `attacks.CHOICES`.
@@ -55,6 +58,7 @@ class Settings:
     batch_size: int | None = None
     margin: float = 0.01
     max_rmsd: float | None = None
+    survive: tuple[tuple[Purification, ...], tuple[Purification, ...]] = ((), ())
     region: Region | None = None
     keep_failed: bool = False
     options: dict[str, str | None] = field(default_factory=dict)
@@ -63,6 +67,10 @@ class Settings:
         find_method(self.method).tuning(self.budget, **self.options)
         if self.passes is not None and self.passes < MIN_PASSES:
             raise UsageError(f"expected --passes of at least {MIN_PASSES}, got {self.passes}")
+        if self.passes is not None and self.passes < 5 * (1 + len(self.survive[0])) + len(self.survive[1]):
+            raise UsageError(
+                f"expected more --passes than {self.passes}: each quality to survive takes some of its own"
+            )
         if self.max_rmsd is not None and not 0 < self.max_rmsd < float("inf"):
             raise UsageError(f"expected --max-rmsd above 0, got {self.max_rmsd}")
 
@@ -151,9 +159,16 @@ def _attack_batch(
     rows = finite.nonzero().flatten()
     if len(rows):
         requests = [batch[row][0].request or settings.request for row in rows.tolist()]
-        cap = None if settings.max_rmsd is None else _norm_cap(settings.max_rmsd, sizes, images.device)[rows]
-        region = None if settings.region is None else _region_of(settings.region, sizes, images)[rows]
-        found = _search(model.select(rows), images[rows], before[rows], requests, settings, cap, region)
+        truth = decide(before[rows], classifier.boundary)
+        problem = Problem.start(
+            model.select(rows),
+            images[rows],
+            make_targets(requests, truth, classifier.boundary, margin=settings.margin),
+            cap=None if settings.max_rmsd is None else _norm_cap(settings.max_rmsd, sizes, images.device)[rows],
+            region=None if settings.region is None else _region_of(settings.region, sizes, images)[rows],
+        )
+        problem.meter.forward += 1  # `before`
+        found = _search(problem, [sizes[row] for row in rows.tolist()], requests, settings)
         seconds = time.perf_counter() - started
         for place, row in enumerate(rows.tolist()):
             job, photo = batch[row]
@@ -170,6 +185,7 @@ class _Found:
     outcome: Outcome
     lattice: Lattice
     logits: Tensor  # of the float result
+    met: Tensor  # whether all constraints hold on the float result, compressed too
 
 
 def _norm_cap(rmsd: float, sizes: Sequence[Size], device: torch.device) -> Tensor:
@@ -185,39 +201,32 @@ def _region_of(region: Region, sizes: Sequence[Size], images: Tensor) -> Tensor:
     return allowed
 
 
-def _search(
-    model: BoundClassifier,
-    images: Tensor,
-    before: Tensor,
-    requests: Sequence[Request],
-    settings: Settings,
-    cap: Tensor | None,
-    region: Tensor | None,
-) -> _Found:
+def _search(problem: Problem, sizes: Sequence[Size], requests: Sequence[Request], settings: Settings) -> _Found:
     """Attack a batch, then find the 8-bit photos; no image spends more than `settings.passes`."""
-    boundary = model.classifier.boundary
-    truth = decide(before, boundary)
-    targets = make_targets(requests, truth, boundary, margin=settings.margin)
-    problem = Problem.start(model, images, targets, cap=cap, region=region)
-    problem.meter.forward += 1  # `before`
-    after = 2  # the float result's decision, and the PNG's as read back
     method = find_method(settings.method)
     tuning = method.tuning(settings.budget, **settings.options)
     scales, iterations = _LATTICE[settings.budget]
+    seen, checked = settings.survive
+    after = 1 + len(checked)  # decisions on the PNG as read back, and compressed
     if settings.passes is not None:
         reserved = min(scales + 2 * iterations + 1, settings.passes // 3)
         if tuning.get("rounding") == "inside":
             reserved = 0
-        problem.meter.limit = settings.passes - after - reserved
+        problem.meter.limit = settings.passes - after - (1 + len(seen)) - reserved  # the float result's decision
     if any(request.any_label for request in requests):
         problem = _resolve_any(problem, requests)
+    asked = problem
+    if seen:
+        model = SurvivingModel(problem.model, sizes, seen)
+        problem = replace(problem, model=model, targets=repeat_targets(problem.targets, model.passes))
     outcome = method.load()(problem, **tuning)
     with torch.no_grad():
         logits = problem.logits(outcome.images)
     if settings.passes is not None:
-        problem.meter.limit = settings.passes - 1
+        problem.meter.limit = settings.passes - after
     lattice = quantise(problem, outcome, scales=scales, iterations=iterations)
-    return _Found(problem, outcome, lattice, logits)
+    met = replace(problem.targets, margin=0.0).holds(logits).all(1)
+    return _Found(asked, outcome, lattice, logits[:, : asked.targets.truth.shape[1]], met)
 
 
 def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Problem:
@@ -257,7 +266,7 @@ def _finish(
         "flip": _chosen(labels, targets.flip[0]),
         "keep": _chosen(labels, targets.keep[0]),
         "distortion_float": distortion(exact),
-        "success_float": bool(bare.holds(found.logits[[row]]).all()),
+        "success_float": bool(found.met[row]),
     }
     meter = found.problem.meter
     cost = {"forward": int(meter.forward[row]), "backward": int(meter.backward[row]), "seconds": round(seconds, 4)}
@@ -281,8 +290,11 @@ def _finish(
     else:
         saved, after = photo.rgb, before.unsqueeze(0)
     held = bare.holds(after)
+    survival = {one.name: _survives(classifier, saved, one, bare) for one in settings.survive[1]}
+    cost["forward"] += len(survival)
     flipped = bool((held & bare.flip).any()) or not bool(bare.flip.any())
-    status: Status = "success" if bool(held.all()) else "partial" if flipped else "failed"
+    everywhere = bool(held.all()) and not any(result["violated"] for result in survival.values())
+    status: Status = "success" if everywhere else "partial" if flipped else "failed"
     violated = _chosen(labels, ~held[0])
     facts |= {
         "probabilities": probabilities,
@@ -291,13 +303,14 @@ def _finish(
             "total": int(bare.constrained.sum()),
             "violated": violated,
         },
+        "survival": survival or None,
         "ranking": _ranking(found.outcome, after, targets),
         "cost": cost,
     }
     if status == "failed" and not settings.keep_failed:
         for name in (job.adversarial, job.map):
             (out / name).unlink(missing_ok=True)
-        return Record(**facts, status=status)
+        return Record(**{**facts, "survival": None}, status=status)
     probabilities["after"] = _probabilities(labels, after[0])
     return Record(
         **facts,
@@ -312,6 +325,17 @@ def _save(job: Job, photo: Photo, rgb: Pixels, out: Path) -> Pixels:
     write_png(out / job.adversarial, rgb, photo.alpha)
     write_png(out / job.map, magnify(rgb.astype(np.int16) - photo.rgb))
     return read_pixels(out / job.adversarial)
+
+
+def _survives(classifier: Classifier, rgb: Pixels, purification: Purification, targets: Targets) -> dict[str, Any]:
+    """Say which constraints hold on a photo, (H, W, 3), once it is compressed."""
+    with torch.no_grad():
+        held = targets.holds(classifier([to_tensor(purification.apply(rgb)[0], classifier.device)]))
+    return {
+        "held": int((held & targets.constrained).sum()),
+        "total": int(targets.constrained.sum()),
+        "violated": _chosen(classifier.labels, ~held[0]),
+    }
 
 
 def _facts(job: Job, photo: Photo) -> dict[str, Any]:

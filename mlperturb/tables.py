@@ -36,6 +36,10 @@ def image_line(record: Record) -> Text:
         if record.distortion_float and record.success_float:
             line += f" (float {record.distortion_float.rmsd:.3f})"
         line += f", {int(record.cost['forward'])} forward + {int(record.cost['backward'])} backward passes"
+    if record.survival:
+        held = [name for name, one in record.survival.items() if not one["violated"]]
+        names = ", ".join(held) if len(held) <= 4 else f"{len(held)} compressions"
+        line += f"; holds after {names or 'none'} of {len(record.survival)} to survive"
     return Text(line)
 
 
@@ -83,6 +87,25 @@ def prediction_table(probabilities: dict[str, float], thresholds: dict[str, floa
     for label in [*present, *absent[: max(3, 5 - count)]]:
         table.add_row(clean(label), f"{probabilities[label]:.3f}", "present" if label in present else "")
     return table
+
+
+def defence_table(result: dict[str, Any]) -> Table:
+    """Show what each purification gave back and broke; the best one is marked."""
+    table = _table("defence", "recovered", "damaged", "restored", "clean damaged", "KB", "")
+    best = (result["best"]["defence"], result["best"]["quality"])
+    for row in result["qualities"]:
+        name = f"{row['defence']} {row['quality']}"
+        shares = [_share(row[key]["labels"], row[key]["total"]) for key in ("recovered", "damaged")]
+        shares.append(_share(row["restored_images"], row["images"]))
+        shares.append(_share(row["clean_damaged"]["labels"], row["clean_damaged"]["total"]))
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1000:.0f}"
+        mark = "best" if (row["defence"], row["quality"]) == best and row["score"] is not None else ""
+        table.add_row(name, *shares, size, mark)
+    return table
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count}/{total} {count / total:4.0%}" if total else "-"
 
 
 @dataclass(frozen=True)

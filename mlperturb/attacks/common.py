@@ -18,7 +18,8 @@ class Model(Protocol):
     """Images in [0, 1], (N, 3, H, W), to logits, (N, L).
 
     A model whose answer depends on the place of an image in the batch (as one bound to mixed photo sizes does) has a
-    method `select(rows)` that returns the model of some images.
+    method `select(rows)` that returns the model of some images. One call is one pass, or as many as its attribute
+    `passes` says.
     """
 
     def __call__(self, images: Tensor, /) -> Tensor:
@@ -133,6 +134,11 @@ class Problem:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def cost(self) -> int:
+        """Passes of the network for one call of the model."""
+        return int(getattr(self.model, "passes", 1))
+
     def select(self, keep: Tensor) -> Problem:
         """Return the problem of some of these images: `keep` is boolean, (n,)."""
         chosen = keep.nonzero().flatten()
@@ -149,12 +155,12 @@ class Problem:
 
     def logits(self, images: Tensor) -> Tensor:
         """Return z, (n, L): one forward pass for each image."""
-        self.meter.forward[self.rows] += 1
+        self.meter.forward[self.rows] += self.cost
         return self.model(images)
 
     def gradient(self, losses: Tensor, images: Tensor) -> Tensor:
         """Return the gradient of each image's own loss, (n,), at `images`: one backward pass for each."""
-        self.meter.backward[self.rows] += 1
+        self.meter.backward[self.rows] += self.cost
         return self.within_region(torch.autograd.grad(losses.sum(), images)[0])
 
     def jacobian(self, outputs: Tensor, images: Tensor, present: Tensor) -> Tensor:
@@ -163,7 +169,7 @@ class Problem:
         A backward pass is counted for each output present. On CUDA they run as one batched pass; on the CPU, where
         that measures slower, one after the other.
         """
-        self.meter.backward[self.rows] += present.sum(1).cpu()
+        self.meter.backward[self.rows] += self.cost * present.sum(1).cpu()
         slots = int(present.sum(1).max())
         order = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
         seeds = torch.zeros(slots, *outputs.shape, dtype=outputs.dtype, device=outputs.device)
@@ -191,17 +197,17 @@ class Problem:
         return self.images + spread(share) * difference
 
     def affordable(self, passes: int | Tensor) -> Tensor:
-        """Say which images may spend so many more passes, (n,), on the images' device."""
+        """Say which images may spend so many more calls of the model, (n,), on the images' device."""
         spent = (self.meter.forward + self.meter.backward)[self.rows]
         limit = torch.iinfo(torch.long).max if self.meter.limit is None else self.meter.limit
-        return (spent + passes <= limit).to(self.images.device)
+        return (spent + self.cost * passes <= limit).to(self.images.device)
 
     def iterations_left(self, iterations: int) -> Tensor:
-        """Return how many iterations of two passes each image may still have, (n,), at most so many."""
+        """Return how many iterations of two calls each image may still have, (n,), at most so many."""
         if self.meter.limit is None:
             return torch.full((len(self),), float(iterations), device=self.images.device)
         spent = (self.meter.forward + self.meter.backward)[self.rows]
-        return ((self.meter.limit - spent) // 2).clamp(1, max(iterations, 1)).to(self.images)
+        return ((self.meter.limit - spent) // (2 * self.cost)).clamp(1, max(iterations, 1)).to(self.images)
 
 
 class Best:

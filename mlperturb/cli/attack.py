@@ -64,6 +64,10 @@ def attack(
         float | None,
         typer.Option(min=0, help="Go no further than this RMSD, 0-255 scale, of the float result or the PNG."),
     ] = None,
+    survive: Annotated[
+        list[str] | None,
+        typer.Option(metavar="jpeg:Q", help="Hold after JPEG compression too: jpeg:75, jpeg:60-95; repeatable."),
+    ] = None,
     region: Annotated[
         str | None, typer.Option(metavar="X,Y,W,H|MASK", help="Change only this rectangle, or where MASK is not black.")
     ] = None,
@@ -82,6 +86,7 @@ def attack(
     labels: Labels = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNGs and report.json.")] = Path("mlperturb-out"),
     report: Annotated[Path | None, typer.Option(help="Write the report there, not to OUT/report.json.")] = None,
+    html: Annotated[bool, typer.Option("--html", help="Make OUT/index.html too, a page of the results.")] = False,
     overwrite: Overwrite = False,
     recursive: Recursive = False,
     batch_size: BatchSize = "auto",
@@ -102,8 +107,9 @@ def attack(
     raise typer.Exit(
         run(
             source, paths, request, names, method=method, budget=budget, passes=passes, max_rmsd=max_rmsd,
-            region=region, options=options, out=out, report=report, overwrite=overwrite, recursive=recursive,
-            batch_size=parse_batch_size(batch_size), device=device, seed=seed, json=json, quiet=quiet,
+            survive=survive, region=region, options=options, out=out, report=report, html=html,
+            overwrite=overwrite, recursive=recursive, batch_size=parse_batch_size(batch_size), device=device, seed=seed,
+            json=json, quiet=quiet,
         )
     )  # fmt: skip
 
@@ -118,10 +124,12 @@ def run(
     budget: str = "balanced",
     passes: int | None = None,
     max_rmsd: float | None = None,
+    survive: list[str] | None = None,
     region: str | None = None,
     options: dict[str, str | None] | None = None,
     out: Path,
     report: Path | None = None,
+    html: bool = False,
     overwrite: bool = False,
     recursive: bool = False,
     batch_size: int | None = None,
@@ -132,6 +140,7 @@ def run(
 ) -> int:
     """Run an attack whose labels have been checked; return the exit code."""
     from mlperturb.images import find_photos
+    from mlperturb.purify import parse_survival
     from mlperturb.regions import parse_region
     from mlperturb.runner import Settings, plan_outputs
 
@@ -142,12 +151,13 @@ def run(
         passes,
         batch_size,
         max_rmsd=max_rmsd,
+        survive=parse_survival(survive or ()),
         region=None if region is None else parse_region(region),
         options=options or {},
     )
     jobs = plan_outputs(find_photos(paths, recursive=recursive))
     report = report or out / "report.json"
-    _prepare_folder(out, report, jobs, overwrite)
+    _prepare_folder(out, report, jobs, overwrite, page=out / "index.html" if html else None)
     renamed = [job for job in jobs if job.adversarial != f"{job.source.stem}.adv.png"]
     if renamed:
         print_note(f"{len(renamed)} photos share another's name; {renamed[0].source} becomes {renamed[0].adversarial}")
@@ -163,12 +173,13 @@ def run(
         "device": name,
         "passes": passes,
         "max_rmsd": max_rmsd,
+        "survive": survive or [],
         "region": region,
         "batch_size": batch_size or "auto",
         "margin": settings.margin,
         **{key: value for key, value in settings.options.items() if value is not None},
     }
-    return _Run(source, settings, jobs, out, report, described, name, json=json, quiet=quiet).go()
+    return _Run(source, settings, jobs, out, report, described, name, html=html, json=json, quiet=quiet).go()
 
 
 class _Run:
@@ -184,11 +195,12 @@ class _Run:
         described: dict[str, Any],
         device: str,
         *,
+        html: bool,
         json: bool,
         quiet: bool,
     ) -> None:
         self.source, self.settings, self.jobs, self.out, self.report = source, settings, jobs, out, report
-        self.described, self.device, self.json, self.quiet = described, device, json, quiet
+        self.described, self.device, self.html, self.json, self.quiet = described, device, html, json, quiet
         self.records: list[Record] = []
 
     def go(self) -> int:
@@ -213,6 +225,10 @@ class _Run:
         self.records.sort(key=lambda record: order[record.source])
         result = make_report(self.described, description, self.records, time.perf_counter() - started)
         self._write_report(to_json(result))
+        if self.html:
+            from mlperturb.gallery import write_gallery
+
+            write_gallery(result, self.out, self.out / "index.html")
         if self.json:
             print(to_json(result))
         elif not self.quiet:
@@ -243,7 +259,8 @@ class _Run:
                 print_error(record.error["message"])
             elif record.status != "success":
                 print_note(f"{record.source}: {advice(record, self.settings)}")
-        stdout.print(f"files in {printable(str(self.out))}, report {printable(str(self.report))}", soft_wrap=True)
+        page = f", page {printable(str(self.out / 'index.html'))}" if self.html else ""
+        stdout.print(f"files in {printable(str(self.out))}, report {printable(str(self.report))}{page}", soft_wrap=True)
 
     def _start_bar(self) -> None:
         self.bar = make_bar(quiet=self.quiet)
@@ -265,6 +282,12 @@ def advice(record: Record, settings: Settings) -> str:
     """Say in a line what fell short, and what may help."""
     constraints = record.constraints or {"held": 0, "total": 0, "violated": []}
     missing = constraints["total"] - constraints["held"]
+    lost = [
+        f"{name} ({', '.join(one['violated'][:3])})" for name, one in (record.survival or {}).items() if one["violated"]
+    ]
+    if lost and not missing:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        return f"the PNG holds, but not after {', '.join(lost[:3])}{more}; try --budget paper or fewer qualities"
     if record.ranking and record.ranking["satisfied"]:
         return (
             f"the ranking holds, but {missing} of {constraints['total']} decisions do not "
@@ -286,7 +309,7 @@ def advice(record: Record, settings: Settings) -> str:
     )
 
 
-def _prepare_folder(out: Path, report: Path, jobs: list[Job], overwrite: bool) -> None:
+def _prepare_folder(out: Path, report: Path, jobs: list[Job], overwrite: bool, page: Path | None) -> None:
     """Make the output folder; refuse outputs that exist, unless they may be replaced.
 
     Raises:
@@ -298,9 +321,10 @@ def _prepare_folder(out: Path, report: Path, jobs: list[Job], overwrite: bool) -
     make_folder(report.parent)
     if report.is_dir():
         raise UsageError(f"expected a file for --report, got the folder {report}")
-    targets = [report, *(out / name for job in jobs for name in (job.adversarial, job.map))]
+    pages = [page] if page else []
+    targets = [report, *pages, *(out / name for job in jobs for name in (job.adversarial, job.map))]
     if report.resolve() in {target.resolve() for target in targets[1:]}:
-        raise UsageError(f"the report would replace a PNG of the run: choose another --report than {report}")
+        raise UsageError(f"the report would replace another file of the run: choose another --report than {report}")
     sources = {job.source.resolve() for job in jobs}
     if any(target.resolve() in sources for target in targets):
         raise UsageError(f"an output would replace its own photo: choose another --out than {out}")

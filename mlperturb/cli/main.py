@@ -15,7 +15,10 @@ try:
     from mlperturb.cli.console import print_error
     from mlperturb.cli.demo import demo
     from mlperturb.cli.evaluate import evaluate
+    from mlperturb.cli.figures import figures
+    from mlperturb.cli.gallery import gallery
     from mlperturb.cli.info import labels, methods
+    from mlperturb.cli.jpeg_defend import jpeg_defend
     from mlperturb.cli.predict import predict
     from mlperturb.cli.train import train
     from mlperturb.errors import MlperturbError, UsageError
@@ -33,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (attack, demo, predict, labels, methods, evaluate, train):
+for command in (attack, demo, jpeg_defend, figures, gallery, predict, labels, methods, evaluate, train):
     app.command()(command)
 
 

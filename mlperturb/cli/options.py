@@ -101,6 +101,26 @@ def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) 
     return Source(path, arch, names, names)
 
 
+def named_source(described: dict[str, Any]) -> Source:
+    """Find the checkpoint that a report describes.
+
+    Raises:
+        UsageError: if it is no longer where it was.
+    """
+    from mlperturb.checkpoints import bundled_checkpoint, read_metadata
+    from mlperturb.files import file_sha256
+
+    path, names = Path(described["checkpoint"]), tuple(described["labels"])
+    if not path.is_file():
+        path = bundled_checkpoint()
+        if not path.is_file() or file_sha256(path) != described["sha256"]:
+            raise UsageError(f"the report's checkpoint {described['checkpoint']} is gone: give --checkpoint")
+    try:
+        return Source(path, None, None, read_metadata(path).labels)
+    except CheckpointError:  # plain weights
+        return Source(path, described["architecture"], names, names)
+
+
 def parse_batch_size(value: str) -> int | None:
     """Return the batch size, None for `auto`.
 

@@ -3,10 +3,10 @@
     pip install -e '.[bench]' && pip install adv-lib
     python tests/benchmarks/peers.py --voc ../shared/voc --images 16 --passes 30,100,300
 
-|A| = 1 and B is empty: for the others, a network of two classes whose logits are b - z and z - b, b the label's boundary.
-Passes are counted in the network itself. RMSD, 0-255 scale, is over the photos that succeed: in floats, and rounded to
-8 bits plainly, as their users save them (ours is a file already). `over bare` is time over that of as many bare passes,
-run at once after the attack. A library that is not installed is left out.
+|A| = 1 and B is empty: for the others, a network of two classes whose logits are b - z and z - b, where b is the
+label's boundary. Passes are counted in the network itself. RMSD, 0-255 scale, is over the photos that succeed: in
+floats, and rounded to 8 bits plainly, as their users save them (ours is a file already). `over bare` is time over that
+of as many bare passes, run at once after the attack. A library that is not installed is left out.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/scaling.py --labels 20,80,1000,10000 --photos 224x224,500x375,1920x1080,4000x3000
 
-Random photos and labels; a pair of labels is flipped and all others are kept. Labels grow on photos of the network's own
-size; photos grow one at a time, with 20 labels. `over bare` compares with passes of the same network on the same photo,
-`over 224` with those on a photo of 224 pixels: what resizing, its gradient and the full-size perturbation cost.
+Random photos and labels; a pair of labels is flipped and all others are kept. Labels grow on photos of the network's
+own size; photos grow one at a time, with 20 labels. `over bare` compares with passes of the same network on the same
+photo, `over 224` with those on a photo of 224 pixels: what resizing, its gradient and the full-size perturbation cost.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def main() -> None:
     print("| method | labels | s a pass | over bare | MB |\n|---|---:|---:|---:|---:|")
     arguments.photo = (arguments.size, arguments.size)
     for method in methods:
-        for arguments.labels in map(int, arguments.label_counts.split(",")):
+        for count in map(int, arguments.label_counts.split(",")):
+            arguments.labels = count
             row = {"method": method, "labels": arguments.labels, **measure(arguments, method)}
             rows.append(row)
             print(

@@ -1,0 +1,38 @@
+"""`mlperturb gallery`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlperturb.cli.console import make_bar, printable
+from mlperturb.cli.console import out as stdout
+from mlperturb.cli.options import Overwrite, Quiet, make_folder
+from mlperturb.errors import UsageError
+
+
+def gallery(
+    report: Annotated[Path, typer.Argument(help="A report of `attack`, or its folder.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The page; by default index.html beside the report.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make one self-contained page of a report: photos, adversarial photos, maps, probabilities."""
+    from mlperturb.defence import read_report
+    from mlperturb.gallery import write_gallery
+
+    result = read_report(report)
+    folder = report if report.is_dir() else report.parent
+    path = out or folder / "index.html"
+    if path.is_dir():
+        raise UsageError(f"expected a file for --out, got the folder {path}")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists already: give --overwrite or another --out")
+    make_folder(path.parent)
+    with make_bar(quiet=quiet) as bar:
+        task = bar.add_task("making thumbnails", total=len(result["images"]))
+        write_gallery(result, folder, path, lambda: bar.update(task, advance=1))
+    if not quiet:
+        stdout.print(f"page {printable(str(path))}", soft_wrap=True)

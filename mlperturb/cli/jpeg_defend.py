@@ -1,0 +1,180 @@
+"""`mlperturb jpeg-defend`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlperturb.cli.console import make_bar, print_error, print_note, printable
+from mlperturb.cli.console import out as stdout
+from mlperturb.cli.options import (
+    Arch,
+    Checkpoint,
+    Device,
+    Json,
+    Labels,
+    Overwrite,
+    Quiet,
+    Source,
+    find_source,
+    make_folder,
+    named_source,
+)
+from mlperturb.errors import UsageError
+from mlperturb.labels import parse_request
+
+if TYPE_CHECKING:
+    from mlperturb.defence import Attacked
+
+
+def jpeg_defend(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="Output folders or reports of `attack`; or PNGs, with --flip.", show_default=False),
+    ],
+    quality: Annotated[list[str] | None, typer.Option(help="JPEG and WebP qualities, comma-separated.")] = None,
+    defence: Annotated[
+        list[str] | None,
+        typer.Option(help="jpeg (default), webp, median, bits, resize; with :SETTING for one alone. Repeatable."),
+    ] = None,
+    subsampling: Annotated[str, typer.Option(help="Of JPEG's chroma: 4:2:0, 4:2:2 or 4:4:4.")] = "4:2:0",
+    flip: Annotated[list[str] | None, typer.Option(help="For PNGs alone: the labels that were flipped.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="For PNGs alone: those kept, or `rest`.")] = None,
+    checkpoint: Checkpoint = None,
+    arch: Arch = None,
+    labels: Labels = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; by default that of the report.")] = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress adversarial PNGs, and their photos as a control, and count the labels that come back.
+
+    Writes jpeg-defence.json, and for Figure 3 jpeg-histogram.png and jpeg-curve.png.
+    """
+    from mlperturb.purify import QUALITIES, parse_purifications, parse_qualities
+
+    qualities = parse_qualities(quality) if quality is not None else QUALITIES
+    purifications = parse_purifications(["jpeg"] if defence is None else defence, qualities, subsampling)
+    by_hand = bool(flip) or bool(keep)
+    if by_hand:
+        source = find_source(checkpoint, arch, labels)
+        attacked = _name_attacked(source, paths, flip or [], keep or [])
+    else:
+        source, attacked = _read_reports(paths, checkpoint, arch, labels)
+    folder = out or _default_folder(paths[0], by_hand)
+    make_folder(folder)
+    target = folder / "jpeg-defence.json"
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists already: give --overwrite or another --out")
+    missing = sum(one.clean is None for one in attacked)
+    if missing:
+        print_note(f"the photos of {missing} of {len(attacked)} PNGs are not at hand: no control for those")
+    raise typer.Exit(_run(source, attacked, purifications, folder, paths, device=device, json=json, quiet=quiet))
+
+
+def _run(
+    source: Source,
+    attacked: list[Attacked],
+    purifications: Any,
+    folder: Path,
+    paths: list[Path],
+    *,
+    device: str,
+    json: bool,
+    quiet: bool,
+) -> int:
+    """Sweep, write, print; return the exit code."""
+    from mlperturb.defence import sweep
+    from mlperturb.devices import prepare
+    from mlperturb.figures import draw_jpeg, save_figure
+    from mlperturb.files import write_file
+    from mlperturb.report import to_json
+    from mlperturb.tables import defence_table
+
+    classifier, description = source.load(prepare(device, 0))
+    bar = make_bar(quiet=quiet)
+    task = bar.add_task("compressing", total=len(attacked))
+
+    def done(error: str | None) -> None:
+        bar.update(task, advance=1)
+        if error:
+            print_error(error)
+
+    with bar:
+        result = sweep(classifier, attacked, purifications, done)
+    settings = {"inputs": list(map(str, paths)), "subsampling": purifications[0].subsampling}
+    result = {**result, "settings": settings, "classifier": description}
+    write_file(folder / "jpeg-defence.json", to_json(result).encode())
+    names = ["jpeg-defence.json"]
+    for name, figure in draw_jpeg(result).items():
+        save_figure(figure, folder / f"{name}.png")
+        names.append(f"{name}.png")
+    if json:
+        print(to_json(result))
+    elif not quiet:
+        stdout.print(defence_table(result))
+        best = result["best"]
+        if best["score"] is not None:
+            stdout.print(
+                f"best: {best['defence']} {best['quality']} ({best['score']:.3f}: {best['criterion']})", soft_wrap=True
+            )
+        stdout.print(f"{', '.join(names)} in {printable(str(folder))}", soft_wrap=True)
+    return int(any("error" in image for image in result["images"]))
+
+
+def _default_folder(path: Path, by_hand: bool) -> Path:
+    if by_hand:
+        return Path("mlperturb-defence")
+    return path if path.is_dir() else path.parent
+
+
+def _read_reports(
+    paths: list[Path], checkpoint: Path | None, arch: str | None, labels: Path | None
+) -> tuple[Source, list[Attacked]]:
+    """Read the images and the one classifier of some reports."""
+    from mlperturb.defence import find_attacked, read_report
+    from mlperturb.files import file_sha256
+
+    attacked: list[Attacked] = []
+    described: dict[str, Any] = {}
+    for path in paths:
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+            raise UsageError(f"of {path} it is not known what was asked: give --flip, or the folder of its report")
+        report = read_report(path)
+        if described and described["sha256"] != report["classifier"]["sha256"]:
+            raise UsageError(f"expected reports on one classifier, but that of {path} is another")
+        described = report["classifier"]
+        attacked += find_attacked(report, path if path.is_dir() else path.parent)
+    if not attacked:
+        raise UsageError(f"no adversarial PNG in {', '.join(map(str, paths))}: no attack there wrote one")
+    source = find_source(checkpoint, arch, labels) if checkpoint else named_source(described)
+    if file_sha256(source.path) != described["sha256"]:
+        raise UsageError(f"{source.path} is not the checkpoint that was attacked ({described['sha256'][:12]}...)")
+    return source, attacked
+
+
+def _name_attacked(source: Source, paths: list[Path], flip: list[str], keep: list[str]) -> list[Attacked]:
+    """Take PNGs by themselves, with what was asked of them."""
+    from mlperturb.defence import Attacked
+    from mlperturb.images import EXTENSIONS
+
+    request = parse_request(source.labels, flip=flip, keep=keep, add=(), remove=())
+    if request.any_label:
+        raise UsageError("--flip any does not say which label was flipped: name it")
+    pngs = []
+    for path in paths:
+        if path.is_dir():
+            inside = [name for name in sorted(path.iterdir()) if name.suffix.lower() in EXTENSIONS]
+            pngs += [name for name in inside if not name.name.endswith(".map.png")]
+        elif path.is_file():
+            pngs.append(path)
+        else:
+            raise UsageError(f"no such file or folder: {path}")
+    if not pngs:
+        raise UsageError(f"no picture in {', '.join(map(str, paths))}")
+    flipped, kept = (tuple(source.labels[number] for number in part) for part in (request.flip, request.keep))
+    return [Attacked(png, None, None, flipped, kept) for png in pngs]

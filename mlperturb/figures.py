@@ -1,0 +1,245 @@
+"""The paper's figures from reports: case study (Figure 2), histograms (Figure 1), JPEG (Figure 3)."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mlperturb.errors import UsageError
+from mlperturb.files import write_file
+from mlperturb.images import Pixels, read_photo
+
+Format = Literal["png", "pdf", "svg"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+_GREY, _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY = (
+    "#999999",
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+)
+_METHODS = (_BLUE, _RED, _GREEN, _PURPLE, _ORANGE, _SKY)
+_MARKERS = "os^Dv"
+_STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "svg.hashsalt": "mlperturb",  # the same file each time
+    "text.parse_math": False,  # a label may have a dollar sign
+}
+_COLUMN, _PAGE = 3.4, 7.0  # inches, of a two-column paper
+_BARS = 9  # labels that a case study shows
+_BINS = [number / 20 for number in range(21)]
+
+
+def draw_case(image: dict[str, Any], thresholds: dict[str, float], folder: Path, method: str) -> Figure:
+    """Draw one attacked photo as Figure 2: photo, adversarial photo, map, probabilities before and after.
+
+    Args:
+        image: its record in a report, with files.
+        thresholds: of the labels.
+        folder: where its files lie.
+        method: its name.
+
+    Raises:
+        ImageError: if a picture cannot be read.
+    """
+    before, after = image["probabilities"]["before"], image["probabilities"]["after"]
+    pictures: list[tuple[str, Pixels]] = []
+    present = [label for label in before if image["truth"][label]]
+    if Path(image["source"]).is_file():
+        pictures.append((f"photo: {_listed(present)}", read_photo(Path(image["source"])).rgb))
+    now = [label for label in after if after[label] >= thresholds[label]]
+    adversarial = read_photo(folder / image["files"]["adversarial"]).rgb
+    pictures.append((f"{method}, {image['status']}: {_listed(now)}", adversarial))
+    top = image["distortion"]["linf"]
+    pictures.append((f"perturbation, largest {top:.0f} of 255", read_photo(folder / image["files"]["map"]).rgb))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_PAGE, 2.3), layout="constrained")
+        widths = [1.0] * len(pictures) + [1.1]
+        axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        for panel, (title, pixels) in zip(axes, pictures, strict=False):
+            panel.imshow(pixels)
+            panel.set_axis_off()
+            panel.set_title(_wrap(title, 30), fontsize=7)
+        _draw_bars(axes[-1], image, thresholds)
+    return figure
+
+
+def _draw_bars(axes: Axes, image: dict[str, Any], thresholds: dict[str, float]) -> None:
+    """Draw the probabilities before and after of A, and of the labels of B that come nearest to being present."""
+    before, after = image["probabilities"]["before"], image["probabilities"]["after"]
+    others = [label for label in before if label not in image["flip"]]
+    kept = set(image["keep"])
+    order = sorted(others, key=lambda label: (label in kept, max(before[label], after[label])), reverse=True)
+    shown = [*image["flip"], *order][:_BARS]
+    places = np.arange(len(shown))
+    colours = [_RED if label in image["flip"] else _BLUE if label in kept else _GREY for label in shown]
+    axes.barh(places - 0.2, [before[label] for label in shown], 0.36, color=colours, alpha=0.4)
+    axes.barh(places + 0.2, [after[label] for label in shown], 0.36, color=colours)
+    for place, label in zip(places, shown, strict=True):
+        axes.plot([thresholds[label]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=0.8)
+    axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="probability: pale before, full after")
+    axes.set_yticks(places, [_shorten(_plain(label), 18) for label in shown])
+    for tick, colour in zip(axes.get_yticklabels(), colours, strict=True):
+        tick.set_color(colour)
+    axes.set_title("A red, B blue, threshold black", fontsize=7)
+
+
+def attacked_labels(reports: Sequence[dict[str, Any]], most: int = 4) -> list[str]:
+    """Return the labels attacked on the most images, those on one image alone left out if there are others."""
+    counts = Counter(label for report in reports for image in report["images"] for label in image["flip"])
+    common = [label for label, count in counts.most_common(most) if count > 1]
+    return common or [label for label, _ in counts.most_common(1)]
+
+
+def draw_histogram(reports: Sequence[dict[str, Any]], label: str) -> Figure:
+    """Draw Figure 1: how a label's probability is distributed before, and after each report's method.
+
+    Raises:
+        UsageError: if no image was asked to flip it.
+    """
+    clean: dict[str, float] = {}
+    series: dict[str, list[float]] = {}
+    for report in reports:
+        names = [report["settings"]["method"], *([report["settings"]["budget"]] if len(reports) > 1 else [])]
+        name = ", ".join(names)
+        if name in series:
+            name = f"{name} ({len(series) + 1})"
+        for image in report["images"]:
+            if label in image["flip"] and image["probabilities"]:
+                clean[image["source"]] = image["probabilities"]["before"][label]
+                last = image["probabilities"]["after"] or image["probabilities"]["before"]  # failed: no file
+                series.setdefault(name, []).append(last[label])
+    if not clean:
+        raise UsageError(f"no image of these reports was asked to flip {label!r}")
+    threshold = dict(zip(reports[0]["classifier"]["labels"], reports[0]["classifier"]["thresholds"], strict=True))[
+        label
+    ]
+    return _histogram({"clean": list(clean.values()), **series}, label, threshold)
+
+
+def _histogram(series: dict[str, list[float]], label: str, threshold: float) -> Figure:
+    """Overlay the first series, filled grey, and the others."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_COLUMN, 2.3), layout="constrained")
+        axes = figure.subplots()
+        for number, (name, values) in enumerate(series.items()):
+            colour = _METHODS[(number - 1) % len(_METHODS)] if number else _GREY
+            axes.hist(values, _BINS, color=colour, alpha=0.25 if number else 0.6, label=_plain(name))
+            if number:
+                axes.hist(values, _BINS, color=colour, histtype="step", linewidth=1.2)
+        axes.axvline(threshold, color="black", linewidth=0.8, linestyle="--")
+        axes.set(xlim=(0, 1), xlabel=f"probability of {_shorten(_plain(label), 30)}", ylabel="images")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside upper center", ncols=min(len(series), 3))
+    return figure
+
+
+def draw_jpeg(result: dict[str, Any]) -> dict[str, Figure]:
+    """Draw Figure 3 from the result of `jpeg-defend`: a histogram, and what each setting recovers and damages."""
+    figures = {"jpeg-curve": _curve(result["qualities"])}
+    best = f"{result['best']['defence']}:{result['best']['quality']}"
+    images = [image for image in result["images"] if "probabilities" in image]
+    common = Counter(label for image in images for label in image["flip"]).most_common(1)
+    if common:
+        label = common[0][0]
+        series: dict[str, list[float]] = {"clean": [], "adversarial PNG": [], best: []}
+        for image in images:
+            probabilities = image["probabilities"]
+            if label not in image["flip"]:
+                continue
+            if probabilities["clean"]:
+                series["clean"].append(probabilities["clean"][label])
+            series["adversarial PNG"].append(probabilities["adversarial"][label])
+            series[best].append(probabilities["defended"][best][label])
+        thresholds = dict(zip(result["classifier"]["labels"], result["classifier"]["thresholds"], strict=True))
+        figures["jpeg-histogram"] = _histogram(series, label, thresholds[label])
+    return figures
+
+
+def _curve(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Draw shares over quality, for the defences that have one, and recovered against damaged for all."""
+
+    def share(row: dict[str, Any], key: str) -> float:
+        return row[key]["labels"] / row[key]["total"] if row[key]["total"] else float("nan")
+
+    kinds = list(dict.fromkeys(row["defence"] for row in rows))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_PAGE, 2.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for number, kind in enumerate(kinds):
+            mine = sorted((row for row in rows if row["defence"] == kind), key=lambda row: int(row["quality"]))
+            colour, marker = _METHODS[number % len(_METHODS)], _MARKERS[number % len(_MARKERS)]
+            if kind in ("jpeg", "webp"):
+                settings = [row["quality"] for row in mine]
+                for key, style, words in (
+                    ("recovered", "-", "flipped labels recovered"),
+                    ("damaged", "--", "kept labels damaged"),
+                    ("clean_damaged", ":", "clean photo damaged"),
+                ):
+                    values = [share(row, key) for row in mine]
+                    left.plot(settings, values, style, color=colour, marker=marker, ms=3, label=f"{kind}: {words}")
+            pairs = [(share(row, "damaged"), share(row, "recovered")) for row in mine]
+            right.plot(*zip(*pairs, strict=True), color=colour, marker=marker, ms=4, lw=0.8, label=kind)
+            for row, pair in zip(mine, pairs, strict=True):
+                right.annotate(str(row["quality"]), pair, textcoords="offset points", xytext=(3, 3), fontsize=6)
+        left.set(xlabel="quality", ylabel="share of labels", ylim=(-0.03, 1.03))
+        right.set(xlabel="kept labels damaged", ylabel="flipped labels recovered", ylim=(-0.03, 1.08))
+        if left.lines:
+            left.legend()
+        else:
+            left.set_visible(False)
+        right.legend()
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure; the format is that of the path.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    stream = io.BytesIO()
+    kind = path.suffix[1:]
+    dates: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that the font lacks
+        figure.savefig(stream, format=kind, dpi=200, metadata=dates[kind])
+    write_file(path, stream.getvalue())
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def _shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _listed(labels: Sequence[str]) -> str:
+    names = [_shorten(_plain(label), 20) for label in labels[:4]]
+    return ", ".join(names) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "") or "no label"
+
+
+def _wrap(text: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width))

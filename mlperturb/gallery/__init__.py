@@ -1,0 +1,125 @@
+"""A report -> one self-contained page to look at the results: `index.html`, no network, no framework.
+
+File and label names are untrusted text: the template escapes everything, and the page's own Content-Security-Policy
+lets no script run but the one that stands in it, by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+
+from mlperturb.errors import ImageError
+from mlperturb.images import Pixels, read_photo
+
+_SIDE = 360  # pixels of a thumbnail's longer side
+_BARS = 8  # labels of B, or of neither set, that a card shows beside all of A
+
+
+def write_gallery(report: dict[str, Any], folder: Path, path: Path, done: Callable[[], None] = lambda: None) -> None:
+    """Write the page of a report whose files lie in `folder`.
+
+    Args:
+        report: of `attack`.
+        folder: where its PNGs lie.
+        path: of the page.
+        done: told after each image.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    environment = Environment(
+        loader=PackageLoader("mlperturb", "gallery"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    script = _asset(environment, "gallery.js")
+    labels = sorted({label for image in report["images"] for label in image["flip"]})
+    stream = environment.get_template("index.html.j2").stream(
+        report=report,
+        cards=_cards(report, folder, path.parent, done),
+        labels=labels,
+        script=script,
+        style=_asset(environment, "gallery.css"),
+        hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
+    )
+    from mlperturb.files import write_file
+
+    write_file(path, "".join(stream).encode())
+
+
+def _asset(environment: Environment, name: str) -> Any:
+    from markupsafe import Markup
+
+    assert environment.loader is not None
+    return Markup(environment.loader.get_source(environment, name)[0])  # our own file, no data in it
+
+
+def _cards(report: dict[str, Any], folder: Path, page: Path, done: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    """Yield what the template needs of each image."""
+    described = report["classifier"]
+    thresholds = dict(zip(described["labels"], described["thresholds"], strict=True))
+    for number, image in enumerate(report["images"]):
+        files = {key: name if name and Path(name).name == name else None for key, name in image["files"].items()}
+        pictures = {"photo": Path(image["source"])}
+        pictures |= {key: folder / name for key, name in files.items() if name}
+        yield {
+            **image,
+            "number": number,
+            "name": Path(image["source"]).name,
+            "thumbnails": {key: _thumbnail(picture) for key, picture in pictures.items()},
+            "links": {key: _link(folder / name, page) for key, name in files.items() if name},
+            "bars": _bars(image, thresholds),
+            "rmsd": image["distortion"]["rmsd"] if image["distortion"] else None,
+        }
+        done()
+
+
+def _thumbnail(path: Path) -> str | None:
+    """Return a small WebP as a data URI; None if the picture is gone or unreadable."""
+    try:
+        rgb: Pixels = read_photo(path).rgb
+    except ImageError:
+        return None
+    image = Image.fromarray(rgb)
+    image.thumbnail((_SIDE, _SIDE))
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _link(path: Path, page: Path) -> str:
+    """Return a file's address relative to the page; the leading `./` keeps a name from being read as a scheme."""
+    try:
+        return "./" + quote(path.resolve().relative_to(page.resolve()).as_posix())
+    except ValueError:
+        return path.resolve().as_uri()
+
+
+def _bars(image: dict[str, Any], thresholds: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the labels of A, and the others that come nearest to being present, or that do not hold."""
+    probabilities = image["probabilities"]
+    if not probabilities:
+        return []
+    before, after = probabilities["before"], probabilities["after"] or {}
+    violated = set((image["constraints"] or {"violated": ()})["violated"])
+    kept = set(image["keep"])
+    others = [label for label in before if label not in image["flip"]]
+    others.sort(key=lambda label: (label in violated, max(before[label], after.get(label, 0.0))), reverse=True)
+    return [
+        {
+            "label": label,
+            "set": "flip" if label in image["flip"] else "keep" if label in kept else "free",
+            "before": before[label],
+            "after": after.get(label),
+            "threshold": thresholds[label],
+            "violated": label in violated,
+        }
+        for label in [*image["flip"], *others[:_BARS]]
+    ]
