@@ -24,7 +24,7 @@ from mlperturb.preprocess import Size
 from mlperturb.purify import Purification
 from mlperturb.targets import Targets
 
-_DITHER = 0.25  # of the average over nearby coefficients, in quantisation steps
+_DITHER = 0.15  # of the average over nearby coefficients, in quantisation steps
 
 
 @dataclass(frozen=True)
