@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlperturb.errors import UsageError
+from mlperturb.purify import KINDS, Purification, parse_purifications, parse_qualities, parse_survival
+
+RGB = np.random.default_rng(0).integers(0, 256, (21, 34, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_purification_keeps_the_size_and_changes_pixels(kind):
+    for one in parse_purifications([kind]):
+        pixels, size = one.apply(RGB)
+        assert pixels.shape == RGB.shape and pixels.dtype == np.uint8
+        assert not np.array_equal(pixels, RGB)
+        assert (size is not None) == (kind in ("jpeg", "webp"))
+
+
+def test_jpeg_is_what_pillow_writes_and_reads_with_halved_chroma():
+    stream = io.BytesIO()
+    Image.fromarray(RGB).save(stream, "JPEG", quality=75, subsampling="4:2:0")
+    pixels, size = Purification("jpeg", 75).apply(RGB)
+    assert size == len(stream.getvalue())
+    assert np.array_equal(pixels, np.array(Image.open(stream).convert("RGB")))
+    full, more = Purification("jpeg", 75, "4:4:4").apply(RGB)
+    assert more > size and not np.array_equal(full, pixels)
+
+
+def test_bits_keeps_the_leading_ones():
+    assert np.array_equal(Purification("bits", 3).apply(RGB)[0], RGB & 0b11100000)
+
+
+def test_median_is_that_of_the_neighbours():
+    pixels = Purification("median", 3).apply(RGB)[0]
+    assert pixels[5, 6, 1] == np.median(RGB[4:7, 5:8, 1])
+
+
+def test_names_alone_stand_for_their_usual_settings():
+    assert [one.name for one in parse_purifications(["jpeg,median:3"], (40, 90))] == ["jpeg:40", "jpeg:90", "median:3"]
+    assert parse_qualities(["30, 50", "30"]) == (30, 50)
+
+
+@pytest.mark.parametrize("name", ["gif", "jpeg:0", "jpeg:101", "median:4", "bits:9", "resize:100", "jpeg:", "jpeg:x", ""])
+def test_what_is_no_purification_is_refused(name):
+    with pytest.raises(UsageError, match="expected"):
+        parse_purifications([name])
+
+
+@pytest.mark.parametrize("value", ["0", "101", "x", "", "50-60"])
+def test_what_is_no_quality_is_refused(value):
+    with pytest.raises(UsageError, match="--quality"):
+        parse_qualities([value])
+
+
+def test_a_range_to_survive_is_seen_at_four_qualities_and_checked_at_all():
+    seen, checked = parse_survival(["jpeg:60-95", "jpeg:75"])
+    assert [one.setting for one in seen] == [60, 72, 83, 95, 75]
+    assert [one.setting for one in checked] == list(range(60, 96))
+    assert [one.setting for one in parse_survival(["jpeg:80-81"])[0]] == [80, 81]
+
+
+@pytest.mark.parametrize("value", ["jpeg", "webp:80", "jpeg:90-60", "jpeg:0", "jpeg:101", "jpeg:60-"])
+def test_what_cannot_be_survived_is_refused(value):
+    with pytest.raises(UsageError, match="--survive"):
+        parse_survival([value])
