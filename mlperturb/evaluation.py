@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -270,6 +271,8 @@ def _finished(journal: Journal, dataset: Dataset) -> dict[tuple[str, str], set[s
     found: dict[tuple[str, str], set[str]] = {}
     known: dict[int, str] = {}
     for entry in _batches(journal):
+        if not all(isinstance(row, int) and 0 <= row < len(dataset) for row in entry["rows"]):
+            raise StorageError(f"{journal.path} has a damaged batch: a row outside the data; --overwrite starts again")
         for row, record in zip(entry["rows"], entry["records"], strict=True):
             path = dataset.paths[row]
             if record.get("error"):
@@ -313,6 +316,20 @@ def _jobs(dataset: Dataset, chosen: dict[int, Request], finished: set[str]) -> l
     planned = plan_outputs([dataset.paths[row] for row in chosen])
     jobs = zip(planned, chosen.values(), strict=True)
     return [Job(j.source, j.adversarial, j.map, request) for j, request in jobs if str(j.source) not in finished]
+
+
+def kept_images(path: Path) -> set[str]:
+    """Return the image files that the records of a journal's file name, relative to its folder."""
+    names: set[str] = set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+            folder = f"images/{_slug(entry['case'])}/{_slug(entry['method'])}"
+            files = [name for record in entry["records"] for name in record["files"].values() if name]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # not of a batch, or damaged
+        names |= {f"{folder}/{name}" for name in files if Path(name).name == name}
+    return names
 
 
 def _slug(name: str) -> str:

@@ -236,15 +236,17 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     stream = io.StringIO()
     keys = [key for key, _, _ in _METRICS]
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["case", "method", "result", "images", "success_rate", "passes"]
-        + [name for key in keys for name in (key, f"{key}_low", f"{key}_high")]
-    )
+    names = [f"{key}{end}" for key in ("success_rate", "passes", *keys) for end in ("", "_low", "_high")]
+    writer.writerow(["case", "method", "result", "images", *names])
     for row in rows:
         for which, success in (("float", "success_rate_float"), ("saved", "success_rate")):
-            bounds = [(row[which][key], *(row["intervals"][which][key] or (None, None))) for key in keys]
-            line = [row["case"], row["method"], which, row["images"], row[success], row["passes"]]
-            writer.writerow(line + [value for bound in bounds for value in bound])
+            means = [row[success], row["passes"], *(row[which][key] for key in keys)]
+            intervals = [row["intervals"][key] for key in (success, "passes")]
+            intervals += [row["intervals"][which][key] for key in keys]
+            line = [row["case"], row["method"], which, row["images"]]
+            for mean, interval in zip(means, intervals, strict=True):
+                line += [mean, *(interval or (None, None))]
+            writer.writerow(line)
     return stream.getvalue()
 
 

@@ -130,3 +130,17 @@ def test_an_interrupted_run_says_how_to_go_on(evaluate, table, monkeypatch):
     monkeypatch.setattr("mlperturb.evaluation.run", interrupt)
     code, stdout, stderr = evaluate(*QUICK)
     assert (code, stdout) == (130, "") and "the same command goes on" in stderr
+
+
+def test_overwriting_drops_the_images_of_the_run_replaced_and_no_other_file(evaluate, table):
+    images = table.parent / "out" / "images"
+    assert evaluate(*QUICK, "--keep-images")[0] == 0
+    (images / "mine.png").write_bytes(b"x")
+    first = {path.relative_to(images).as_posix() for path in images.rglob("*.png")}
+    assert any(name.startswith("random/ml-cw/") for name in first)
+    assert evaluate(*QUICK, "--keep-images", "--overwrite", "--methods", "fgs", "--seed", 3)[0] == 0
+    second = {path.relative_to(images).as_posix() for path in images.rglob("*.png")}
+    assert "mine.png" in second and {name.split("/")[1] for name in second if "/" in name} <= {"fgs", "ml-cw"}
+    records = [json.loads(line) for line in (table.parent / "out" / "records.jsonl").read_text().splitlines()]
+    named = {name for entry in records for one in entry.get("records", ()) for name in one["files"].values() if name}
+    assert {name.split("/")[-1] for name in second} - {"mine.png"} == named

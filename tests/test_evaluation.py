@@ -297,7 +297,9 @@ def test_photos_that_cannot_be_read_are_named(classifier, own, tmp_path):
         assert failures(journal) == [f"{own.paths[5]}: could not be read, and is left out"]
 
 
-@pytest.mark.parametrize("damage", [{"records": [{}]}, {"records": [5]}, {"records": 5}, {"rows": None}])
+@pytest.mark.parametrize(
+    "damage", [{"records": [{}]}, {"records": [5]}, {"records": 5}, {"rows": None}, {"rows": [999]}]
+)
 def test_damaged_records_stop_the_run_with_a_word(classifier, data, whole, tmp_path, damage):
     _, entries, _ = whole
     with Journal(tmp_path / "j.jsonl", {}) as journal:
@@ -333,6 +335,8 @@ def test_the_files_hold_the_figures_and_mark_the_best_of_each_case(rows):
         source = rows[line // 2]
         which = ("float", "saved")[line % 2]
         assert text["result"] == which and float(text["map"]) == source[which]["map"]
+        rate = "success_rate" if which == "saved" else "success_rate_float"
+        assert float(text["success_rate_high"]) == source["intervals"][rate][1]
         assert float(text["auc_low"]) == source["intervals"][which]["auc"][0]
     assert json.loads(json.dumps(rows)) == rows
 

@@ -45,7 +45,9 @@ def test_names_alone_stand_for_their_usual_settings():
     assert parse_qualities(["30, 50", "30"]) == (30, 50)
 
 
-@pytest.mark.parametrize("name", ["gif", "jpeg:0", "jpeg:101", "median:4", "bits:9", "resize:100", "jpeg:", "jpeg:x", ""])
+@pytest.mark.parametrize(
+    "name", ["gif", "jpeg:0", "jpeg:101", "median:4", "bits:9", "resize:100", "jpeg:", "jpeg:x", ""]
+)
 def test_what_is_no_purification_is_refused(name):
     with pytest.raises(UsageError, match="expected"):
         parse_purifications([name])

@@ -90,8 +90,10 @@ def test_attacks_survive_the_quality_they_saw(cli, tiny, tmp_path, method):
     photo, out = tmp_path / "photo.png", tmp_path / "out"
     Image.fromarray(TINY_PIXELS).save(photo)
     options = ["--between", "threshold"] if method == "rank-2" else []
-    code, text, err = cli("attack", photo, "--flip", "cat", "--keep", "rest", "--survive", "jpeg:75", "--checkpoint", tiny,
-                          "--method", method, "--budget", "fast", "--out", out, "--device", "cpu", *options)  # fmt: skip
+    code, text, err = cli(
+        *("attack", photo, "--flip", "cat", "--keep", "rest", "--survive", "jpeg:75", "--method", method),
+        *("--budget", "fast", "--checkpoint", tiny, "--out", out, "--device", "cpu", *options),
+    )
     assert code == 0, err
     record = json.loads((out / "report.json").read_text())["images"][0]
     assert record["status"] == "success" and "holds after jpeg:75" in text

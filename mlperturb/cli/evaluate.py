@@ -198,6 +198,8 @@ class _Run:
             if overwrite and old.is_file():  # nothing is lost by a command that is refused
                 old.replace(path)
             raise
+        if overwrite:
+            self._drop_old_images(old, path)
         old.unlink(missing_ok=True)
         for case in self.protocol.cases:
             if not any(row["case"] == case.name for row in rows):
@@ -208,6 +210,14 @@ class _Run:
         for line in failures:
             print_error(line)
         return int(bool(failures))
+
+    def _drop_old_images(self, old: Path, new: Path) -> None:
+        """Delete the images that the replaced run kept and this one did not write again."""
+        from mlperturb.evaluation import kept_images
+
+        current = kept_images(new) if self.protocol.keep_images else set()
+        for name in kept_images(old) - current:
+            (self.out / name).unlink(missing_ok=True)
 
     def _note(self, message: str) -> None:
         if not self.quiet:
