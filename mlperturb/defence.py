@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from mlperturb import __version__
 from mlperturb.classifier import Classifier
-from mlperturb.errors import ImageError, UsageError
+from mlperturb.errors import ImageError
 from mlperturb.images import Pixels, read_photo
 from mlperturb.purify import Purification
-from mlperturb.report import SCHEMA as REPORT_SCHEMA
 from mlperturb.runner import to_tensor
 
 SCHEMA = "mlperturb.jpeg-defence/1"
@@ -67,24 +65,6 @@ class Views:
     defended: list[Tensor]
     control: list[Tensor] | None
     size: list[int | None]
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """Read a report of `attack`, given as its file or its folder.
-
-    Raises:
-        UsageError: if it is none.
-    """
-    path = path / "report.json" if path.is_dir() else path
-    try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"no such report: {path}") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the report {path}: {str(error):.100}") from error
-    if not isinstance(report, dict) or report.get("schema") != REPORT_SCHEMA:
-        raise UsageError(f"expected a report of `mlperturb attack` ({REPORT_SCHEMA}), got {path}")
-    return report
 
 
 def find_attacked(report: dict[str, Any], folder: Path) -> list[Attacked]:

@@ -46,6 +46,11 @@ _STYLE: dict[Any, Any] = {
 }
 _COLUMN, _PAGE = 3.4, 7.0  # inches, of a two-column paper
 _BARS = 9  # labels that a case study shows
+_LINES = {  # of the shares over quality
+    "recovered": ("-", "flipped labels recovered"),
+    "damaged": ("--", "kept labels damaged"),
+    "clean_damaged": (":", "clean photo damaged"),
+}
 _BINS = [number / 20 for number in range(21)]
 
 
@@ -183,31 +188,31 @@ def _curve(rows: Sequence[dict[str, Any]]) -> Figure:
 
     kinds = list(dict.fromkeys(row["defence"] for row in rows))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_PAGE, 2.5), layout="constrained")
+        figure = Figure(figsize=(_PAGE, 2.8), layout="constrained")
         left, right = figure.subplots(1, 2)
+        handles = []
         for number, kind in enumerate(kinds):
             mine = sorted((row for row in rows if row["defence"] == kind), key=lambda row: int(row["quality"]))
             colour, marker = _METHODS[number % len(_METHODS)], _MARKERS[number % len(_MARKERS)]
             if kind in ("jpeg", "webp"):
-                settings = [row["quality"] for row in mine]
-                for key, style, words in (
-                    ("recovered", "-", "flipped labels recovered"),
-                    ("damaged", "--", "kept labels damaged"),
-                    ("clean_damaged", ":", "clean photo damaged"),
-                ):
+                for key, (style, _) in _LINES.items():
                     values = [share(row, key) for row in mine]
-                    left.plot(settings, values, style, color=colour, marker=marker, ms=3, label=f"{kind}: {words}")
-            pairs = [(share(row, "damaged"), share(row, "recovered")) for row in mine]
-            right.plot(*zip(*pairs, strict=True), color=colour, marker=marker, ms=4, lw=0.8, label=kind)
-            for row, pair in zip(mine, pairs, strict=True):
-                right.annotate(str(row["quality"]), pair, textcoords="offset points", xytext=(3, 3), fontsize=6)
+                    left.plot([row["quality"] for row in mine], values, style, color=colour, marker=marker, ms=3)
+            points: dict[tuple[float, float], list[str]] = {}
+            for row in mine:
+                points.setdefault((share(row, "damaged"), share(row, "recovered")), []).append(str(row["quality"]))
+            handles += right.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=4, lw=0.8, label=kind)
+            for point, names in points.items():
+                text = f"{', '.join(names)}" if len(names) < 4 else f"{names[0]}, ..., {names[-1]}"
+                place = (3, 3 + 6 * (number % 3))
+                right.annotate(text, point, textcoords="offset points", xytext=place, fontsize=6, color=colour)
         left.set(xlabel="quality", ylabel="share of labels", ylim=(-0.03, 1.03))
-        right.set(xlabel="kept labels damaged", ylabel="flipped labels recovered", ylim=(-0.03, 1.08))
+        right.set(xlabel="kept labels damaged", ylabel="flipped labels recovered", ylim=(-0.03, 1.12))
         if left.lines:
-            left.legend()
+            handles += [left.plot([], [], style, color="black", label=words)[0] for style, words in _LINES.values()]
         else:
             left.set_visible(False)
-        right.legend()
+        figure.legend(handles=handles, loc="outside upper center", ncols=4, handlelength=3)
     return figure
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mlperturb import __version__
+from mlperturb.errors import UsageError
 from mlperturb.metrics import Distortion
 
 SCHEMA = "mlperturb.report/1"
@@ -105,6 +108,37 @@ def read_schema() -> dict[str, Any]:
     """Return the JSON Schema of `report.json`."""
     schema: dict[str, Any] = json.loads((files("mlperturb") / "schemas" / "report-1.json").read_text())
     return schema
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read a report of `attack`, given as its file or its folder.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"no such report: {path}") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the report {path}: {str(error):.100}") from error
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+        raise UsageError(f"expected a report of `mlperturb attack` ({SCHEMA}), got {path}")
+    return report
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a report that is not as its schema says leads to into one line.
+
+    Raises:
+        UsageError: that names the file.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(f"the report {path} is damaged: {type(error).__name__} {str(error):.80}") from error
 
 
 def exit_code(records: Sequence[Record]) -> int:

@@ -34,6 +34,7 @@ def figures(
 ) -> None:
     """Draw the paper's figures: a case study for each image, histograms over all, the JPEG defence."""
     from mlperturb.figures import FORMATS, save_figure
+    from mlperturb.report import reading
 
     if kind not in KINDS:
         raise UsageError(f"unknown --kind {kind!r}: expected {', '.join(KINDS)}")
@@ -44,23 +45,25 @@ def figures(
     folder = out or first / "figures"
     make_folder(folder)
     errors = count = 0
-    for name, figure in _draw(attacks, defences, kind, label or []):
-        if isinstance(figure, ImageError):
-            print_error(str(figure))
-            errors += 1
-            continue
-        path = folder / f"{name}.{format}"
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path} exists already: give --overwrite or another --out")
-        save_figure(figure, path)
-        count += 1
+    with reading(reports[0]):
+        for name, figure in _draw(attacks, defences, kind, label or []):
+            if isinstance(figure, ImageError):
+                print_error(str(figure))
+                errors += 1
+                continue
+            path = folder / f"{name}.{format}"
+            if path.exists() and not overwrite:
+                raise UsageError(f"{path} exists already: give --overwrite or another --out")
+            save_figure(figure, path)
+            count += 1
     stdout.print(f"{count} figures in {printable(str(folder))}", soft_wrap=True)
     raise typer.Exit(int(errors > 0))
 
 
 def _read(paths: list[Path], kind: str) -> tuple[list[tuple[Path, dict[str, Any]]], list[dict[str, Any]]]:
     """Return the reports of `attack` with their folders, and the results of `jpeg-defend`."""
-    from mlperturb.defence import SCHEMA, read_report
+    from mlperturb.defence import SCHEMA
+    from mlperturb.report import read_report
 
     attacks, defences = [], []
     for path in paths:

@@ -20,8 +20,8 @@ def gallery(
     quiet: Quiet = False,
 ) -> None:
     """Make one self-contained page of a report: photos, adversarial photos, maps, probabilities."""
-    from mlperturb.defence import read_report
     from mlperturb.gallery import write_gallery
+    from mlperturb.report import read_report, reading
 
     result = read_report(report)
     folder = report if report.is_dir() else report.parent
@@ -31,7 +31,7 @@ def gallery(
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists already: give --overwrite or another --out")
     make_folder(path.parent)
-    with make_bar(quiet=quiet) as bar:
+    with reading(report), make_bar(quiet=quiet) as bar:
         task = bar.add_task("making thumbnails", total=len(result["images"]))
         write_gallery(result, folder, path, lambda: bar.update(task, advance=1))
     if not quiet:

@@ -136,8 +136,9 @@ def _read_reports(
     paths: list[Path], checkpoint: Path | None, arch: str | None, labels: Path | None
 ) -> tuple[Source, list[Attacked]]:
     """Read the images and the one classifier of some reports."""
-    from mlperturb.defence import find_attacked, read_report
+    from mlperturb.defence import find_attacked
     from mlperturb.files import file_sha256
+    from mlperturb.report import read_report, reading
 
     attacked: list[Attacked] = []
     described: dict[str, Any] = {}
@@ -145,14 +146,17 @@ def _read_reports(
         if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
             raise UsageError(f"of {path} it is not known what was asked: give --flip, or the folder of its report")
         report = read_report(path)
-        if described and described["sha256"] != report["classifier"]["sha256"]:
-            raise UsageError(f"expected reports on one classifier, but that of {path} is another")
-        described = report["classifier"]
-        attacked += find_attacked(report, path if path.is_dir() else path.parent)
+        with reading(path):
+            if described and described["sha256"] != report["classifier"]["sha256"]:
+                raise UsageError(f"expected reports on one classifier, but that of {path} is another")
+            described = report["classifier"]
+            attacked += find_attacked(report, path if path.is_dir() else path.parent)
     if not attacked:
         raise UsageError(f"no adversarial PNG in {', '.join(map(str, paths))}: no attack there wrote one")
-    source = find_source(checkpoint, arch, labels) if checkpoint else named_source(described)
-    if file_sha256(source.path) != described["sha256"]:
+    with reading(paths[0]):
+        source = find_source(checkpoint, arch, labels) if checkpoint else named_source(described)
+        same = file_sha256(source.path) == described["sha256"]
+    if not same:
         raise UsageError(f"{source.path} is not the checkpoint that was attacked ({described['sha256'][:12]}...)")
     return source, attacked
 

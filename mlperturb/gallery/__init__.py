@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, UndefinedError
 from PIL import Image
 
 from mlperturb.errors import ImageError
+from mlperturb.files import write_file
 from mlperturb.images import Pixels, read_photo
 
 _SIDE = 360  # pixels of a thumbnail's longer side
@@ -35,6 +36,7 @@ def write_gallery(report: dict[str, Any], folder: Path, path: Path, done: Callab
 
     Raises:
         OutputError: if it cannot be written.
+        ValueError, KeyError, TypeError: if the report is not as its schema says.
     """
     environment = Environment(
         loader=PackageLoader("mlperturb", "gallery"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -49,9 +51,11 @@ def write_gallery(report: dict[str, Any], folder: Path, path: Path, done: Callab
         style=_asset(environment, "gallery.css"),
         hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
     )
-    from mlperturb.files import write_file
-
-    write_file(path, "".join(stream).encode())
+    try:
+        text = "".join(stream)
+    except UndefinedError as error:
+        raise ValueError(str(error)) from error
+    write_file(path, text.encode())
 
 
 def _asset(environment: Environment, name: str) -> Any:

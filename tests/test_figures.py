@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from helpers import TINY_PIXELS
+from PIL import Image
+
+from mlperturb.figures import attacked_labels, draw_histogram, draw_jpeg
+
+
+@pytest.fixture
+def report(cli, tiny, tmp_path):
+    """Attack two photos, one with a hostile name; return the output folder."""
+    (tmp_path / "photos").mkdir()
+    for number, name in enumerate(("a", "$\\frac{x}$ & <b>")):
+        Image.fromarray(np.roll(TINY_PIXELS, number, 1)).save(tmp_path / "photos" / f"{name}.png")
+    code, _, err = cli("attack", tmp_path / "photos", "--flip", "cat,dog", "--keep", "rest", "--budget", "fast",
+                       "--checkpoint", tiny, "--out", tmp_path / "out", "--device", "cpu")  # fmt: skip
+    assert code == 0, err
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("form", ["png", "pdf", "svg"])
+def test_every_kind_is_drawn_in_every_format(cli, report, form):
+    assert cli("jpeg-defend", report, "--quality", "50,90", "--device", "cpu")[0] == 0
+    code, text, err = cli("figures", report, "--format", form)
+    assert (code, err) == (0, "")
+    names = sorted(path.name for path in (report / "figures").iterdir())
+    cases = [f"case-$\\frac{{x}}$ & <b>.{form}", f"case-a.{form}"]
+    kinds = [f"histogram-cat.{form}", f"histogram-dog.{form}", f"jpeg-curve.{form}", f"jpeg-histogram.{form}"]
+    assert names == sorted(cases + kinds)
+    start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[form]
+    assert all(path.read_bytes().startswith(start) for path in (report / "figures").iterdir())
+
+
+def test_a_case_study_shows_the_adversarial_photo_and_the_flipped_label_first(cli, report):
+    from mlperturb.figures import draw_case
+
+    read = json.loads((report / "report.json").read_text())
+    image = next(image for image in read["images"] if image["source"].endswith("a.png"))
+    thresholds = dict(zip(read["classifier"]["labels"], read["classifier"]["thresholds"], strict=True))
+    figure = draw_case(image, thresholds, report, "ml-ddn")
+    pictures = [axes.get_images()[0].get_array() for axes in figure.axes if axes.get_images()]
+    assert np.array_equal(pictures[1], np.array(Image.open(report / "a.adv.png")))
+    bars = figure.axes[-1]
+    assert [tick.get_text() for tick in bars.get_yticklabels()][:2] == image["flip"]
+    widths = [bar.get_width() for bar in bars.patches]
+    labels = [tick.get_text() for tick in bars.get_yticklabels()]
+    assert widths == pytest.approx(
+        [image["probabilities"][when][label] for when in ("before", "after") for label in labels]
+    )
+
+
+def test_a_histogram_counts_every_image_once_clean_and_once_a_report(report):
+    read = json.loads((report / "report.json").read_text())
+    assert attacked_labels([read]) == ["cat", "dog"]
+    figure = draw_histogram([read, read], "cat")
+    axes = figure.axes[0]
+    heights = [sum(bar.get_height() for bar in container) for container in axes.containers if len(container) > 1]
+    assert heights[0] == 2 and len(heights) == 3  # clean, and two reports (their outlines are polygons)
+
+
+def test_a_label_that_was_not_attacked_is_refused(cli, report):
+    code, _, err = cli("figures", report, "--kind", "histogram", "--label", "hen")
+    assert code == 2 and "'hen'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kind", "pie"], "unknown --kind"),
+        (["--format", "gif"], "unknown --format"),
+        (["--kind", "jpeg"], "run `mlperturb jpeg-defend` first"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_a_line(cli, report, arguments, message):
+    code, _, err = cli("figures", report, *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_picture_that_is_gone_is_named_and_the_rest_is_drawn(cli, report):
+    (report / "a.adv.png").unlink()
+    code, _, err = cli("figures", report, "--kind", "case")
+    assert code == 1 and "a.adv.png" in err
+    assert len(list((report / "figures").iterdir())) == 1
+
+
+def test_the_curve_has_a_point_for_each_quality():
+    rows = [
+        {"defence": "jpeg", "quality": quality, "images": 1, "restored_images": 0, **dict.fromkeys(
+            ("recovered", "damaged", "clean_damaged"), {"labels": quality // 50, "total": 2})}
+        for quality in (30, 60, 90)
+    ]  # fmt: skip
+    figure = draw_jpeg({"qualities": rows, "images": [], "best": {"defence": "jpeg", "quality": 60}})["jpeg-curve"]
+    assert list(figure.axes[0].lines[0].get_xdata()) == [30, 60, 90]
+    assert list(figure.axes[0].lines[0].get_ydata()) == [0, 0.5, 0.5]

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from helpers import TINY_PIXELS
+from PIL import Image
+
+HOSTILE = '<img src=x onerror="document.title=1">'
+
+
+@pytest.fixture
+def page(cli, tiny, tmp_path):
+    """Attack three photos, one with a hostile name and one that is no photo; return the page."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, name in enumerate(("a", HOSTILE.replace("/", ""), "javascript:alert(1)")):
+        Image.fromarray(np.roll(TINY_PIXELS, number, 1)).save(photos / f"{name}.png")
+    (photos / "broken.png").write_bytes(b"nonsense")
+    code, text, err = cli("attack", photos, "--flip", "cat", "--keep", "rest", "--budget", "fast", "--html",
+                          "--checkpoint", tiny, "--out", tmp_path / "out", "--device", "cpu")  # fmt: skip
+    assert code == 1 and "index.html" in text, err
+    path = tmp_path / "out" / "report.json"
+    path.write_text(path.read_text().replace('"dog"', '"</script><script>document.title=2</script>"'))
+    return tmp_path / "out" / "index.html"
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_the_page_is_whole_in_one_file_and_escapes_names(page):
+    text = page.read_text()
+    tags = Tags(text).tags
+    assert sum(tag == "article" for tag, _ in tags) == 4
+    sources = [attributes["src"] for tag, attributes in tags if tag == "img"]
+    assert len(sources) == 9 and all(source.startswith("data:image/webp;base64,") for source in sources)
+    assert not any("onerror" in attributes for _, attributes in tags)
+    links = [attributes["href"] for tag, attributes in tags if tag == "a"]
+    assert len(links) == 6 and all(link.startswith("./") for link in links)
+    assert not re.search(r"https?://", text)
+    assert "Content-Security-Policy" in text and "no regular" not in text
+    assert "broken.png" in text and "not an image of a known format" in text
+
+
+def test_gallery_makes_the_page_again_from_the_report_alone(cli, page):
+    first = page.read_text()
+    code, _, err = cli("gallery", page.parent)
+    assert code == 2 and "--overwrite" in err
+    code, text, _ = cli("gallery", page.parent, "--overwrite", "--quiet")
+    assert (code, text) == (0, "")
+    assert first.count("<article") == page.read_text().count("<article")
+    assert "<script>document" not in page.read_text()
+    (page.parent / "a.adv.png").unlink()
+    assert cli("gallery", page.parent / "report.json", "--out", page.parent / "sub" / "page.html", "--quiet")[0] == 0
+    text = (page.parent / "sub" / "page.html").read_text()
+    links = [attributes["href"] for tag, attributes in Tags(text).tags if tag == "a"]
+    assert links[0].startswith("file:///") or links[0].startswith("../")
+
+
+@pytest.mark.parametrize("damage", [("images", 5), ("images", [{}]), ("classifier", None), ("summary", {})])
+def test_a_damaged_report_is_refused_in_a_line(cli, page, damage):
+    path = page.parent / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), damage[0]: damage[1]}))
+    for command in (("gallery", path, "--overwrite"), ("figures", path), ("jpeg-defend", path, "--device", "cpu")):
+        if command[0] != "gallery" and damage[0] == "summary":
+            continue  # which they do not read
+        code, _, err = cli(*command)
+        assert code == 2 and "damaged" in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def browser():
+    """Start a headless Chromium."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("needs Chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "window-size=420,900",
+                     "disable-background-networking", "disable-component-update", "disable-sync"):  # fmt: skip
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chromium
+    chromium.quit()
+
+
+@pytest.mark.browser
+def test_the_page_filters_sorts_and_compares_and_names_do_nothing(cli, page, browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select
+
+    assert cli("gallery", page.parent, "--overwrite", "--quiet")[0] == 0
+    browser.get(page.as_uri())
+
+    def shown() -> list[str]:
+        return [card.get_attribute("data-number") for card in browser.find_elements(By.CSS_SELECTOR, ".card")
+                if card.is_displayed()]  # fmt: skip
+
+    def choose(name: str, value: str) -> None:
+        Select(browser.find_element(By.ID, name)).select_by_visible_text(value)
+
+    assert browser.title.startswith("mlperturb") and browser.get_log("browser") == []
+    assert len(shown()) == 4
+    choose("status", "unreadable")
+    assert len(shown()) == 1 and browser.find_element(By.ID, "count").text == "1 shown"
+    choose("status", "all")
+    choose("label", "cat")
+    assert len(shown()) == 3
+    choose("label", "all")
+    images = json.loads((page.parent / "report.json").read_text())["images"]
+    sizes = {str(number): image["distortion"]["rmsd"] for number, image in enumerate(images) if image["distortion"]}
+    choose("sort", "least RMSD first")
+    assert shown()[:3] == sorted(sizes, key=sizes.get) and len(shown()) == 4
+    choose("sort", "largest RMSD first")
+    assert shown()[:3] == sorted(sizes, key=sizes.get, reverse=True)
+    choose("sort", "order of the report")
+    assert shown() == ["0", "1", "2", "3"]
+    slider = browser.find_element(By.CSS_SELECTOR, ".slider")
+    over = browser.find_element(By.CSS_SELECTOR, ".over")
+    before = over.value_of_css_property("clip-path")
+    slider.send_keys(Keys.ARROW_RIGHT)  # with the keyboard
+    assert over.value_of_css_property("clip-path") != before
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")  # on a phone
+    assert browser.title.startswith("mlperturb") and browser.get_log("browser") == []
