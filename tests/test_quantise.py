@@ -7,7 +7,7 @@ from helpers import ATTACKS, Linear, linear_problem, make_net, mask, ragged_targ
 from torch import Tensor
 
 from mlperturb.attacks.common import ClassificationGoal, Outcome, Problem, to_lattice
-from mlperturb.attacks.ddn import ml_ddn
+from mlperturb.attacks.ddn import lattice_scale, ml_ddn
 from mlperturb.attacks.deepfool import ml_dp
 from mlperturb.quantise import quantise
 from mlperturb.targets import Targets, decide
@@ -210,3 +210,26 @@ def test_no_iterations_leave_the_search_for_a_scale_alone():
     lattice = quantise(problem, outcome, scales=6, iterations=0)
     assert torch.equal(problem.meter.backward, before)
     assert on_lattice(lattice.images) and bool(lattice.met.all())
+
+
+def test_a_first_step_is_as_long_as_rounding_needs():
+    generator = torch.Generator().manual_seed(3)
+    gradient = torch.randn(4, 3, 40, 40, generator=generator) ** 3  # heavy tails, as photos' gradients have
+    latent = -gradient * torch.tensor([1e-4, 1e-3, 1e-2, 1.0]).view(-1, 1, 1, 1) / 255
+    needed = -(latent * gradient).flatten(1).sum(1)
+    scale = lattice_scale(latent, gradient, needed)
+    effect = -((scale.view(-1, 1, 1, 1) * latent * 255).round() / 255 * gradient).flatten(1).sum(1)
+    assert bool((effect >= needed).all()) and bool((scale >= 1).all())
+    shorter = (0.9 * scale).clamp(min=1).view(-1, 1, 1, 1)
+    less = -((shorter * latent * 255).round() / 255 * gradient).flatten(1).sum(1)
+    assert bool((less < needed)[:3].all())  # it is no longer than that
+
+
+@pytest.mark.parametrize("gap", [1e-3, 0.05, 0.2, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_ml_ddn_flips_one_label_in_30_passes_however_little_it_needs(gap, seed):
+    model, images, targets = linear_case(1, 2, [0], [], gap=gap, seed=seed)
+    problem = Problem.start(model, images, targets, limit=30)
+    outcome = ml_ddn(problem, iterations=500)
+    assert bool(outcome.met.all()) and int(problem.meter.forward + problem.meter.backward) <= 30
+    assert float((outcome.images - images).mul(255).square().sum()) <= 1.5 * least_steps(model, images, targets) + 2

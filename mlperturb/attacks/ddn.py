@@ -17,7 +17,7 @@ _SOFTNESS = 0.7  # of counting: how far, in logits, the next constraint may be t
 _ENOUGH = 40  # iterations that leave time to begin again
 _LEAST = 0.55 / 255  # the largest change of a pixel, at least, before rounding
 _OVERSHOOT = 1.3  # of the first step: logits curve away from their linearisation
-_WIDEST, _HALVINGS = 5.0, 7  # of the search for the first step's length: up to 2^5 times, to 2^(5 / 128)
+_WIDEST, _HALVINGS = 8.0, 8  # of the search for the length of the first step: up to 2^8 times, to 2^(1 / 32)
 
 
 def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "inside", iterations: int = 48) -> Outcome:
