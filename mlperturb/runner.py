@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,11 @@ from mlperturb.attacks.common import MAX_COMPARED, Outcome, Problem, nearest_lab
 from mlperturb.attacks.ranking import RankingGoal
 from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError, OutputError, StorageError, UsageError
+from mlperturb.files import file_sha256
 from mlperturb.images import Photo, Pixels, magnify, read_photo, read_pixels, write_png
+from mlperturb.journal import Journal
 from mlperturb.labels import Request
-from mlperturb.metrics import distortion, kendall_tau
+from mlperturb.metrics import Distortion, distortion, kendall_tau
 from mlperturb.preprocess import Size, pad_batch
 from mlperturb.purify import Purification
 from mlperturb.quantise import Lattice, quantise
@@ -102,61 +106,191 @@ def plan_outputs(sources: Sequence[Path]) -> list[Job]:
     return jobs
 
 
+def write_records(journal: Journal, records: Sequence[Record], out: Path) -> None:
+    """Add a batch to the journal, with the SHA-256 of its files; a photo with an error is to be tried again.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    kept = [record for record in records if record.error is None]
+    names = [name for record in kept for name in record.files.values() if name]
+    try:
+        hashes = {name: file_sha256(out / name) for name in names}
+    except OSError as error:
+        raise StorageError(f"cannot read back from {out}: {error.strerror or error}") from error
+    if kept:
+        journal.append({"records": [asdict(record) for record in kept], "hashes": hashes})
+
+
+def read_finished(journal: Journal, jobs: Sequence[Job], out: Path) -> list[Record]:
+    """Return the records of the photos that are done: the same photo, its files there as they were written.
+
+    Raises:
+        UsageError: if a photo's outputs have other names now.
+        StorageError: if the journal is damaged.
+    """
+    named = {str(job.source): job for job in jobs}
+    found: dict[str, Record] = {}
+    for entry in journal.entries():
+        try:
+            for values in entry["records"]:
+                job = named.get(values["source"])
+                if job is None:
+                    continue
+                record = _read_record(values)
+                names = [name for name in record.files.values() if name]
+                if not set(names) <= {job.adversarial, job.map}:
+                    raise UsageError(
+                        f"{record.source} was written as {names[0]}, and with these photos would be {job.adversarial}: "
+                        "give another --out, or --overwrite"
+                    )
+                whole = _is_file_of(job.source, record.sha256)
+                whole = whole and all(_is_file_of(out / name, entry["hashes"][name]) for name in names)
+                found.pop(record.source, None)
+                if whole:
+                    found[record.source] = record
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StorageError(f"{journal.path} has a damaged record; --overwrite starts again") from error
+    return list(found.values())
+
+
+def _read_record(values: dict[str, Any]) -> Record:
+    """Make a record of its JSON."""
+    sizes = {name: Distortion(**values[name]) for name in ("distortion", "distortion_float") if values[name]}
+    return Record(**{**values, **sizes})
+
+
+def _is_file_of(path: Path, digest: str | None) -> bool:
+    try:
+        return file_sha256(path) == digest
+    except OSError:
+        return False
+
+
 def run_attack(
-    classifier: Classifier, jobs: Sequence[Job], out: Path, settings: Settings, done: Callable[[list[Record]], None]
+    classifier: Classifier,
+    jobs: Sequence[Job],
+    out: Path,
+    settings: Settings,
+    done: Callable[[list[Record]], None],
+    *,
+    finished: Mapping[Path, Size] = MappingProxyType({}),
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Attack every photo, write its files to `out`, and hand the records of each batch to `done` once they are final.
+
+    Args:
+        classifier: to attack.
+        jobs: the photos.
+        out: folder of the outputs.
+        settings: what to do.
+        done: told of every batch.
+        finished: photos that are done already, and their (height, width): the others are attacked in the batches that
+            they would be in without them, so that their results are the same to the last bit.
+        hold: entered while a batch is being written and handed to `done`.
+        warn: told, once, that the device ran out of memory and smaller batches go on.
 
     Raises:
         StorageError: if nothing can be written to `out` any more.
     """
-    for batch in _batches(jobs, settings, classifier.device, done):
-        done(_attack_batch(classifier, batch, out, settings))
+    narrow = 1  # batches are cut into so many parts
+    for batch in _batches(jobs, settings, classifier.device, done, finished):
+        parts = [batch]
+        while parts:
+            part = parts.pop(0)
+            size = -(-len(batch) // narrow)
+            if len(part) > size:
+                parts[:0] = [part[:size], part[size:]]
+                continue
+            try:
+                searched = _search_batch(classifier, part, settings)
+            except torch.OutOfMemoryError:
+                if len(part) > 1:
+                    if narrow == 1:
+                        warn("the device ran out of memory: going on with smaller batches")
+                    narrow = 2 * max(narrow, -(-len(batch) // len(part)))
+                    parts.insert(0, part)
+                else:
+                    error = {
+                        "type": "MemoryError",
+                        "message": f"{part[0][0].source}: too large for the device's memory",
+                    }
+                    done([Record(**_facts(*part[0]), status="failed", error=error)])
+                searched = None
+            if searched is None:
+                if classifier.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            with hold():
+                done(_write_batch(classifier, part, searched, out, settings))
 
 
 def _batches(
-    jobs: Sequence[Job], settings: Settings, device: torch.device, done: Callable[[list[Record]], None]
+    jobs: Sequence[Job],
+    settings: Settings,
+    device: torch.device,
+    done: Callable[[list[Record]], None],
+    finished: Mapping[Path, Size],
 ) -> Iterator[list[tuple[Job, Photo]]]:
     """Decode photos and group them; a photo that cannot be decoded becomes a record at once."""
     limit, pixels = _BATCH.get(device.type, _BATCH["cpu"])
     limit = settings.batch_size or limit
     batch: list[tuple[Job, Photo]] = []
+    sizes: list[Size] = []  # of the batch with the finished photos
     for job in jobs:
-        try:
-            photo = read_photo(job.source)
-            if settings.region:
-                settings.region.inside(*photo.rgb.shape[:2])
-        except ImageError as error:
-            done([Record(source=str(job.source), error=_describe(error))])
-            continue
-        sizes = [other.rgb.shape for _, other in [*batch, (job, photo)]]
-        padded = len(sizes) * max(size[0] for size in sizes) * max(size[1] for size in sizes)
-        if batch and (len(batch) == limit or (settings.batch_size is None and padded > pixels)):
-            yield batch
-            batch = []
-        batch.append((job, photo))
+        photo = None
+        if job.source in finished:
+            size = finished[job.source]
+        else:
+            try:
+                photo = read_photo(job.source)
+                size = (photo.rgb.shape[0], photo.rgb.shape[1])
+                if settings.region:
+                    settings.region.inside(*size)
+            except ImageError as error:
+                done([Record(source=str(job.source), error=_describe(error))])
+                continue
+        heights, widths = zip(*sizes, size, strict=True)
+        padded = (len(sizes) + 1) * max(heights) * max(widths)
+        if sizes and (len(sizes) == limit or (settings.batch_size is None and padded > pixels)):
+            if batch:
+                yield batch
+            batch, sizes = [], []
+        sizes.append(size)
+        if photo is not None:
+            batch.append((job, photo))
     if batch:
         yield batch
 
 
-def _attack_batch(
-    classifier: Classifier, batch: Sequence[tuple[Job, Photo]], out: Path, settings: Settings
-) -> list[Record]:
+@dataclass(frozen=True)
+class _Searched:
+    """A batch that has been attacked and not been written.
+
+    Attributes:
+        sizes: (height, width) of the photos.
+        before: logits of the photos, (N, L).
+        rows: those whose logits are finite, (n,).
+        found: what the search of those came to; None if there are none.
+        seconds: of the search.
+    """
+
+    sizes: Sequence[Size]
+    before: Tensor
+    rows: Tensor
+    found: _Found | None
+    seconds: float
+
+
+def _search_batch(classifier: Classifier, batch: Sequence[tuple[Job, Photo]], settings: Settings) -> _Searched:
     started = time.perf_counter()
     images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for _, photo in batch])
     model = classifier.bind(sizes)
     with torch.no_grad():
         before = model(images)
-    finite = before.isfinite().all(1)
-    records: dict[int, Record] = {
-        row: Record(
-            **_facts(*batch[row]),
-            status="failed",
-            error={"type": "NumericalError", "message": "the network's outputs are not finite"},
-        )
-        for row in (~finite).nonzero().flatten().tolist()
-    }
-    rows = finite.nonzero().flatten()
+    rows = before.isfinite().all(1).nonzero().flatten()
+    found = None
     if len(rows):
         requests = [batch[row][0].request or settings.request for row in rows.tolist()]
         truth = decide(before[rows], classifier.boundary)
@@ -169,12 +303,23 @@ def _attack_batch(
         )
         problem.meter.forward += 1  # `before`
         found = _search(problem, [sizes[row] for row in rows.tolist()], requests, settings)
-        seconds = time.perf_counter() - started
-        for place, row in enumerate(rows.tolist()):
-            job, photo = batch[row]
-            share = seconds / len(rows)
-            records[row] = _finish(classifier, job, photo, sizes[row], found, place, before[row], out, share, settings)
-    return [records[row] for row in range(len(batch))]
+    return _Searched(sizes, before, rows, found, time.perf_counter() - started)
+
+
+def _write_batch(
+    classifier: Classifier, batch: Sequence[tuple[Job, Photo]], searched: _Searched, out: Path, settings: Settings
+) -> list[Record]:
+    records: dict[int, Record] = {}
+    for place, row in enumerate(searched.rows.tolist()):
+        assert searched.found is not None
+        job, photo = batch[row]
+        size, before, share = searched.sizes[row], searched.before[row], searched.seconds / len(searched.rows)
+        records[row] = _finish(classifier, job, photo, size, searched.found, place, before, out, share, settings)
+    unusable = {"type": "NumericalError", "message": "the network's outputs are not finite"}
+    return [
+        records[row] if row in records else Record(**_facts(*batch[row]), status="failed", error=unusable)
+        for row in range(len(batch))
+    ]
 
 
 @dataclass(frozen=True)

@@ -347,6 +347,9 @@ def test_bad_files_alone_still_make_a_report(attack, tmp_path):
 def test_outputs_that_exist_are_not_replaced_without_being_asked(attack, photo, tmp_path):
     assert attack(photo, "--flip", "cat")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    refused(attack(photo, "--flip", "dog"), "written with another flip", "--overwrite")
+    (tmp_path / "out" / "journal.jsonl").unlink()
+    before.pop("journal.jsonl")
     refused(attack(photo, "--flip", "dog"), "outputs exist already", "--overwrite")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     code, _, _, report = attack(photo, "--flip", "dog", "--overwrite")
@@ -565,7 +568,7 @@ def test_a_photo_on_which_the_attack_fails_is_no_error_but_gets_advice(attack, t
     assert report["images"][0]["status"] == "failed"
     assert "1 of 1 constraints do not hold (cat)" in stderr
     assert "--method ml-ddn" in stderr and "more --passes" in stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["journal.jsonl", "report.json"]
 
 
 def test_options_of_a_method_are_taken_and_reported(attack, photo):

@@ -13,6 +13,7 @@ PACKAGE = Path(mlperturb.__file__).parent
 ORDER = [
     "errors",
     "files",
+    "interrupts",
     "journal",
     "labels",
     "targets",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlperturb import __version__
 from mlperturb.attacks import BUDGETS, DEFAULT_METHOD, METHODS, find_method
 from mlperturb.cli.console import make_bar, print_error, print_note, printable
 from mlperturb.cli.console import out as stdout
@@ -33,8 +35,11 @@ from mlperturb.errors import StorageError, UsageError
 from mlperturb.labels import Request, parse_request
 
 if TYPE_CHECKING:
+    from mlperturb.journal import Journal
     from mlperturb.report import Record
     from mlperturb.runner import Job, Settings
+
+JOURNAL = "journal.jsonl"  # in the output folder
 
 
 def attack(
@@ -157,7 +162,11 @@ def run(
     )
     jobs = plan_outputs(find_photos(paths, recursive=recursive))
     report = report or out / "report.json"
-    _prepare_folder(out, report, jobs, overwrite, page=out / "index.html" if html else None)
+    journal = out / JOURNAL
+    page = out / "index.html" if html else None
+    _prepare_folder(out, report, jobs, overwrite=overwrite or journal.exists(), page=page)
+    if overwrite:
+        journal.unlink(missing_ok=True)
     renamed = [job for job in jobs if job.adversarial != f"{job.source.stem}.adv.png"]
     if renamed:
         print_note(f"{len(renamed)} photos share another's name; {renamed[0].source} becomes {renamed[0].adversarial}")
@@ -202,25 +211,34 @@ class _Run:
         self.source, self.settings, self.jobs, self.out, self.report = source, settings, jobs, out, report
         self.described, self.device, self.html, self.json, self.quiet = described, device, html, json, quiet
         self.records: list[Record] = []
+        self.journal: Journal
 
     def go(self) -> int:
         """Attack, report, print; return the exit code."""
+        from mlperturb.interrupts import Interrupts
+        from mlperturb.journal import Journal
         from mlperturb.report import exit_code, make_report, to_json
         from mlperturb.runner import run_attack
 
         started = time.perf_counter()
         classifier, description = self.source.load(self.device)
         stopped: int | None = None
-        self._start_bar()
-        try:
-            run_attack(classifier, self.jobs, self.out, self.settings, self._done)
-        except KeyboardInterrupt:
-            stopped = 130
-        except StorageError as error:
-            print_error(str(error))
-            stopped = 3
-        finally:
-            self.bar.stop()
+        with Interrupts() as interrupts, Journal(self.out / JOURNAL, self._key(description["sha256"])) as journal:
+            self.journal = journal
+            finished = self._read_journal()
+            self._start_bar()
+            try:
+                run_attack(
+                    classifier, self.jobs, self.out, self.settings, self._done,
+                    finished=finished, hold=interrupts.hold, warn=print_note,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                stopped = 130
+            except StorageError as error:
+                print_error(str(error))
+                stopped = 3
+            finally:
+                self.bar.stop()
         order = {str(job.source): place for place, job in enumerate(self.jobs)}
         self.records.sort(key=lambda record: order[record.source])
         result = make_report(self.described, description, self.records, time.perf_counter() - started)
@@ -234,8 +252,35 @@ class _Run:
         elif not self.quiet:
             self._print_tables(result)
         if stopped == 130:
-            print_note(f"interrupted: {len(self.records)} of {len(self.jobs)} photos are done and reported")
+            print_note(
+                f"interrupted: {len(self.records)} of {len(self.jobs)} photos are done and reported; "
+                "the same command goes on"
+            )
         return exit_code(self.records) if stopped is None else stopped
+
+    def _key(self, checkpoint: str) -> dict[str, Any]:
+        """Return everything that decides what the results are, but for the photos themselves."""
+        key = {"version": __version__, "checkpoint": checkpoint, **self.described}
+        region = self.settings.region
+        if region is not None and region.mask is not None:
+            key["region"] = sha256(region.mask.tobytes()).hexdigest()
+        return {**key, "device": self.device.partition(":")[0]}
+
+    def _read_journal(self) -> dict[Path, tuple[int, int]]:
+        """Take over what the journal says is done and the files bear out; return the photos' (height, width).
+
+        Raises:
+            UsageError: if a photo's outputs have other names now.
+        """
+        from mlperturb.runner import read_finished
+
+        if self.journal.torn:
+            print_note(f"the last line of {self.journal.path} was cut short, and is dropped")
+        records = read_finished(self.journal, self.jobs, self.out)
+        self.records += records
+        if records:
+            print_note(f"going on: {len(records)} of {len(self.jobs)} photos are done already")
+        return {Path(record.source): (record.height or 0, record.width or 0) for record in records}
 
     def _write_report(self, text: str) -> None:
         from mlperturb.files import write_file
@@ -264,12 +309,14 @@ class _Run:
 
     def _start_bar(self) -> None:
         self.bar = make_bar(quiet=self.quiet)
-        self.task = self.bar.add_task("loading", total=len(self.jobs))
+        self.task = self.bar.add_task("loading", total=len(self.jobs), completed=len(self.records))
         self.bar.start()
 
     def _done(self, records: list[Record]) -> None:
         from mlperturb.report import summarise
+        from mlperturb.runner import write_records
 
+        write_records(self.journal, records, self.out)
         self.records += records
         summary = summarise(self.records, 0.0)
         rate, rmsd = summary["success_rate"], summary["rmsd"]["mean"]
@@ -309,7 +356,7 @@ def advice(record: Record, settings: Settings) -> str:
     )
 
 
-def _prepare_folder(out: Path, report: Path, jobs: list[Job], overwrite: bool, page: Path | None) -> None:
+def _prepare_folder(out: Path, report: Path, jobs: list[Job], *, overwrite: bool, page: Path | None) -> None:
     """Make the output folder; refuse outputs that exist, unless they may be replaced.
 
     Raises:

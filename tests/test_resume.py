@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY_PIXELS
+from PIL import Image
+
+import mlperturb.runner
+from mlperturb.interrupts import Interrupts
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Write nine photos of several sizes and a file that is none."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(9):
+        pixels = np.roll(TINY_PIXELS, number, 1)[: 30 - number % 3, : 36 - number % 2]
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"nonsense")
+    return folder
+
+
+@pytest.fixture
+def command(photos, tiny):
+    def build(out: Path, *more: object) -> list[str]:
+        arguments = ["attack", photos, "--flip", "cat", "--keep", "rest", "--budget", "fast", "--batch-size", 3]
+        return [*map(str, arguments), "--checkpoint", str(tiny), "--device", "cpu", "--out", str(out), *map(str, more)]
+
+    return build
+
+
+def contents(out: Path) -> tuple[dict[str, bytes], list[dict]]:
+    """Return the PNGs, and the records of the report without their times."""
+    records = json.loads((out / "report.json").read_text())["images"]
+    for record in records:
+        record["cost"].pop("seconds")
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}, records
+
+
+def attacked(out: Path) -> list[str]:
+    """Return the photos of every attack that the journal tells of, in order."""
+    lines = (out / "journal.jsonl").read_text().splitlines()[1:]
+    return [record["source"] for line in lines for record in json.loads(line)["records"]]
+
+
+def test_a_run_that_is_done_is_not_done_again(cli, command, tmp_path, monkeypatch):
+    assert cli(*command(tmp_path / "out"))[0] == 1  # one file is no photo
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(mlperturb.runner, "_search_batch", None)  # would fail if it were called
+    code, text, err = cli(*command(tmp_path / "out"))
+    assert code == 1 and "going on: 9 of 10" in err and "9" in text
+    assert contents(tmp_path / "out") == before
+    assert len(attacked(tmp_path / "out")) == 9
+
+
+def test_what_changed_is_done_again_and_nothing_else(cli, command, photos, tmp_path):
+    out = tmp_path / "out"
+    cli(*command(out))
+    whole = contents(out)
+    (out / "1.adv.png").unlink()
+    (out / "4.map.png").write_bytes(b"x")
+    Image.fromarray(TINY_PIXELS[::-1].copy()).save(photos / "7.png")
+    Image.fromarray(TINY_PIXELS).save(photos / "broken.png")
+    code, _, err = cli(*command(out))
+    assert code == 0 and "going on: 6 of 10" in err
+    again = [Path(name).name for name in attacked(out)[9:]]
+    assert again == ["1.png", "4.png", "7.png", "broken.png"]
+    files, records = contents(out)
+    same = {name for name in whole[0] if not name.startswith("7.")}
+    assert {name: files[name] for name in same} == {name: whole[0][name] for name in same}
+    assert len(records) == 10 and all(record["status"] == "success" for record in records)
+
+
+@pytest.mark.parametrize("more", [("--method", "fgs"), ("--flip", "dog"), ("--max-rmsd", 3), ("--passes", 50)])
+def test_other_settings_never_mix_into_a_run(cli, command, tmp_path, more):
+    cli(*command(tmp_path / "out"))
+    before = contents(tmp_path / "out")
+    code, _, err = cli(*command(tmp_path / "out", *more))
+    assert code == 2 and "was written with another" in err and "--overwrite" in err
+    assert contents(tmp_path / "out") == before
+    assert cli(*command(tmp_path / "out", *more, "--overwrite"))[0] == 1
+    assert len(attacked(tmp_path / "out")) == 9
+
+
+def test_a_torn_last_line_is_dropped_and_said(cli, command, tmp_path):
+    out = tmp_path / "out"
+    cli(*command(out))
+    before = contents(out)
+    journal = out / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-40])
+    code, _, err = cli(*command(out))
+    assert code == 1 and "cut short" in err and "going on: 6 of 10" in err
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("line", ['{"records": [{}], "hashes": {}}', '{"records": 5}', "[]", "nonsense"])
+def test_a_damaged_journal_stops_with_a_line(cli, command, tmp_path, line):
+    out = tmp_path / "out"
+    cli(*command(out))
+    with (out / "journal.jsonl").open("a") as stream:
+        stream.write(line + "\n")
+    code, _, err = cli(*command(out))
+    assert code in (2, 3) and "damaged" in err and "--overwrite" in err and "Traceback" not in err
+
+
+def kill_until_done(arguments: list[str], kills: int, number: signal.Signals, seed: int) -> None:
+    """Start the command again and again, each time killed at a random moment, and let the last one finish."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "mlperturb", *arguments]
+    rng = random.Random(seed)
+    out = Path(arguments[arguments.index("--out") + 1])
+    for _ in range(kills):
+        with subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:  # until it has begun to attack
+                if (out / "journal.jsonl").exists() and rng.random() < 0.2:
+                    break
+                time.sleep(0.02)
+            time.sleep(rng.random() * 0.4)
+            process.send_signal(number)
+            assert process.wait(60) in (-number, 1, 130)
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kills", "number"),
+    [
+        pytest.param(3, signal.SIGKILL),
+        pytest.param(2, signal.SIGTERM),
+        pytest.param(20, signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_moment_a_run_comes_to_the_files_and_records_of_an_undisturbed_one(
+    command, cli, tmp_path, kills, number
+):
+    more = ("--budget", "balanced", "--batch-size", 2)
+    cli(*command(tmp_path / "whole", *more))
+    kill_until_done(command(tmp_path / "out", *more), kills, number, seed=kills)
+    files, records = contents(tmp_path / "out")
+    expected, wanted = contents(tmp_path / "whole")
+    assert files == expected and records == wanted
+    sources = attacked(tmp_path / "out")
+    assert len(sources) == len(set(sources)) == 9  # nothing that the journal had was attacked again
+
+
+def test_a_first_signal_waits_for_what_is_held_and_a_second_does_not():
+    reached = []
+    with Interrupts() as interrupts:
+        with pytest.raises(KeyboardInterrupt), interrupts.hold():
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append(1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt), interrupts.hold():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(2)
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(3)
+    assert reached == [1, 2]
+
+
+def test_out_of_memory_halves_the_batch_is_said_once_and_every_photo_comes_out(cli, command, tmp_path, monkeypatch):
+    cli(*command(tmp_path / "whole", "--batch-size", 8))
+    search, sizes = mlperturb.runner._search_batch, []
+
+    def short_of_memory(classifier, batch, settings):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return search(classifier, batch, settings)
+
+    monkeypatch.setattr(mlperturb.runner, "_search_batch", short_of_memory)
+    code, _, err = cli(*command(tmp_path / "out", "--batch-size", 8))
+    assert code == 1 and err.count("ran out of memory") == 1
+    assert sizes == [8, 4, 2, 2, 2, 2, 1]
+    records, wanted = contents(tmp_path / "out")[1], contents(tmp_path / "whole")[1]
+    assert [record["status"] for record in records] == [record["status"] for record in wanted]
+
+
+def test_a_photo_too_large_by_itself_fails_and_the_rest_goes_on(cli, command, tmp_path, monkeypatch):
+    search = mlperturb.runner._search_batch
+
+    def short_of_memory(classifier, batch, settings):
+        if any(job.source.name == "4.png" for job, _ in batch):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return search(classifier, batch, settings)
+
+    monkeypatch.setattr(mlperturb.runner, "_search_batch", short_of_memory)
+    code, _, err = cli(*command(tmp_path / "out"))
+    records = contents(tmp_path / "out")[1]
+    assert code == 1 and "4.png: too large" in err
+    assert [record["status"] for record in records].count("success") == 8
+    assert "4.png" not in [Path(name).name for name in attacked(tmp_path / "out")]  # it is tried again
