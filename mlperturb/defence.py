@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,14 @@ from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError
 from mlperturb.images import Pixels, read_photo
 from mlperturb.purify import Purification
+from mlperturb.report import find_output, find_photo
 from mlperturb.runner import to_tensor
 
 SCHEMA = "mlperturb.jpeg-defence/1"
-CRITERION = "share of the flipped labels recovered, less share of the clean photos' labels damaged"
+CRITERIA = {  # by whether every photo is at hand
+    True: "share of the flipped labels recovered, less share of the clean photos' labels damaged",
+    False: "share of the flipped labels recovered, less share of the PNGs' kept labels damaged",
+}
 _TOGETHER = 8  # views of one photo in a batch
 
 
@@ -29,8 +32,7 @@ class Attacked:
 
     Attributes:
         adversarial: the PNG.
-        clean: the photo it was made of; None if unknown.
-        sha256: of the photo's file; None to take it as it is.
+        clean: the photo it was made of; None if it is not at hand.
         flip: A.
         keep: B.
         truth: y, the decisions on the photo; None: A's are the reverse of the PNG's, and B's are the PNG's.
@@ -38,7 +40,6 @@ class Attacked:
 
     adversarial: Path
     clean: Path | None
-    sha256: str | None
     flip: tuple[str, ...]
     keep: tuple[str, ...]
     truth: dict[str, bool] | None = None
@@ -67,17 +68,22 @@ class Views:
     size: list[int | None]
 
 
-def find_attacked(report: dict[str, Any], folder: Path) -> list[Attacked]:
-    """Return the images of a report that have an adversarial PNG, looked for in `folder`."""
+def find_attacked(report: dict[str, Any], folder: Path, photos: Path | None = None) -> list[Attacked]:
+    """Return the images of a report that have an adversarial PNG, looked for in `folder`, and their photos.
+
+    Raises:
+        ImageError: if the report names a file elsewhere.
+    """
+    labels = set(report["classifier"]["labels"])
     found = []
     for image in report["images"]:
-        name = image["files"]["adversarial"]
-        if name is None or Path(name).name != name:  # a report is data: it names no file elsewhere
+        png = find_output(image, "adversarial", folder)
+        if png is None:
             continue
-        clean = next((place for place in (Path(image["source"]), folder / image["source"]) if place.is_file()), None)
-        found.append(
-            Attacked(folder / name, clean, image["sha256"], tuple(image["flip"]), tuple(image["keep"]), image["truth"])
-        )
+        truth, flip, keep = image["truth"], tuple(image["flip"]), tuple(image["keep"])
+        if not labels <= truth.keys() or not labels >= {*flip, *keep}:
+            raise KeyError("the labels of an image are not the classifier's")
+        found.append(Attacked(png, find_photo(image, folder, report["settings"], photos), flip, keep, truth))
     return found
 
 
@@ -117,13 +123,18 @@ def sweep(
         entry |= _describe(one, views, labels, purifications)
         if done:
             done(None)
-    rows = [tally.row(labels) for tally in tallies]
-    best = max(rows, key=lambda row: (row["score"] if row["score"] is not None else -2.0, row["quality"]))
+    control = all(tally.controls == tally.images for tally in tallies)
+    rows = [tally.row(labels, control=control) for tally in tallies]
+    scores = [row["score"] if row["score"] is not None else -2.0 for row in rows]
+    equals = [row for row, score in zip(rows, scores, strict=True) if score == max(scores)]
+    best = max((row for row in equals if row["defence"] == equals[0]["defence"]), key=lambda row: row["quality"])
+    ties = [f"{row['defence']} {row['quality']}" for row in equals if row is not best]
     return {
         "schema": SCHEMA,
         "version": __version__,
         "qualities": rows,
-        "best": {key: best[key] for key in ("defence", "quality", "score")} | {"criterion": CRITERION},
+        "best": {key: best[key] for key in ("defence", "quality", "score")}
+        | {"criterion": CRITERIA[control], "equals": ties},
         "images": images,
     }
 
@@ -158,11 +169,11 @@ class _Tally:
         if size is not None:
             self.bytes.append(size)
 
-    def row(self, labels: Sequence[str]) -> dict[str, Any]:
-        """Return the counts as the JSON has them; the score is None where nothing was flipped."""
+    def row(self, labels: Sequence[str], *, control: bool) -> dict[str, Any]:
+        """Return the counts as the JSON has them; the score, see `CRITERIA`, is None where nothing was flipped."""
         score = None
         if self.recovered[1]:
-            broken = self.clean if self.clean[1] else self.damaged  # without the photos, what broke on the PNGs
+            broken = self.clean if control else self.damaged
             score = self.recovered[0] / self.recovered[1] - broken[0] / max(broken[1], 1)
         shift = (self.shift / max(self.images, 1)).tolist()
         return {
@@ -188,13 +199,11 @@ def _look(classifier: Classifier, one: Attacked, purifications: Sequence[Purific
     """Predict a PNG, its photo, and both purified.
 
     Raises:
-        ImageError: if the PNG cannot be read, or its photo is another than it was.
+        ImageError: if one of them cannot be read.
     """
     png = read_photo(one.adversarial).rgb
     photo = None
     if one.clean is not None:
-        if one.sha256 is not None and sha256(one.clean.read_bytes()).hexdigest() != one.sha256:
-            raise ImageError(f"{one.clean} is no longer the photo that was attacked")
         photo = read_photo(one.clean).rgb
     purified = [purification.apply(png) for purification in purifications]
     pixels: list[Pixels] = [png, *(rgb for rgb, _ in purified)]

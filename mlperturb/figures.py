@@ -12,12 +12,15 @@ from typing import Any, Literal, get_args
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mlperturb.errors import UsageError
 from mlperturb.files import write_file
 from mlperturb.images import Pixels, read_photo
+from mlperturb.report import find_output, find_photo
+from mlperturb.text import printable, shorten
 
 Format = Literal["png", "pdf", "svg"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -32,7 +35,7 @@ _GREY, _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY = (
     "#CC79A7",
     "#56B4E9",
 )
-_METHODS = (_BLUE, _RED, _GREEN, _PURPLE, _ORANGE, _SKY)
+_METHODS = (_BLUE, _RED, _GREEN, _PURPLE, _ORANGE, _SKY, "black")
 _MARKERS = "os^Dv"
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -54,28 +57,31 @@ _LINES = {  # of the shares over quality
 _BINS = [number / 20 for number in range(21)]
 
 
-def draw_case(image: dict[str, Any], thresholds: dict[str, float], folder: Path, method: str) -> Figure:
+def draw_case(report: dict[str, Any], image: dict[str, Any], folder: Path) -> Figure:
     """Draw one attacked photo as Figure 2: photo, adversarial photo, map, probabilities before and after.
 
     Args:
-        image: its record in a report, with files.
-        thresholds: of the labels.
+        report: of `attack`.
+        image: one of its records, with files.
         folder: where its files lie.
-        method: its name.
 
     Raises:
         ImageError: if a picture cannot be read.
     """
+    thresholds = dict(zip(report["classifier"]["labels"], report["classifier"]["thresholds"], strict=True))
     before, after = image["probabilities"]["before"], image["probabilities"]["after"]
     pictures: list[tuple[str, Pixels]] = []
     present = [label for label in before if image["truth"][label]]
-    if Path(image["source"]).is_file():
-        pictures.append((f"photo: {_listed(present)}", read_photo(Path(image["source"])).rgb))
+    photo = find_photo(image, folder, report["settings"])
+    if photo is not None:
+        pictures.append((f"photo: {_listed(present)}", read_photo(photo).rgb))
     now = [label for label in after if after[label] >= thresholds[label]]
-    adversarial = read_photo(folder / image["files"]["adversarial"]).rgb
-    pictures.append((f"{method}, {image['status']}: {_listed(now)}", adversarial))
-    top = image["distortion"]["linf"]
-    pictures.append((f"perturbation, largest {top:.0f} of 255", read_photo(folder / image["files"]["map"]).rgb))
+    largest = f"perturbation, largest {image['distortion']['linf']:.0f} of 255"
+    title = f"{printable(report['settings']['method'])}, {image['status']}: {_listed(now)}"
+    for kind, words in (("adversarial", title), ("map", largest)):
+        path = find_output(image, kind, folder)
+        assert path is not None
+        pictures.append((words, read_photo(path).rgb))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_PAGE, 2.3), layout="constrained")
         widths = [1.0] * len(pictures) + [1.1]
@@ -83,29 +89,31 @@ def draw_case(image: dict[str, Any], thresholds: dict[str, float], folder: Path,
         for panel, (title, pixels) in zip(axes, pictures, strict=False):
             panel.imshow(pixels)
             panel.set_axis_off()
-            panel.set_title(_wrap(title, 30), fontsize=7)
+            panel.set_title(_wrap(title, 27), fontsize=7)
         _draw_bars(axes[-1], image, thresholds)
     return figure
 
 
 def _draw_bars(axes: Axes, image: dict[str, Any], thresholds: dict[str, float]) -> None:
-    """Draw the probabilities before and after of A, and of the labels of B that come nearest to being present."""
+    """Draw the probabilities before and after: of A those that moved most, of B those nearest to being present."""
     before, after = image["probabilities"]["before"], image["probabilities"]["after"]
     others = [label for label in before if label not in image["flip"]]
     kept = set(image["keep"])
     order = sorted(others, key=lambda label: (label in kept, max(before[label], after[label])), reverse=True)
-    shown = [*image["flip"], *order][:_BARS]
+    flipped = sorted(image["flip"], key=lambda label: -abs(after[label] - before[label]))
+    shown = [*flipped, *order][:_BARS]
     places = np.arange(len(shown))
     colours = [_RED if label in image["flip"] else _BLUE if label in kept else _GREY for label in shown]
     axes.barh(places - 0.2, [before[label] for label in shown], 0.36, color=colours, alpha=0.4)
     axes.barh(places + 0.2, [after[label] for label in shown], 0.36, color=colours)
     for place, label in zip(places, shown, strict=True):
         axes.plot([thresholds[label]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=0.8)
-    axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="probability: pale before, full after")
-    axes.set_yticks(places, [_shorten(_plain(label), 18) for label in shown])
+    axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="before (pale), after")
+    axes.set_yticks(places, [shorten(printable(label), 16) for label in shown])
     for tick, colour in zip(axes.get_yticklabels(), colours, strict=True):
         tick.set_color(colour)
-    axes.set_title("A red, B blue, threshold black", fontsize=7)
+    more = f"; {len(before) - len(shown)} more" if len(before) > len(shown) else ""
+    axes.set_title(f"A red, B blue, threshold black{more}", fontsize=7)
 
 
 def attacked_labels(reports: Sequence[dict[str, Any]], most: int = 4) -> list[str]:
@@ -148,40 +156,43 @@ def _histogram(series: dict[str, list[float]], label: str, threshold: float) -> 
         axes = figure.subplots()
         for number, (name, values) in enumerate(series.items()):
             colour = _METHODS[(number - 1) % len(_METHODS)] if number else _GREY
-            axes.hist(values, _BINS, color=colour, alpha=0.25 if number else 0.6, label=_plain(name))
-            if number:
-                axes.hist(values, _BINS, color=colour, histtype="step", linewidth=1.2)
+            face = to_rgba(colour, 0.15 if number else 0.6)
+            axes.hist(
+                values, _BINS, histtype="stepfilled", facecolor=face, edgecolor=colour, lw=1.2, label=printable(name)
+            )
         axes.axvline(threshold, color="black", linewidth=0.8, linestyle="--")
-        axes.set(xlim=(0, 1), xlabel=f"probability of {_shorten(_plain(label), 30)}", ylabel="images")
+        axes.set(xlim=(0, 1), xlabel=f"probability of {shorten(printable(label), 30)}", ylabel="images")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper center", ncols=min(len(series), 3))
     return figure
 
 
-def draw_jpeg(result: dict[str, Any]) -> dict[str, Figure]:
-    """Draw Figure 3 from the result of `jpeg-defend`: a histogram, and what each setting recovers and damages."""
-    figures = {"jpeg-curve": _curve(result["qualities"])}
+def draw_jpeg_histogram(result: dict[str, Any]) -> Figure:
+    """Draw Figure 3 of a result of `jpeg-defend`: the label that flipped most often, clean, attacked and defended."""
     best = f"{result['best']['defence']}:{result['best']['quality']}"
     images = [image for image in result["images"] if "probabilities" in image]
-    common = Counter(label for image in images for label in image["flip"]).most_common(1)
-    if common:
-        label = common[0][0]
-        series: dict[str, list[float]] = {"clean": [], "adversarial PNG": [], best: []}
-        for image in images:
-            probabilities = image["probabilities"]
-            if label not in image["flip"]:
-                continue
-            if probabilities["clean"]:
-                series["clean"].append(probabilities["clean"][label])
-            series["adversarial PNG"].append(probabilities["adversarial"][label])
-            series[best].append(probabilities["defended"][best][label])
-        thresholds = dict(zip(result["classifier"]["labels"], result["classifier"]["thresholds"], strict=True))
-        figures["jpeg-histogram"] = _histogram(series, label, thresholds[label])
-    return figures
+    thresholds = dict(zip(result["classifier"]["labels"], result["classifier"]["thresholds"], strict=True))
+    flips: Counter[str] = Counter()
+    for image in images:
+        now = image["probabilities"]["adversarial"]
+        flips.update(dict.fromkeys(image["flip"], 0))
+        flips.update(label for label in image["flip"] if (now[label] >= thresholds[label]) != image["truth"][label])
+    label = flips.most_common(1)[0][0] if flips else next(iter(thresholds))
+    series: dict[str, list[float]] = {"clean": [], "adversarial PNG": [], best: []}
+    for image in images:
+        probabilities = image["probabilities"]
+        if label not in image["flip"]:
+            continue
+        if probabilities["clean"]:
+            series["clean"].append(probabilities["clean"][label])
+        series["adversarial PNG"].append(probabilities["adversarial"][label])
+        series[best].append(probabilities["defended"][best][label])
+    return _histogram(series, label, thresholds[label])
 
 
-def _curve(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Draw shares over quality, for the defences that have one, and recovered against damaged for all."""
+def draw_curve(result: dict[str, Any]) -> Figure:
+    """Draw what `jpeg-defend` counted: shares over quality, and recovered against damaged for every setting."""
+    rows = result["qualities"]
 
     def share(row: dict[str, Any], key: str) -> float:
         return row[key]["labels"] / row[key]["total"] if row[key]["total"] else float("nan")
@@ -212,6 +223,8 @@ def _curve(rows: Sequence[dict[str, Any]]) -> Figure:
             handles += [left.plot([], [], style, color="black", label=words)[0] for style, words in _LINES.values()]
         else:
             left.set_visible(False)
+        if not any(row["damaged"]["total"] for row in rows):
+            right.set_visible(False)
         figure.legend(handles=handles, loc="outside upper center", ncols=4, handlelength=3)
     return figure
 
@@ -231,16 +244,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_file(path, stream.getvalue())
 
 
-def _plain(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
-
-
-def _shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def _listed(labels: Sequence[str]) -> str:
-    names = [_shorten(_plain(label), 20) for label in labels[:4]]
+    names = [shorten(printable(label), 20) for label in labels[:4]]
     return ", ".join(names) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "") or "no label"
 
 

@@ -41,7 +41,7 @@ class Region:
 
 
 def parse_region(text: str) -> Region:
-    """Read `x,y,w,h`, or the path of a mask image in which what may change is not black.
+    """Read `x,y,w,h`, or the path of a mask image in which what may change is neither black nor transparent.
 
     Raises:
         UsageError: if it is neither, or nothing may change.
@@ -52,10 +52,13 @@ def parse_region(text: str) -> Region:
         if not wide or not high:
             raise UsageError(f"expected a --region of at least one pixel, got {text}")
         return Region(rectangle=(left, top, wide, high))
-    if not Path(text).is_file():
-        raise UsageError(f"expected --region x,y,w,h in pixels or a mask image, got {text!r}")
+    if len(text) > 4000 or not Path(text).is_file():
+        raise UsageError(f"expected --region x,y,w,h in pixels or a mask image, got {text[:100]!r}")
     try:
-        mask = read_photo(Path(text)).rgb.max(axis=2) > 0
+        image = read_photo(Path(text))
+        mask = image.rgb.max(axis=2) > 0
+        if image.alpha is not None:
+            mask &= image.alpha > 0
     except ImageError as error:
         raise UsageError(f"cannot read the --region mask: {error}") from error
     if not mask.any():

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mlperturb import __version__
-from mlperturb.errors import UsageError
+from mlperturb.errors import ImageError, UsageError
+from mlperturb.files import file_sha256
 from mlperturb.metrics import Distortion
+from mlperturb.text import printable
 
 SCHEMA = "mlperturb.report/1"
 
@@ -110,22 +112,39 @@ def read_schema() -> dict[str, Any]:
     return schema
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """Read a report of `attack`, given as its file or its folder.
+def read_json(path: Path, schema: str) -> dict[str, Any]:
+    """Read one of our JSON files.
+
+    Raises:
+        UsageError: if it is none, or of another schema.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe may wait for ever
+            raise UsageError(f"cannot read {path}: it is no regular file")
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise UsageError(f"no such report: {path}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"cannot read the report {path}: {str(error):.100}") from error
+    if not isinstance(found, dict) or found.get("schema") != schema:
+        raise UsageError(f"expected a file of schema {schema}, got {path}")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read_report(path: Path) -> tuple[dict[str, Any], Path]:
+    """Read a report of `attack`, given as its file or its folder; return it and the folder of its PNGs.
 
     Raises:
         UsageError: if it is none.
     """
     path = path / "report.json" if path.is_dir() else path
-    try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"no such report: {path}") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the report {path}: {str(error):.100}") from error
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
-        raise UsageError(f"expected a report of `mlperturb attack` ({SCHEMA}), got {path}")
-    return report
+    report = read_json(path, SCHEMA)
+    with reading(path):
+        return report, path.parent / report["settings"].get("out", ".")
 
 
 @contextmanager
@@ -137,8 +156,39 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UsageError(f"the report {path} is damaged: {type(error).__name__} {str(error):.80}") from error
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
+        raise UsageError(f"the report {path} is not as `attack` writes it: {error!r:.120}") from error
+
+
+def find_output(image: dict[str, Any], kind: str, folder: Path) -> Path | None:
+    """Return an image's `adversarial` PNG or `map` in its folder; None if it has none.
+
+    Raises:
+        ImageError: if the name is not that of a file in the folder: a report is data, and names no file elsewhere.
+    """
+    name = image["files"][kind]
+    if name is not None and (Path(name).name != name or "\0" in name):
+        raise ImageError(f"{printable(name)!r:.100} is not the name of a file beside its report")
+    return None if name is None else folder / name
+
+
+def find_photo(
+    image: dict[str, Any], folder: Path, settings: dict[str, Any], photos: Path | None = None
+) -> Path | None:
+    """Return the photo that an image was made of, wherever it lies now; None if it is not found.
+
+    It is looked for in `photos`, as the report names it, from the folder in which the attack was started, and beside
+    the report; only a file of the same SHA-256 will do.
+    """
+    source = Path(image["source"])
+    places = [source, Path(settings.get("cwd", ".")) / source, folder / source, folder / source.name]
+    if photos is not None:
+        places.insert(0, photos / source.name)
+    for place in places:
+        with suppress(OSError, ValueError):
+            if place.is_file() and file_sha256(place) == image["sha256"]:
+                return place
+    return None
 
 
 def exit_code(records: Sequence[Record]) -> int:

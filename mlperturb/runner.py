@@ -245,11 +245,16 @@ def _batches(
         else:
             try:
                 photo = read_photo(job.source)
-                size = (photo.rgb.shape[0], photo.rgb.shape[1])
+            except ImageError as error:
+                done([Record(source=str(job.source), error=_describe(error))])
+                continue
+            size = (photo.rgb.shape[0], photo.rgb.shape[1])
+            try:
                 if settings.region:
                     settings.region.inside(*size)
             except ImageError as error:
-                done([Record(source=str(job.source), error=_describe(error))])
+                named = _describe(ImageError(f"{job.source}: {error}"))
+                done([Record(**_facts(job, photo), status="failed", error=named)])
                 continue
         heights, widths = zip(*sizes, size, strict=True)
         padded = (len(sizes) + 1) * max(heights) * max(widths)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlperturb.report import Record
+from mlperturb.text import printable
 
 
 def _table(*columns: str) -> Table:
@@ -25,7 +26,7 @@ def _table(*columns: str) -> Table:
 
 def clean(text: str) -> Text:
     """Return untrusted text without markup, control characters shown as escapes."""
-    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+    return Text(printable(text))
 
 
 def image_line(record: Record) -> Text:

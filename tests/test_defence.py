@@ -42,12 +42,12 @@ def decide(classifier, rgb) -> np.ndarray:
 def test_counts_are_those_of_predicting_each_picture_by_itself(attacked, tiny):
     classifier, _ = load_checkpoint(tiny, device="cpu")
     purifications = parse_purifications(QUALITIES)
-    result = sweep(classifier, find_attacked(read_report(attacked), attacked), purifications)
+    result = sweep(classifier, find_attacked(*read_report(attacked)), purifications)
     assert result["schema"] == SCHEMA
     truth = {}
     for row, purification in zip(result["qualities"], purifications, strict=True):
         recovered = damaged = restored = broken = total = kept = 0
-        for image in read_report(attacked)["images"]:
+        for image in read_report(attacked)[0]["images"]:
             clean = np.array(Image.open(image["source"]))
             png = np.array(Image.open(attacked / image["files"]["adversarial"]))
             before, flipped = decide(classifier, clean), decide(classifier, png)
@@ -106,8 +106,9 @@ def test_a_png_that_is_gone_or_a_photo_that_changed_is_named_and_the_rest_goes_o
     Image.fromarray(TINY_PIXELS).save(tmp_path / "photos" / "1.png")
     code, _, err = cli("jpeg-defend", attacked, "--device", "cpu")
     assert code == 1
-    assert "0.adv.png" in err and "no longer the photo" in err
-    assert json.loads((attacked / "jpeg-defence.json").read_text())["qualities"][0]["images"] == 1
+    assert "0.adv.png" in err and "the photos of 1 of 3 PNGs are not at hand, or changed" in err
+    row = json.loads((attacked / "jpeg-defence.json").read_text())["qualities"][0]
+    assert (row["images"], row["clean_images"]) == (2, 1)
 
 
 def test_without_the_photos_there_is_no_control_and_that_is_said(cli, attacked, tmp_path):
@@ -139,10 +140,106 @@ def test_what_cannot_be_defended_is_refused_in_a_line(cli, attacked, tiny, tmp_p
     assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_a_report_names_no_file_elsewhere(attacked):
-    report = read_report(attacked)
+def test_a_report_names_no_file_elsewhere(cli, attacked):
+    path = attacked / "report.json"
+    report = json.loads(path.read_text())
     report["images"][0]["files"]["adversarial"] = "../photos/0.png"
-    assert len(find_attacked(report, attacked)) == 2
-    (attacked / "report.json").write_text("{}")
-    with pytest.raises(UsageError, match="expected a report"):
+    path.write_text(json.dumps(report))
+    for command in (("jpeg-defend", attacked, "--device", "cpu"), ("figures", attacked), ("gallery", attacked)):
+        code, _, err = cli(*command)
+        assert code in (1, 2) and "is not the name of a file beside its report" in err
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="expected a file of schema"):
         read_report(attacked)
+
+
+def test_photos_are_found_where_they_lie_now_and_by_their_content(cli, attacked, tmp_path, monkeypatch):
+    """Started elsewhere; moved beside the report; named with --photos, by hand too; another photo of that name."""
+
+    def control(*more: object) -> int:
+        code, _, err = cli("jpeg-defend", attacked, "--quality", 50, "--device", "cpu", "--overwrite", *more)
+        assert code == 0, err
+        return json.loads((attacked / "jpeg-defence.json").read_text())["qualities"][0]["clean_images"]
+
+    path = attacked / "report.json"
+    text = path.read_text().replace(f"{tmp_path}/photos", "photos")
+    path.write_text(text.replace(f'"cwd": "{Path.cwd()}"', f'"cwd": "{tmp_path}"'))
+    assert control() == 3
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    assert control() == 0
+    assert control("--photos", tmp_path / "moved") == 3
+    arguments = ("--flip", "cat", "--checkpoint", json.loads(text)["classifier"]["checkpoint"])
+    assert control(*arguments, "--photos", tmp_path / "moved", "--out", attacked) == 3
+    for photo in (tmp_path / "moved").iterdir():
+        photo.rename(attacked / photo.name)
+    assert control() == 3
+    Image.fromarray(TINY_PIXELS).save(attacked / "1.png")
+    assert control() == 2
+
+
+def test_a_report_elsewhere_still_finds_its_pngs(cli, attacked, tmp_path):
+    photo, report = tmp_path / "photos" / "0.png", tmp_path / "reports" / "r.json"
+    checkpoint = json.loads((attacked / "report.json").read_text())["classifier"]["checkpoint"]
+    start = ("attack", photo, "--flip", "cat", "--budget", "fast", "--checkpoint", checkpoint, "--device", "cpu")
+    assert cli(*start, "--out", tmp_path / "o", "--report", report)[0] == 0
+    assert cli("jpeg-defend", report, "--quality", 50, "--device", "cpu")[0] == 0
+    assert cli("gallery", report)[0] == 0 and "adversarial PNG" in (report.parent / "index.html").read_text()
+    assert cli("figures", report, "--kind", "case")[0] == 0
+
+
+def test_folders_given_by_hand_count_adversarial_pngs_alone_and_each_once(cli, attacked, tiny, tmp_path):
+    assert cli("jpeg-defend", attacked, "--quality", 50, "--device", "cpu")[0] == 0  # leaves figures there
+    code, text, _ = cli("jpeg-defend", attacked, attacked, "--flip", "cat", "--checkpoint", tiny, "--json", "--device",
+                        "cpu", "--out", tmp_path / "hand")  # fmt: skip
+    assert code == 0 and json.loads(text)["qualities"][0]["images"] == 3
+    code, text, _ = cli("jpeg-defend", attacked, attacked, "--json", "--device", "cpu", "--out", tmp_path / "twice")
+    result = json.loads(text)
+    assert result["qualities"][0]["images"] == 3 and "clean photos" in result["best"]["criterion"]
+
+
+def test_settings_that_score_the_same_are_named(cli, attacked):
+    _, text, _ = cli("jpeg-defend", attacked, "--quality", "94,95", "--json", "--device", "cpu")
+    result = json.loads(text)
+    scores = [row["score"] for row in result["qualities"]]
+    assert result["best"]["equals"] == (["jpeg 94"] if scores[0] == scores[1] else [])
+
+
+def test_outputs_are_not_replaced_without_being_asked(cli, attacked):
+    (attacked / "jpeg-curve.png").write_bytes(b"mine")
+    code, _, err = cli("jpeg-defend", attacked, "--device", "cpu")
+    assert code == 2 and "jpeg-curve.png exists already" in err
+    assert (attacked / "jpeg-curve.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda report: report["images"][0].update(truth={}),
+        lambda report: report["images"][0].update(truth=None),
+        lambda report: report["images"][0].update(flip=["nothing"]),
+        lambda report: report["images"][0].update(flip=[5]),
+        lambda report: report["images"][0]["files"].update(adversarial="a\0b"),
+        lambda report: report["images"][0].update(source="x" * 5000),
+        lambda report: report["classifier"].update(checkpoint="x" * 5000),
+        lambda report: report["classifier"].update(sha256=5),
+        lambda report: report["settings"].update(cwd=5),
+        lambda report: report.update(images=[[]]),
+    ],
+)
+def test_a_report_edited_by_hand_never_ends_in_a_traceback(cli, attacked, damage):
+    path = attacked / "report.json"
+    report = json.loads(path.read_text())
+    damage(report)
+    path.write_text(json.dumps(report))
+    for command in (("jpeg-defend", attacked, "--device", "cpu"), ("figures", attacked), ("gallery", attacked)):
+        code, _, err = cli(*command)
+        assert code in (0, 1, 2) and "Traceback" not in err
+        assert code == 0 or err.startswith("mlperturb: ")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": "mlperturb.report/1", "settings": NaN}', "5", "\xff"])
+def test_what_is_no_report_is_refused(cli, tmp_path, text):
+    (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
+    for command in ("jpeg-defend", "figures", "gallery"):
+        code, _, err = cli(command, tmp_path)
+        assert code == 2 and err.count("\n") == 1

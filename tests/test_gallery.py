@@ -62,10 +62,34 @@ def test_gallery_makes_the_page_again_from_the_report_alone(cli, page):
     assert first.count("<article") == page.read_text().count("<article")
     assert "<script>document" not in page.read_text()
     (page.parent / "a.adv.png").unlink()
-    assert cli("gallery", page.parent / "report.json", "--out", page.parent / "sub" / "page.html", "--quiet")[0] == 0
+    code, _, err = cli("gallery", page.parent / "report.json", "--out", page.parent / "sub" / "page.html", "--quiet")
+    assert code == 1 and "a.adv.png" in err
     text = (page.parent / "sub" / "page.html").read_text()
     links = [attributes["href"] for tag, attributes in Tags(text).tags if tag == "a"]
-    assert links[0].startswith("file:///") or links[0].startswith("../")
+    assert len(links) == 5 and all(link.startswith("./../") for link in links)
+
+
+def test_the_page_replaces_no_report_and_no_picture(cli, page):
+    for name in ("report.json", "a.adv.png"):
+        before = (page.parent / name).read_bytes()
+        code, _, err = cli("gallery", page.parent, "--out", page.parent / name, "--overwrite")
+        assert code == 2 and ".html" in err
+        assert (page.parent / name).read_bytes() == before
+
+
+def test_another_photo_of_the_same_name_is_not_shown(cli, page, tmp_path):
+    Image.fromarray(np.zeros((9, 9, 3), dtype=np.uint8)).save(tmp_path / "photos" / "a.png")
+    assert cli("gallery", page.parent, "--overwrite", "--quiet")[0] == 0
+    assert page.read_text().count("the photo is gone") == 1
+
+
+def test_a_file_name_that_is_no_utf_8_is_shown_escaped(cli, page):
+    path = page.parent / "report.json"
+    report = json.loads(path.read_text())
+    report["images"][0]["source"] = "bad\udcff.png"
+    path.write_text(json.dumps(report))
+    assert cli("gallery", page.parent, "--overwrite", "--quiet")[0] == 0
+    assert "bad\\udcff.png" in page.read_text()
 
 
 @pytest.mark.parametrize("damage", [("images", 5), ("images", [{}]), ("classifier", None), ("summary", {})])
@@ -73,10 +97,10 @@ def test_a_damaged_report_is_refused_in_a_line(cli, page, damage):
     path = page.parent / "report.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), damage[0]: damage[1]}))
     for command in (("gallery", path, "--overwrite"), ("figures", path), ("jpeg-defend", path, "--device", "cpu")):
-        if command[0] != "gallery" and damage[0] == "summary":
+        if damage[0] == "summary" and command[0] != "gallery":
             continue  # which they do not read
         code, _, err = cli(*command)
-        assert code == 2 and "damaged" in err and err.count("\n") == 1
+        assert code == 2 and "is not as `attack` writes it" in err and err.count("\n") == 1
 
 
 @pytest.fixture

@@ -65,4 +65,4 @@ def test_attack_keeps_to_the_region_and_records_the_photos_it_misses(cli, tiny, 
     assert changed[12:].any() and not changed[:12].any()
     report = json.loads((out / "report.json").read_text())
     assert report["settings"]["region"] == "0,12,36,30"
-    assert [image["status"] for image in report["images"]] == ["success", "unreadable"]
+    assert [image["status"] for image in report["images"]] == ["success", "failed"]

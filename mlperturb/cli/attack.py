@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from mlperturb import __version__
 from mlperturb.attacks import BUDGETS, DEFAULT_METHOD, METHODS, find_method
-from mlperturb.cli.console import make_bar, print_error, print_note, printable
+from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.options import (
     Arch,
@@ -33,6 +34,7 @@ from mlperturb.cli.options import (
 )
 from mlperturb.errors import StorageError, UsageError
 from mlperturb.labels import Request, parse_request
+from mlperturb.text import printable
 
 if TYPE_CHECKING:
     from mlperturb.journal import Journal
@@ -241,7 +243,8 @@ class _Run:
                 self.bar.stop()
         order = {str(job.source): place for place, job in enumerate(self.jobs)}
         self.records.sort(key=lambda record: order[record.source])
-        result = make_report(self.described, description, self.records, time.perf_counter() - started)
+        settings = {**self.described, "cwd": str(Path.cwd()), "out": os.path.relpath(self.out, self.report.parent)}
+        result = make_report(settings, description, self.records, time.perf_counter() - started)
         self._write_report(to_json(result))
         if self.html:
             from mlperturb.gallery import write_gallery
@@ -251,6 +254,9 @@ class _Run:
             print(to_json(result))
         elif not self.quiet:
             self._print_tables(result)
+        for record in self.records:
+            if record.error:
+                print_error(record.error["message"])
         if stopped == 130:
             print_note(
                 f"interrupted: {len(self.records)} of {len(self.jobs)} photos are done and reported; "
@@ -300,9 +306,7 @@ class _Run:
         for record in self.records:
             for note in record.notes:
                 print_note(f"{record.source}: {note}")
-            if record.error:
-                print_error(record.error["message"])
-            elif record.status != "success":
+            if not record.error and record.status != "success":
                 print_note(f"{record.source}: {advice(record, self.settings)}")
         page = f", page {printable(str(self.out / 'index.html'))}" if self.html else ""
         stdout.print(f"files in {printable(str(self.out))}, report {printable(str(self.report))}{page}", soft_wrap=True)
@@ -334,7 +338,8 @@ def advice(record: Record, settings: Settings) -> str:
     ]
     if lost and not missing:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        return f"the PNG holds, but not after {', '.join(lost[:3])}{more}; try --budget paper or fewer qualities"
+        hint = "more --passes" if settings.passes else "--budget paper"
+        return f"the PNG holds, but not after {', '.join(lost[:3])}{more}; try {hint} or fewer qualities"
     if record.ranking and record.ranking["satisfied"]:
         return (
             f"the ranking holds, but {missing} of {constraints['total']} decisions do not "
@@ -362,8 +367,6 @@ def _prepare_folder(out: Path, report: Path, jobs: list[Job], *, overwrite: bool
     Raises:
         UsageError: if the folder cannot be made or written, or something is there already.
     """
-    import os
-
     make_folder(out)
     make_folder(report.parent)
     if report.is_dir():

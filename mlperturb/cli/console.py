@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from mlperturb.text import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 out = Console(highlight=False, emoji=False, markup=False)
 err = Console(stderr=True, highlight=False, emoji=False, markup=False)
-
-
-def printable(text: str) -> str:
-    """Return untrusted text on one line, with control characters (terminal escapes) shown as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def print_error(message: str) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from mlperturb import __version__
 from mlperturb.attacks import BUDGETS
-from mlperturb.cli.console import make_bar, print_error, print_note, printable
+from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.options import (
     Arch,
@@ -35,6 +35,7 @@ from mlperturb.cli.options import (
     parse_batch_size,
 )
 from mlperturb.errors import StorageError, UsageError
+from mlperturb.text import printable
 
 if TYPE_CHECKING:
     from mlperturb.cases import Protocol

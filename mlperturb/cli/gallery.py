@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from mlperturb.cli.console import make_bar, printable
+from mlperturb.cli.console import make_bar, print_error
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.options import Overwrite, Quiet, make_folder
 from mlperturb.errors import UsageError
+from mlperturb.text import printable
 
 
 def gallery(
@@ -23,16 +24,25 @@ def gallery(
     from mlperturb.gallery import write_gallery
     from mlperturb.report import read_report, reading
 
-    result = read_report(report)
-    folder = report if report.is_dir() else report.parent
-    path = out or folder / "index.html"
-    if path.is_dir():
-        raise UsageError(f"expected a file for --out, got the folder {path}")
+    result, folder = read_report(report)
+    path = out or (report if report.is_dir() else report.parent) / "index.html"
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise UsageError(f"expected a file .html for --out, got {path}")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists already: give --overwrite or another --out")
     make_folder(path.parent)
+    missing = []
     with reading(report), make_bar(quiet=quiet) as bar:
         task = bar.add_task("making thumbnails", total=len(result["images"]))
-        write_gallery(result, folder, path, lambda: bar.update(task, advance=1))
+
+        def done(problem: str | None) -> None:
+            bar.update(task, advance=1)
+            if problem:
+                missing.append(problem)
+
+        write_gallery(result, folder, path, done)
+    for problem in missing:
+        print_error(problem)
     if not quiet:
         stdout.print(f"page {printable(str(path))}", soft_wrap=True)
+    raise typer.Exit(int(bool(missing)))

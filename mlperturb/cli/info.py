@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 
 from mlperturb.attacks import METHODS
-from mlperturb.cli.console import out, printable
+from mlperturb.cli.console import out
 from mlperturb.cli.options import Arch, Checkpoint, Json, Labels, find_source
+from mlperturb.text import printable
 
 
 def labels(checkpoint: Checkpoint = None, arch: Arch = None, labels: Labels = None, json: Json = False) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlperturb.cli.console import make_bar, print_error, print_note, printable
+from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.options import (
     Arch,
@@ -24,9 +24,12 @@ from mlperturb.cli.options import (
 )
 from mlperturb.errors import UsageError
 from mlperturb.labels import parse_request
+from mlperturb.text import printable
 
 if TYPE_CHECKING:
     from mlperturb.defence import Attacked
+
+OUTPUTS = ("jpeg-defence.json", "jpeg-histogram.png", "jpeg-curve.png")
 
 
 def jpeg_defend(
@@ -34,14 +37,22 @@ def jpeg_defend(
         list[Path],
         typer.Argument(help="Output folders or reports of `attack`; or PNGs, with --flip.", show_default=False),
     ],
-    quality: Annotated[list[str] | None, typer.Option(help="JPEG and WebP qualities, comma-separated.")] = None,
+    quality: Annotated[
+        list[str] | None,
+        typer.Option(metavar="Q", help="JPEG and WebP qualities, comma-separated; by default 30,50,70,80,90,95."),
+    ] = None,
     defence: Annotated[
         list[str] | None,
-        typer.Option(help="jpeg (default), webp, median, bits, resize; with :SETTING for one alone. Repeatable."),
+        typer.Option(metavar="NAME", help="jpeg (default), webp, median, bits, resize; KIND:SETTING for one alone."),
     ] = None,
     subsampling: Annotated[str, typer.Option(help="Of JPEG's chroma: 4:2:0, 4:2:2 or 4:4:4.")] = "4:2:0",
-    flip: Annotated[list[str] | None, typer.Option(help="For PNGs alone: the labels that were flipped.")] = None,
-    keep: Annotated[list[str] | None, typer.Option(help="For PNGs alone: those kept, or `rest`.")] = None,
+    flip: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL", help="For PNGs alone: the labels that were flipped.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL", help="For PNGs alone: those kept, or `rest`.")
+    ] = None,
+    photos: Annotated[Path | None, typer.Option(help="Folder of the clean photos, if they have moved.")] = None,
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
@@ -59,20 +70,26 @@ def jpeg_defend(
 
     qualities = parse_qualities(quality) if quality is not None else QUALITIES
     purifications = parse_purifications(["jpeg"] if defence is None else defence, qualities, subsampling)
+    if photos is not None and not photos.is_dir():
+        raise UsageError(f"no such folder of photos: {photos}")
     by_hand = bool(flip) or bool(keep)
     if by_hand:
         source = find_source(checkpoint, arch, labels)
-        attacked = _name_attacked(source, paths, flip or [], keep or [])
+        attacked = _name_attacked(source, paths, flip or [], keep or [], photos)
     else:
-        source, attacked = _read_reports(paths, checkpoint, arch, labels)
+        source, attacked = _read_reports(paths, checkpoint, arch, labels, photos)
+    attacked = list({one.adversarial.resolve(): one for one in attacked}.values())
     folder = out or _default_folder(paths[0], by_hand)
     make_folder(folder)
-    target = folder / "jpeg-defence.json"
-    if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists already: give --overwrite or another --out")
+    taken = [name for name in OUTPUTS if (folder / name).exists()]
+    if taken and not overwrite:
+        raise UsageError(f"{folder / taken[0]} exists already: give --overwrite or another --out")
     missing = sum(one.clean is None for one in attacked)
     if missing:
-        print_note(f"the photos of {missing} of {len(attacked)} PNGs are not at hand: no control for those")
+        print_note(
+            f"the photos of {missing} of {len(attacked)} PNGs are not at hand, or changed: no control for those; "
+            "--photos names their folder"
+        )
     raise typer.Exit(_run(source, attacked, purifications, folder, paths, device=device, json=json, quiet=quiet))
 
 
@@ -90,9 +107,9 @@ def _run(
     """Sweep, write, print; return the exit code."""
     from mlperturb.defence import sweep
     from mlperturb.devices import prepare
-    from mlperturb.figures import draw_jpeg, save_figure
+    from mlperturb.figures import draw_curve, draw_jpeg_histogram, save_figure
     from mlperturb.files import write_file
-    from mlperturb.report import to_json
+    from mlperturb.report import reading, to_json
     from mlperturb.tables import defence_table
 
     classifier, description = source.load(prepare(device, 0))
@@ -104,25 +121,23 @@ def _run(
         if error:
             print_error(error)
 
-    with bar:
+    with bar, reading(paths[0]):
         result = sweep(classifier, attacked, purifications, done)
     settings = {"inputs": list(map(str, paths)), "subsampling": purifications[0].subsampling}
     result = {**result, "settings": settings, "classifier": description}
-    write_file(folder / "jpeg-defence.json", to_json(result).encode())
-    names = ["jpeg-defence.json"]
-    for name, figure in draw_jpeg(result).items():
-        save_figure(figure, folder / f"{name}.png")
-        names.append(f"{name}.png")
+    save_figure(draw_jpeg_histogram(result), folder / OUTPUTS[1])
+    save_figure(draw_curve(result), folder / OUTPUTS[2])
+    write_file(folder / OUTPUTS[0], to_json(result).encode())
     if json:
         print(to_json(result))
     elif not quiet:
         stdout.print(defence_table(result))
         best = result["best"]
         if best["score"] is not None:
-            stdout.print(
-                f"best: {best['defence']} {best['quality']} ({best['score']:.3f}: {best['criterion']})", soft_wrap=True
-            )
-        stdout.print(f"{', '.join(names)} in {printable(str(folder))}", soft_wrap=True)
+            equals = f"; equal: {', '.join(best['equals'])}" if best["equals"] else ""
+            text = f"best: {best['defence']} {best['quality']} ({best['score']:.3f}: {best['criterion']}{equals})"
+            stdout.print(text, soft_wrap=True)
+        stdout.print(f"{', '.join(OUTPUTS)} in {printable(str(folder))}", soft_wrap=True)
     return int(any("error" in image for image in result["images"]))
 
 
@@ -133,7 +148,7 @@ def _default_folder(path: Path, by_hand: bool) -> Path:
 
 
 def _read_reports(
-    paths: list[Path], checkpoint: Path | None, arch: str | None, labels: Path | None
+    paths: list[Path], checkpoint: Path | None, arch: str | None, labels: Path | None, photos: Path | None
 ) -> tuple[Source, list[Attacked]]:
     """Read the images and the one classifier of some reports."""
     from mlperturb.defence import find_attacked
@@ -145,40 +160,47 @@ def _read_reports(
     for path in paths:
         if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
             raise UsageError(f"of {path} it is not known what was asked: give --flip, or the folder of its report")
-        report = read_report(path)
+        report, folder = read_report(path)
         with reading(path):
             if described and described["sha256"] != report["classifier"]["sha256"]:
                 raise UsageError(f"expected reports on one classifier, but that of {path} is another")
             described = report["classifier"]
-            attacked += find_attacked(report, path if path.is_dir() else path.parent)
+            attacked += find_attacked(report, folder, photos)
     if not attacked:
         raise UsageError(f"no adversarial PNG in {', '.join(map(str, paths))}: no attack there wrote one")
     with reading(paths[0]):
         source = find_source(checkpoint, arch, labels) if checkpoint else named_source(described)
         same = file_sha256(source.path) == described["sha256"]
     if not same:
-        raise UsageError(f"{source.path} is not the checkpoint that was attacked ({described['sha256'][:12]}...)")
+        raise UsageError(f"{source.path} is not the checkpoint that was attacked ({described['sha256']!s:.12}...)")
     return source, attacked
 
 
-def _name_attacked(source: Source, paths: list[Path], flip: list[str], keep: list[str]) -> list[Attacked]:
-    """Take PNGs by themselves, with what was asked of them."""
+def _name_attacked(
+    source: Source, paths: list[Path], flip: list[str], keep: list[str], photos: Path | None
+) -> list[Attacked]:
+    """Take PNGs by themselves, with what was asked of them; of folders, those that `attack` names NAME.adv.png."""
     from mlperturb.defence import Attacked
     from mlperturb.images import EXTENSIONS
 
+    if not flip:
+        raise UsageError("for PNGs alone, --flip names the labels that were flipped: got --keep alone")
     request = parse_request(source.labels, flip=flip, keep=keep, add=(), remove=())
     if request.any_label:
         raise UsageError("--flip any does not say which label was flipped: name it")
     pngs = []
     for path in paths:
         if path.is_dir():
-            inside = [name for name in sorted(path.iterdir()) if name.suffix.lower() in EXTENSIONS]
-            pngs += [name for name in inside if not name.name.endswith(".map.png")]
+            pngs += sorted(path.glob("*.adv.png"))
         elif path.is_file():
             pngs.append(path)
         else:
             raise UsageError(f"no such file or folder: {path}")
     if not pngs:
-        raise UsageError(f"no picture in {', '.join(map(str, paths))}")
+        raise UsageError(f"no NAME.adv.png in {', '.join(map(str, paths))}")
     flipped, kept = (tuple(source.labels[number] for number in part) for part in (request.flip, request.keep))
-    return [Attacked(png, None, None, flipped, kept) for png in pngs]
+    clean: dict[str, Path] = {}
+    for photo in sorted(photos.iterdir()) if photos is not None else ():
+        if photo.suffix.lower() in EXTENSIONS and not photo.name.endswith((".adv.png", ".map.png")):
+            clean.setdefault(photo.stem, photo)
+    return [Attacked(png, clean.get(png.name.removesuffix(".adv.png")), flipped, kept) for png in pngs]

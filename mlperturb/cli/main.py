@@ -21,7 +21,7 @@ try:
     from mlperturb.cli.jpeg_defend import jpeg_defend
     from mlperturb.cli.predict import predict
     from mlperturb.cli.train import train
-    from mlperturb.errors import MlperturbError, UsageError
+    from mlperturb.errors import MlperturbError, StorageError, UsageError
 except KeyboardInterrupt:  # while the libraries load, in the first tenths of a second
     sys.exit(130)
 
@@ -65,17 +65,20 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run the command line; an error of ours becomes one line on stderr and exit code 2."""
+    """Run the command line; an error of ours becomes one line on stderr and exit code 2 (3: the run had to stop)."""
     try:
         _refuse_empty(sys.argv[1:])
         app()
     except MlperturbError as error:
         print_error(str(error))
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, StorageError) else 2)
     except KeyboardInterrupt:
         print_error("interrupted")
         sys.exit(130)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print_error(f"expected a path, got one too long: {str(error.filename):.60}...")
+            sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EIO):
             raise
         print_error(f"cannot write to stdout: {error.strerror}")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -15,28 +17,32 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, UndefinedError
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from mlperturb.errors import ImageError
 from mlperturb.files import write_file
-from mlperturb.images import Pixels, read_photo
+from mlperturb.images import read_photo
+from mlperturb.report import find_output, find_photo
+from mlperturb.text import printable
 
 _SIDE = 360  # pixels of a thumbnail's longer side
 _BARS = 8  # labels of B, or of neither set, that a card shows beside all of A
 
 
-def write_gallery(report: dict[str, Any], folder: Path, path: Path, done: Callable[[], None] = lambda: None) -> None:
+def write_gallery(
+    report: dict[str, Any], folder: Path, path: Path, done: Callable[[str | None], None] = lambda missing: None
+) -> None:
     """Write the page of a report whose files lie in `folder`.
 
     Args:
         report: of `attack`.
         folder: where its PNGs lie.
         path: of the page.
-        done: told after each image.
+        done: told after each image, with what is wrong with a picture of it, if anything is.
 
     Raises:
         OutputError: if it cannot be written.
-        ValueError, KeyError, TypeError: if the report is not as its schema says.
+        ValueError, LookupError, TypeError: if the report is not as its schema says.
     """
     environment = Environment(
         loader=PackageLoader("mlperturb", "gallery"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -45,6 +51,7 @@ def write_gallery(report: dict[str, Any], folder: Path, path: Path, done: Callab
     labels = sorted({label for image in report["images"] for label in image["flip"]})
     stream = environment.get_template("index.html.j2").stream(
         report=report,
+        counts=Counter(image["status"] for image in report["images"]),
         cards=_cards(report, folder, path.parent, done),
         labels=labels,
         script=script,
@@ -55,7 +62,7 @@ def write_gallery(report: dict[str, Any], folder: Path, path: Path, done: Callab
         text = "".join(stream)
     except UndefinedError as error:
         raise ValueError(str(error)) from error
-    write_file(path, text.encode())
+    write_file(path, text.encode("utf-8", "backslashreplace"))
 
 
 def _asset(environment: Environment, name: str) -> Any:
@@ -65,45 +72,59 @@ def _asset(environment: Environment, name: str) -> Any:
     return Markup(environment.loader.get_source(environment, name)[0])  # our own file, no data in it
 
 
-def _cards(report: dict[str, Any], folder: Path, page: Path, done: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def _cards(
+    report: dict[str, Any], folder: Path, page: Path, done: Callable[[str | None], None]
+) -> Iterator[dict[str, Any]]:
     """Yield what the template needs of each image."""
     described = report["classifier"]
     thresholds = dict(zip(described["labels"], described["thresholds"], strict=True))
     for number, image in enumerate(report["images"]):
-        files = {key: name if name and Path(name).name == name else None for key, name in image["files"].items()}
-        pictures = {"photo": Path(image["source"])}
-        pictures |= {key: folder / name for key, name in files.items() if name}
+        pictures = {"photo": find_photo(image, folder, report["settings"])}
+        missing = None
+        for kind in ("adversarial", "map"):
+            try:
+                pictures[kind] = find_output(image, kind, folder)
+            except ImageError as error:
+                missing = str(error)
+        thumbnails: dict[str, str] = {}
+        for kind, picture in pictures.items():
+            try:
+                if picture is not None:
+                    thumbnails[kind] = _thumbnail(picture, sparse=kind == "map")
+            except ImageError as error:
+                missing = str(error)
         yield {
             **image,
             "number": number,
-            "name": Path(image["source"]).name,
-            "thumbnails": {key: _thumbnail(picture) for key, picture in pictures.items()},
-            "links": {key: _link(folder / name, page) for key, name in files.items() if name},
+            "name": printable(Path(image["source"]).name),
+            "thumbnails": thumbnails,
+            "links": {kind: _link(pictures[kind], page) for kind in ("adversarial", "map") if kind in thumbnails},
             "bars": _bars(image, thresholds),
             "rmsd": image["distortion"]["rmsd"] if image["distortion"] else None,
         }
-        done()
+        done(missing)
 
 
-def _thumbnail(path: Path) -> str | None:
-    """Return a small WebP as a data URI; None if the picture is gone or unreadable."""
-    try:
-        rgb: Pixels = read_photo(path).rgb
-    except ImageError:
-        return None
-    image = Image.fromarray(rgb)
+def _thumbnail(path: Path, *, sparse: bool) -> str:
+    """Return a small WebP as a data URI; of a sparse picture, single bright pixels stay bright.
+
+    Raises:
+        ImageError: if the picture is gone or unreadable.
+    """
+    image = Image.fromarray(read_photo(path).rgb)
+    shrink = max(image.size) // _SIDE
+    if sparse and shrink:
+        image = image.filter(ImageFilter.MaxFilter(2 * (shrink // 2) + 1))
     image.thumbnail((_SIDE, _SIDE))
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _link(path: Path, page: Path) -> str:
+def _link(path: Path | None, page: Path) -> str:
     """Return a file's address relative to the page; the leading `./` keeps a name from being read as a scheme."""
-    try:
-        return "./" + quote(path.resolve().relative_to(page.resolve()).as_posix())
-    except ValueError:
-        return path.resolve().as_uri()
+    assert path is not None
+    return "./" + quote(os.path.relpath(path.resolve(), page.resolve()).encode("utf-8", "surrogateescape"))
 
 
 def _bars(image: dict[str, Any], thresholds: dict[str, float]) -> list[dict[str, Any]]:
