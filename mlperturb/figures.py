@@ -132,8 +132,9 @@ def draw_histogram(reports: Sequence[dict[str, Any]], label: str) -> Figure:
     clean: dict[str, float] = {}
     series: dict[str, list[float]] = {}
     for report in reports:
-        names = [report["settings"]["method"], *([report["settings"]["budget"]] if len(reports) > 1 else [])]
-        name = ", ".join(names)
+        name = str(report["settings"]["method"])
+        if [other["settings"]["method"] for other in reports].count(name) > 1:
+            name += f", {report['settings']['budget']}"
         if name in series:
             name = f"{name} ({len(series) + 1})"
         for image in report["images"]:
@@ -163,7 +164,7 @@ def _histogram(series: dict[str, list[float]], label: str, threshold: float) -> 
         axes.axvline(threshold, color="black", linewidth=0.8, linestyle="--")
         axes.set(xlim=(0, 1), xlabel=f"probability of {shorten(printable(label), 30)}", ylabel="images")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside upper center", ncols=min(len(series), 3))
+        figure.legend(loc="outside upper center", ncols=3 if len(series) == 3 else 2)
     return figure
 
 
