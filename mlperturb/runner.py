@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,7 @@ from mlperturb.survival import SurvivingModel, repeat_targets
 from mlperturb.targets import Targets, decide, make_targets
 
 MIN_PASSES = 10
+_LONGEST = 230  # bytes of a photo's name that its outputs' names take over; file systems allow 255 in all
 _LATTICE = {"fast": (6, 20), "balanced": (8, 40), "paper": (10, 100)}  # scales and iterations of `quantise`
 _BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
 
@@ -92,15 +94,19 @@ class Job:
 def plan_outputs(sources: Sequence[Path]) -> list[Job]:
     """Name the outputs: `NAME.adv.png` and `NAME.map.png`, numbered where two photos have one name.
 
-    Names that differ in case alone count as one: some file systems cannot tell them apart.
+    Names that differ in case alone count as one: some file systems cannot tell them apart. A name too long to take our
+    endings is cut.
     """
     taken: set[str] = set()
     jobs = []
     for source in sources:
-        name, number = source.stem, 1
+        stem = source.stem
+        if len(os.fsencode(stem)) > _LONGEST:
+            stem = os.fsencode(stem)[:_LONGEST].decode("utf-8", "ignore")
+        name, number = stem, 1
         while name.casefold() in taken:
             number += 1
-            name = f"{source.stem}-{number}"
+            name = f"{stem}-{number}"
         taken.add(name.casefold())
         jobs.append(Job(source, f"{name}.adv.png", f"{name}.map.png"))
     return jobs

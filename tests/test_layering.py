@@ -12,6 +12,7 @@ import mlperturb
 PACKAGE = Path(mlperturb.__file__).parent
 ORDER = [
     "errors",
+    "text",
     "files",
     "interrupts",
     "journal",
