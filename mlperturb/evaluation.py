@@ -19,6 +19,7 @@ from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError, StorageError, UsageError
 from mlperturb.files import file_sha256
 from mlperturb.images import read_photo
+from mlperturb.jobs import Job, Settings, plan_outputs
 from mlperturb.journal import Journal
 from mlperturb.labels import Request
 from mlperturb.metrics import (
@@ -30,7 +31,7 @@ from mlperturb.metrics import (
     ranking_loss,
 )
 from mlperturb.report import Record
-from mlperturb.runner import Job, Settings, plan_outputs, run_attack, to_tensor
+from mlperturb.runner import run_attack, to_tensor
 from mlperturb.targets import Targets, decide
 from mlperturb.voc import Dataset
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,12 +18,11 @@ from mlperturb.attacks import find_method
 from mlperturb.attacks.common import MAX_COMPARED, Outcome, Problem, nearest_label
 from mlperturb.attacks.ranking import RankingGoal
 from mlperturb.classifier import Classifier
-from mlperturb.errors import ImageError, OutputError, StorageError, UsageError
-from mlperturb.files import file_sha256
+from mlperturb.errors import ImageError, OutputError, StorageError
 from mlperturb.images import Photo, Pixels, magnify, read_photo, read_pixels, write_png
-from mlperturb.journal import Journal
+from mlperturb.jobs import Job, Settings
 from mlperturb.labels import Request
-from mlperturb.metrics import Distortion, distortion, kendall_tau
+from mlperturb.metrics import distortion, kendall_tau
 from mlperturb.preprocess import Size, pad_batch
 from mlperturb.purify import Purification
 from mlperturb.quantise import Lattice, quantise
@@ -33,144 +31,8 @@ from mlperturb.report import Record, Status
 from mlperturb.survival import SurvivingModel, repeat_targets
 from mlperturb.targets import Targets, decide, make_targets
 
-MIN_PASSES = 10
-_LONGEST = 230  # bytes of a photo's name that its outputs' names take over; file systems allow 255 in all
 _LATTICE = {"fast": (6, 20), "balanced": (8, 40), "paper": (10, 100)}  # scales and iterations of `quantise`
 _BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to do with every photo.
-
-    Attributes:
-        method: a name of `attacks.METHODS`.
-        budget: a name of `attacks.BUDGETS`.
-        request: the labels to flip, keep, add and remove.
-        passes: the most forward and backward passes, together, that a photo may cost; None for no cap.
-        batch_size: photos at a time; None to choose by device and photo size.
-        margin: by how much a logit must clear its threshold during the search, see `Targets`.
-        max_rmsd: the largest RMSD allowed, on the 0-255 scale, of the float result and of the PNG; None for no cap.
-        survive: compressions that the result is to survive: those the attack sees, and those it is checked at.
-        region: the part of each photo that may change; None for all of it.
-        keep_failed: write the files of a photo even where no label of A flipped.
-        options: of the method, see `attacks.CHOICES`.
-    """
-
-    method: str
-    budget: str
-    request: Request
-    passes: int | None = None
-    batch_size: int | None = None
-    margin: float = 0.01
-    max_rmsd: float | None = None
-    survive: tuple[tuple[Purification, ...], tuple[Purification, ...]] = ((), ())
-    region: Region | None = None
-    keep_failed: bool = False
-    options: dict[str, str | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        find_method(self.method).tuning(self.budget, **self.options)
-        if self.passes is not None and self.passes < MIN_PASSES:
-            raise UsageError(f"expected --passes of at least {MIN_PASSES}, got {self.passes}")
-        if self.passes is not None and self.passes < 5 * (1 + len(self.survive[0])) + len(self.survive[1]):
-            raise UsageError(
-                f"expected more --passes than {self.passes}: each quality to survive takes some of its own"
-            )
-        if self.max_rmsd is not None and not 0 < self.max_rmsd < float("inf"):
-            raise UsageError(f"expected --max-rmsd above 0, got {self.max_rmsd}")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A photo, the names of its two output files in the output folder, and a request of its own if it has one."""
-
-    source: Path
-    adversarial: str
-    map: str
-    request: Request | None = None
-
-
-def plan_outputs(sources: Sequence[Path]) -> list[Job]:
-    """Name the outputs: `NAME.adv.png` and `NAME.map.png`, numbered where two photos have one name.
-
-    Names that differ in case alone count as one: some file systems cannot tell them apart. A name too long to take our
-    endings is cut.
-    """
-    taken: set[str] = set()
-    jobs = []
-    for source in sources:
-        stem = source.stem
-        if len(os.fsencode(stem)) > _LONGEST:
-            stem = os.fsencode(stem)[:_LONGEST].decode("utf-8", "ignore")
-        name, number = stem, 1
-        while name.casefold() in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name.casefold())
-        jobs.append(Job(source, f"{name}.adv.png", f"{name}.map.png"))
-    return jobs
-
-
-def write_records(journal: Journal, records: Sequence[Record], out: Path) -> None:
-    """Add a batch to the journal, with the SHA-256 of its files; a photo with an error is to be tried again.
-
-    Raises:
-        StorageError: if it cannot be written.
-    """
-    kept = [record for record in records if record.error is None]
-    names = [name for record in kept for name in record.files.values() if name]
-    try:
-        hashes = {name: file_sha256(out / name) for name in names}
-    except OSError as error:
-        raise StorageError(f"cannot read back from {out}: {error.strerror or error}") from error
-    if kept:
-        journal.append({"records": [asdict(record) for record in kept], "hashes": hashes})
-
-
-def read_finished(journal: Journal, jobs: Sequence[Job], out: Path) -> list[Record]:
-    """Return the records of the photos that are done: the same photo, its files there as they were written.
-
-    Raises:
-        UsageError: if a photo's outputs have other names now.
-        StorageError: if the journal is damaged.
-    """
-    named = {str(job.source): job for job in jobs}
-    found: dict[str, Record] = {}
-    for entry in journal.entries():
-        try:
-            for values in entry["records"]:
-                job = named.get(values["source"])
-                if job is None:
-                    continue
-                record = _read_record(values)
-                names = [name for name in record.files.values() if name]
-                if not set(names) <= {job.adversarial, job.map}:
-                    raise UsageError(
-                        f"{record.source} was written as {names[0]}, and with these photos would be {job.adversarial}: "
-                        "give another --out, or --overwrite"
-                    )
-                whole = _is_file_of(job.source, record.sha256)
-                whole = whole and all(_is_file_of(out / name, entry["hashes"][name]) for name in names)
-                found.pop(record.source, None)
-                if whole:
-                    found[record.source] = record
-        except (KeyError, TypeError, AttributeError) as error:
-            raise StorageError(f"{journal.path} has a damaged record; --overwrite starts again") from error
-    return list(found.values())
-
-
-def _read_record(values: dict[str, Any]) -> Record:
-    """Make a record of its JSON."""
-    sizes = {name: Distortion(**values[name]) for name in ("distortion", "distortion_float") if values[name]}
-    return Record(**{**values, **sizes})
-
-
-def _is_file_of(path: Path, digest: str | None) -> bool:
-    try:
-        return file_sha256(path) == digest
-    except OSError:
-        return False
 
 
 def run_attack(

@@ -35,6 +35,8 @@ ORDER = [
     "loading",
     "training",
     "report",
+    "jobs",
+    "resume",
     "runner",
     "defence",
     "evaluation",

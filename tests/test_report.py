@@ -15,11 +15,12 @@ from mlperturb.attacks import METHODS
 from mlperturb.classifier import Classifier
 from mlperturb.errors import OutputError, StorageError, UsageError
 from mlperturb.images import magnify, read_photo
+from mlperturb.jobs import MIN_PASSES, Settings, plan_outputs
 from mlperturb.labels import parse_request
 from mlperturb.metrics import Distortion
 from mlperturb.preprocess import Preprocess
 from mlperturb.report import Record, exit_code, make_report, read_schema, summarise, to_json
-from mlperturb.runner import MIN_PASSES, Settings, plan_outputs, run_attack
+from mlperturb.runner import run_attack
 
 LABELS = ("cat", "dog", "cow", "hen")
 SETTINGS = {

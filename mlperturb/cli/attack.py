@@ -37,9 +37,9 @@ from mlperturb.labels import Request, parse_request
 from mlperturb.text import printable
 
 if TYPE_CHECKING:
+    from mlperturb.jobs import Job, Settings
     from mlperturb.journal import Journal
     from mlperturb.report import Record
-    from mlperturb.runner import Job, Settings
 
 JOURNAL = "journal.jsonl"  # in the output folder
 
@@ -147,9 +147,9 @@ def run(
 ) -> int:
     """Run an attack whose labels have been checked; return the exit code."""
     from mlperturb.images import find_photos
+    from mlperturb.jobs import Settings, plan_outputs
     from mlperturb.purify import parse_survival
     from mlperturb.regions import parse_region
-    from mlperturb.runner import Settings, plan_outputs
 
     settings = Settings(
         method,
@@ -278,7 +278,7 @@ class _Run:
         Raises:
             UsageError: if a photo's outputs have other names now.
         """
-        from mlperturb.runner import read_finished
+        from mlperturb.resume import read_finished
 
         if self.journal.torn:
             print_note(f"the last line of {self.journal.path} was cut short, and is dropped")
@@ -318,7 +318,7 @@ class _Run:
 
     def _done(self, records: list[Record]) -> None:
         from mlperturb.report import summarise
-        from mlperturb.runner import write_records
+        from mlperturb.resume import write_records
 
         write_records(self.journal, records, self.out)
         self.records += records

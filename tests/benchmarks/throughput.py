@@ -24,6 +24,7 @@ from mlperturb.attacks.common import Problem
 from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.devices import prepare
 from mlperturb.images import find_photos
+from mlperturb.jobs import Settings, plan_outputs
 from mlperturb.labels import parse_request
 
 
@@ -53,9 +54,9 @@ def main() -> None:
 
     device = prepare(arguments.device, 0)
     classifier, _ = load_checkpoint(arguments.checkpoint or bundled_checkpoint(), device=device)
-    jobs = runner.plan_outputs(find_photos([arguments.photos], recursive=True)[: arguments.count])
+    jobs = plan_outputs(find_photos([arguments.photos], recursive=True)[: arguments.count])
     request = parse_request(classifier.labels, flip=["any"], keep=["rest"])
-    settings = runner.Settings(arguments.method, arguments.budget, request)
+    settings = Settings(arguments.method, arguments.budget, request)
     spent: Counter[str] = Counter()
     statuses: Counter[str] = Counter()
     started = time.perf_counter()
