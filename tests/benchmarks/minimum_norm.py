@@ -10,10 +10,9 @@ by all of them. RMSD is on the 0-255 scale, over the photos on which the goal wa
 from __future__ import annotations
 
 import argparse
-import json
 
 import torch
-from photos import add_options, load_batches
+from photos import add_options, load_batches, save_rows
 from torch import Tensor
 from torch.nn import functional
 
@@ -167,9 +166,7 @@ def main() -> None:
                 f"| {row['saved_success']:.0%} | {row['saved_rmsd']:.3f} |",
                 flush=True,
             )
-    if arguments.json:
-        settings = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+    save_rows(arguments, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ of as many bare passes, run at once after the attack. A library that is not inst
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
-from photos import Batch, add_options, load_batches
+from photos import Batch, add_options, load_batches, save_rows
 from torch import Tensor, nn
 
 from mlperturb.attacks import find_method
@@ -181,9 +180,7 @@ def main() -> None:
                 f"| {row['rounded_success']:.0%} | {row['rounded_rmsd']:.3f} | {row['over_bare']:.2f} |",
                 flush=True,
             )
-    if arguments.json:
-        settings = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+    save_rows(arguments, rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,3 +83,10 @@ def _choose(arguments: argparse.Namespace, classifier: Classifier) -> Iterator[t
         if bool(((seen == truth) | (truth == 0)).all()):
             found += 1
             yield image, case.request(truth, generator)
+
+
+def save_rows(arguments: argparse.Namespace, rows: list[dict[str, object]]) -> None:
+    """Write the rows of a table, with the command's settings, to --json, if that is given."""
+    if arguments.json:
+        settings = {name: str(value) for name, value in vars(arguments).items()}
+        arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")

@@ -10,11 +10,11 @@ photo, `over 224` with those on a photo of 224 pixels: what resizing, its gradie
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from overhead import added_memory, attack, bare, build, wait
+from photos import save_rows
 
 
 def measure(arguments: argparse.Namespace, method: str) -> dict[str, float]:
@@ -80,9 +80,7 @@ def main() -> None:
                 f"| {row['megabytes']:.0f} |",
                 flush=True,
             )
-    if arguments.json:
-        settings = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+    save_rows(arguments, rows)
 
 
 if __name__ == "__main__":
