@@ -7,8 +7,32 @@ import sys
 
 import hostile
 import jsonschema
+from helpers import TINY_PIXELS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
+from mlperturb.errors import LabelError, UsageError
+from mlperturb.labels import parse_request
+from mlperturb.purify import parse_purifications, parse_qualities, parse_survival
+from mlperturb.regions import parse_region
 from mlperturb.report import read_schema
+from mlperturb.text import file_stem, printable
+
+TEXT = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1, max_size=12)
+VALUES = {
+    "--flip": TEXT | st.sampled_from(["cat", "all", "any", "cat,dog", " Cat "]),
+    "--keep": TEXT | st.sampled_from(["rest", "hen", "potted plant"]),
+    "--budget": TEXT | st.just("fast"),
+    "--method": TEXT | st.sampled_from(["fgs", "rank-2"]),
+    "--passes": TEXT | st.integers(-5, 60).map(str),
+    "--max-rmsd": TEXT | st.floats().map(str),
+    "--batch-size": TEXT | st.integers(-2, 9).map(str),
+    "--survive": TEXT | st.sampled_from(["jpeg:75", "jpeg:0-101", "jpeg:5-6"]),
+    "--region": TEXT | st.lists(st.integers(-3, 50), min_size=3, max_size=5).map(lambda v: ",".join(map(str, v))),
+    "--device": TEXT | st.just("cpu"),
+    "--seed": TEXT | st.integers(-1, 2**33).map(str),
+}
 
 
 def test_a_folder_of_bad_files_gives_a_record_each_and_nothing_outside_the_output(tmp_path, tiny):
@@ -40,3 +64,45 @@ def test_a_folder_of_bad_files_gives_a_record_each_and_nothing_outside_the_outpu
     assert all(statuses[name] != "unreadable" for name in fine)
     assert [path for path in sorted(tmp_path.rglob("*")) if out not in (path, *path.parents)] == before
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(list(VALUES)).flatmap(lambda name: st.tuples(st.just(name), VALUES[name])), max_size=4))
+def test_no_arguments_end_in_a_traceback_and_refusals_are_a_line(cli, tiny, tmp_path, given_options):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(TINY_PIXELS).save(photo)
+    arguments = [f"{name}={value}" for name, value in given_options]
+    code, _, err = cli("attack", photo, "--flip", "cat", "--budget", "fast", "--passes", 20, *arguments, "--checkpoint",
+                       tiny, "--overwrite", "--out", tmp_path / "out")  # fmt: skip
+    assert code in (0, 1, 2) and "Traceback" not in err
+    assert all(character.isprintable() or character == "\n" for character in err)
+
+
+@given(st.lists(TEXT, max_size=4), st.lists(TEXT, max_size=3), st.lists(TEXT, min_size=1, max_size=5, unique=True))
+def test_any_label_names_are_found_or_refused(flip, keep, labels):
+    try:
+        request = parse_request(labels, flip=flip, keep=keep, add=(), remove=())
+    except (UsageError, LabelError) as error:
+        assert str(error)
+    else:
+        assert set(request.flip) <= set(range(len(labels))) and not set(request.flip) & set(request.keep)
+
+
+@given(TEXT)
+def test_what_is_read_from_the_command_line_is_understood_or_refused(text):
+    for parse in (lambda t: parse_purifications([t]), lambda t: parse_qualities([t]), lambda t: parse_survival([t])):
+        try:
+            parse(text)
+        except UsageError as error:
+            assert "expected" in str(error)
+    try:
+        parse_region(text)
+    except UsageError as error:
+        assert "--region" in str(error)
+
+
+@given(st.text(max_size=400))
+def test_names_are_shown_on_one_line_and_make_safe_file_names(text):
+    assert printable(text).isprintable()
+    name = file_stem(text)
+    assert name and not set(name) & set("/\\\0\n") and not name.startswith(".") and len(name.encode()) <= 200
