@@ -515,14 +515,15 @@ def test_a_name_that_is_no_text_is_attacked_and_reported(attack, cli, tiny, phot
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the length of a name is that of Linux file systems")
-def test_a_name_too_long_for_its_outputs_is_an_error_of_that_photo(attack, photo, tmp_path):
-    long = tmp_path / ("n" * 250 + ".png")
-    long.write_bytes(photo.read_bytes())
-    code, _, stderr, report = attack(long, photo, "--flip", "cat")
-    assert code == 1
-    assert [image["status"] for image in report["images"]] == ["failed", "success"]
-    assert report["images"][0]["error"]["type"] == "OutputError"
-    assert "File name too long" in stderr
+def test_a_name_too_long_for_its_outputs_is_cut(attack, photo, tmp_path):
+    long, twin = (tmp_path / ("é" * 120 + end) for end in ("aaaaaaa.png", "bbbbbbb.png"))
+    for path in (long, twin):
+        path.write_bytes(photo.read_bytes())
+    code, _, _, report = attack(long, twin, photo, "--flip", "cat")
+    assert code == 0
+    names = [image["files"]["adversarial"] for image in report["images"]]
+    assert names == ["é" * 115 + ".adv.png", "é" * 115 + "-2.adv.png", "photo.adv.png"]
+    assert all((tmp_path / "out" / name).is_file() for name in names)
 
 
 def test_labels_with_markup_are_shown_as_text(cli, tiny, photo, tmp_path):
