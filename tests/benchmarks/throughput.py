@@ -66,6 +66,7 @@ def main() -> None:
         patch.object(runner, "_save", timed(spent, "write", runner._save)),
         patch.object(Problem, "logits", timed(spent, "forward", Problem.logits)),
         patch.object(Problem, "gradient", timed(spent, "backward", Problem.gradient)),
+        patch.object(Problem, "jacobian", timed(spent, "backward", Problem.jacobian)),
     ):
         runner.run_attack(
             classifier, jobs, Path(out), settings, lambda records: statuses.update(r.status for r in records)
