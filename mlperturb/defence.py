@@ -14,9 +14,9 @@ from mlperturb import __version__
 from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError
 from mlperturb.images import Pixels, read_photo
+from mlperturb.preprocess import to_tensor
 from mlperturb.purify import Purification
 from mlperturb.report import find_output, find_photo
-from mlperturb.runner import to_tensor
 
 SCHEMA = "mlperturb.jpeg-defence/1"
 CRITERIA = {  # by whether every photo is at hand
@@ -101,7 +101,7 @@ def sweep(
         purifications: what to try.
         done: told after each PNG, with the error if it could not be read.
     """
-    labels = classifier.labels
+    labels, boundary = classifier.labels, classifier.boundary.cpu()
     tallies = [_Tally(purification, len(labels)) for purification in purifications]
     images: list[dict[str, Any]] = []
     for one in attacked:
@@ -114,12 +114,8 @@ def sweep(
             if done:
                 done(str(error))
             continue
-        for tally, values in zip(
-            tallies, zip(views.defended, views.control or views.defended, strict=True), strict=True
-        ):
-            tally.add(views, values[0], values[1] if views.control else None, classifier.boundary.cpu())
         for number, tally in enumerate(tallies):
-            tally.add_size(views.size[1 + number])
+            tally.add(views, number, boundary)
         entry |= _describe(one, views, labels, purifications)
         if done:
             done(None)
@@ -149,7 +145,9 @@ class _Tally:
         self.shift = torch.zeros(labels, dtype=torch.double)
         self.bytes: list[int] = []
 
-    def add(self, views: Views, defended: Tensor, control: Tensor | None, boundary: Tensor) -> None:
+    def add(self, views: Views, number: int, boundary: Tensor) -> None:
+        """Count what purification `number` did to one photo."""
+        defended, size = views.defended[number], views.size[1 + number]
         flip, keep = views.asked
         png, after = views.adversarial >= boundary, defended >= boundary
         flipped, held = flip & (png != views.truth), keep & (png == views.truth)
@@ -160,12 +158,10 @@ class _Tally:
             pair[1] += int(among.sum())
         self.restored += bool(flipped.any()) and bool((back | ~(flip | keep)).all())
         self.shift += torch.sigmoid(defended.double()) - torch.sigmoid(views.adversarial.double())
-        if control is not None:
+        if views.control is not None:
             self.controls += 1
-            self.clean[0] += int((((control >= boundary) != views.truth) & (flip | keep)).sum())
+            self.clean[0] += int((((views.control[number] >= boundary) != views.truth) & (flip | keep)).sum())
             self.clean[1] += int((flip | keep).sum())
-
-    def add_size(self, size: int | None) -> None:
         if size is not None:
             self.bytes.append(size)
 

@@ -30,8 +30,9 @@ from mlperturb.metrics import (
     kendall_tau,
     ranking_loss,
 )
+from mlperturb.preprocess import to_tensor
 from mlperturb.report import Record
-from mlperturb.runner import run_attack, to_tensor
+from mlperturb.runner import run_attack
 from mlperturb.targets import Targets, decide
 from mlperturb.voc import Dataset
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from mlperturb.errors import UsageError
 from mlperturb.files import write_file
 from mlperturb.images import Pixels, read_photo
-from mlperturb.report import find_output, find_photo
+from mlperturb.report import find_output, find_photo, thresholds_of
 from mlperturb.text import printable, shorten
 
 Format = Literal["png", "pdf", "svg"]
@@ -68,7 +69,7 @@ def draw_case(report: dict[str, Any], image: dict[str, Any], folder: Path) -> Fi
     Raises:
         ImageError: if a picture cannot be read.
     """
-    thresholds = dict(zip(report["classifier"]["labels"], report["classifier"]["thresholds"], strict=True))
+    thresholds = thresholds_of(report["classifier"])
     before, after = image["probabilities"]["before"], image["probabilities"]["after"]
     pictures: list[tuple[str, Pixels]] = []
     present = [label for label in before if image["truth"][label]]
@@ -144,10 +145,7 @@ def draw_histogram(reports: Sequence[dict[str, Any]], label: str) -> Figure:
                 series.setdefault(name, []).append(last[label])
     if not clean:
         raise UsageError(f"no image of these reports was asked to flip {label!r}")
-    threshold = dict(zip(reports[0]["classifier"]["labels"], reports[0]["classifier"]["thresholds"], strict=True))[
-        label
-    ]
-    return _histogram({"clean": list(clean.values()), **series}, label, threshold)
+    return _histogram({"clean": list(clean.values()), **series}, label, thresholds_of(reports[0]["classifier"])[label])
 
 
 def _histogram(series: dict[str, list[float]], label: str, threshold: float) -> Figure:
@@ -172,7 +170,7 @@ def draw_jpeg_histogram(result: dict[str, Any]) -> Figure:
     """Draw Figure 3 of a result of `jpeg-defend`: the label that flipped most often, clean, attacked and defended."""
     best = f"{result['best']['defence']}:{result['best']['quality']}"
     images = [image for image in result["images"] if "probabilities" in image]
-    thresholds = dict(zip(result["classifier"]["labels"], result["classifier"]["thresholds"], strict=True))
+    thresholds = thresholds_of(result["classifier"])
     flips: Counter[str] = Counter()
     for image in images:
         now = image["probabilities"]["adversarial"]
@@ -215,7 +213,7 @@ def draw_curve(result: dict[str, Any]) -> Figure:
                 points.setdefault((share(row, "damaged"), share(row, "recovered")), []).append(str(row["quality"]))
             handles += right.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=4, lw=0.8, label=kind)
             for point, names in points.items():
-                text = f"{', '.join(names)}" if len(names) < 4 else f"{names[0]}, ..., {names[-1]}"
+                text = ", ".join(names) if len(names) < 4 else f"{names[0]}, ..., {names[-1]}"
                 place = (3, 3 + 6 * (number % 3))
                 right.annotate(text, point, textcoords="offset points", xytext=place, fontsize=6, color=colour)
         left.set(xlabel="quality", ylabel="share of labels", ylim=(-0.03, 1.03))
@@ -251,6 +249,4 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def _wrap(text: str, width: int) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width))

@@ -20,6 +20,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_file_of(path: Path, digest: str | None) -> bool:
+    """Say whether there is a regular file of this SHA-256; not if it cannot be read."""
+    try:
+        return path.is_file() and file_sha256(path) == digest
+    except (OSError, ValueError):  # a path that no file can have
+        return False
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write under a temporary name in the same folder, flush to the disk, then rename.
 

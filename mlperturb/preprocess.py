@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -149,6 +150,11 @@ class Resizer:
     def select(self, rows: Tensor) -> Resizer:
         """Return the map for some photos of the batch."""
         return Resizer(self.rows[rows], self.columns[rows], self.mean, self.std)
+
+
+def to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:
+    """Return 8-bit pixels, (H, W, 3), as an image in [0, 1], (3, H, W)."""
+    return torch.from_numpy(rgb).to(device).permute(2, 0, 1).float() / 255
 
 
 def pad_batch(images: Sequence[Tensor]) -> tuple[Tensor, list[Size]]:

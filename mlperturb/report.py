@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from mlperturb import __version__
 from mlperturb.errors import ImageError, UsageError
-from mlperturb.files import file_sha256
+from mlperturb.files import is_file_of
 from mlperturb.metrics import Distortion
 from mlperturb.text import printable
 
@@ -184,11 +184,12 @@ def find_photo(
     places = [source, Path(settings.get("cwd", ".")) / source, folder / source, folder / source.name]
     if photos is not None:
         places.insert(0, photos / source.name)
-    for place in places:
-        with suppress(OSError, ValueError):
-            if place.is_file() and file_sha256(place) == image["sha256"]:
-                return place
-    return None
+    return next((place for place in places if is_file_of(place, image["sha256"])), None)
+
+
+def thresholds_of(classifier: dict[str, Any]) -> dict[str, float]:
+    """Return the thresholds by label of a classifier as a report describes it."""
+    return dict(zip(classifier["labels"], classifier["thresholds"], strict=True))
 
 
 def exit_code(records: Sequence[Record]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlperturb.errors import StorageError, UsageError
-from mlperturb.files import file_sha256
+from mlperturb.files import file_sha256, is_file_of
 from mlperturb.jobs import Job
 from mlperturb.journal import Journal
 from mlperturb.metrics import Distortion
@@ -53,8 +53,8 @@ def read_finished(journal: Journal, jobs: Sequence[Job], out: Path) -> list[Reco
                         f"{record.source} was written as {names[0]}, and with these photos would be {job.adversarial}: "
                         "give another --out, or --overwrite"
                     )
-                whole = _is_file_of(job.source, record.sha256)
-                whole = whole and all(_is_file_of(out / name, entry["hashes"][name]) for name in names)
+                whole = is_file_of(job.source, record.sha256)
+                whole = whole and all(is_file_of(out / name, entry["hashes"][name]) for name in names)
                 found.pop(record.source, None)
                 if whole:
                     found[record.source] = record
@@ -67,10 +67,3 @@ def _read_record(values: dict[str, Any]) -> Record:
     """Make a record of its JSON."""
     sizes = {name: Distortion(**values[name]) for name in ("distortion", "distortion_float") if values[name]}
     return Record(**{**values, **sizes})
-
-
-def _is_file_of(path: Path, digest: str | None) -> bool:
-    try:
-        return file_sha256(path) == digest
-    except OSError:
-        return False

@@ -23,7 +23,7 @@ from mlperturb.images import Photo, Pixels, magnify, read_photo, read_pixels, wr
 from mlperturb.jobs import Job, Settings
 from mlperturb.labels import Request
 from mlperturb.metrics import distortion, kendall_tau
-from mlperturb.preprocess import Size, pad_batch
+from mlperturb.preprocess import Size, pad_batch, to_tensor
 from mlperturb.purify import Purification
 from mlperturb.quantise import Lattice, quantise
 from mlperturb.regions import Region
@@ -62,33 +62,21 @@ def run_attack(
     Raises:
         StorageError: if nothing can be written to `out` any more.
     """
-    narrow = 1  # batches are cut into so many parts
+    most: int | None = None  # photos that the device's memory takes at a time; None while it took every batch
     for batch in _batches(jobs, settings, classifier.device, done, finished):
-        parts = [batch]
-        while parts:
-            part = parts.pop(0)
-            size = -(-len(batch) // narrow)
-            if len(part) > size:
-                parts[:0] = [part[:size], part[size:]]
+        while batch:
+            part = batch[:most]
+            searched = _search_if_it_fits(classifier, part, settings)
+            if searched is None and len(part) > 1:
+                if most is None:
+                    warn("the device ran out of memory: going on with smaller batches")
+                most = (len(part) + 1) // 2
                 continue
-            try:
-                searched = _search_batch(classifier, part, settings)
-            except torch.OutOfMemoryError:
-                if len(part) > 1:
-                    if narrow == 1:
-                        warn("the device ran out of memory: going on with smaller batches")
-                    narrow = 2 * max(narrow, -(-len(batch) // len(part)))
-                    parts.insert(0, part)
-                else:
-                    error = {
-                        "type": "MemoryError",
-                        "message": f"{part[0][0].source}: too large for the device's memory",
-                    }
-                    done([Record(**_facts(*part[0]), status="failed", error=error)])
-                searched = None
+            batch = batch[len(part) :]
             if searched is None:
-                if classifier.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                message = f"{part[0][0].source}: too large for the device's memory"
+                error = {"type": "MemoryError", "message": message}
+                done([Record(**_facts(*part[0]), status="failed", error=error)])
                 continue
             with hold():
                 done(_write_batch(classifier, part, searched, out, settings))
@@ -154,6 +142,18 @@ class _Searched:
     rows: Tensor
     found: _Found | None
     seconds: float
+
+
+def _search_if_it_fits(
+    classifier: Classifier, batch: Sequence[tuple[Job, Photo]], settings: Settings
+) -> _Searched | None:
+    """Attack a batch; None if the device ran out of memory."""
+    try:
+        return _search_batch(classifier, batch, settings)
+    except torch.OutOfMemoryError:
+        if classifier.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
 
 def _search_batch(classifier: Classifier, batch: Sequence[tuple[Job, Photo]], settings: Settings) -> _Searched:
@@ -386,8 +386,3 @@ def _probabilities(labels: Sequence[str], logits: Tensor) -> dict[str, float]:
 
 def _describe(error: Exception) -> dict[str, str]:
     return {"type": type(error).__name__, "message": str(error)}
-
-
-def to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:
-    """Return 8-bit pixels, (H, W, 3), as an image in [0, 1], (3, H, W)."""
-    return torch.from_numpy(rgb).to(device).permute(2, 0, 1).float() / 255

@@ -19,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn import functional
 
-from mlperturb.attacks.common import Model
+from mlperturb.attacks.common import Model, narrow
 from mlperturb.preprocess import Size
 from mlperturb.purify import Purification
 from mlperturb.targets import Targets
@@ -53,9 +53,7 @@ class SurvivingModel:
 
     def select(self, rows: Tensor) -> SurvivingModel:
         """Return the model of some photos of the batch."""
-        narrower = getattr(self.model, "select", None)
-        model = narrower(rows) if narrower else self.model
-        return SurvivingModel(model, [self.sizes[row] for row in rows.tolist()], self.purifications)
+        return SurvivingModel(narrow(self.model, rows), [self.sizes[row] for row in rows.tolist()], self.purifications)
 
 
 def repeat_targets(targets: Targets, views: int) -> Targets:

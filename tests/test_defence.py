@@ -13,9 +13,9 @@ from mlperturb.checkpoints import load_checkpoint
 from mlperturb.defence import SCHEMA, find_attacked, sweep
 from mlperturb.errors import UsageError
 from mlperturb.images import read_photo
+from mlperturb.preprocess import to_tensor
 from mlperturb.purify import parse_purifications
 from mlperturb.report import read_report
-from mlperturb.runner import to_tensor
 
 QUALITIES = ("jpeg:20", "jpeg:95", "median:3")
 

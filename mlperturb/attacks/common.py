@@ -27,6 +27,13 @@ class Model(Protocol):
         ...
 
 
+def narrow(model: Model, rows: Tensor) -> Model:
+    """Return the model of some images of the batch: the same one, unless it has a `select`."""
+    narrower = getattr(model, "select", None)
+    narrowed: Model = narrower(rows) if narrower else model
+    return narrowed
+
+
 class Goal(Protocol):
     """What an attack is after, apart from how it gets there."""
 
@@ -142,9 +149,8 @@ class Problem:
     def select(self, keep: Tensor) -> Problem:
         """Return the problem of some of these images: `keep` is boolean, (n,)."""
         chosen = keep.nonzero().flatten()
-        narrower = getattr(self.model, "select", None)
         return Problem(
-            narrower(chosen) if narrower else self.model,
+            narrow(self.model, chosen),
             self.images[chosen],
             self.targets.select(chosen),
             self.rows[chosen.cpu()],

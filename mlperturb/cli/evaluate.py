@@ -34,7 +34,7 @@ from mlperturb.cli.options import (
     make_folder,
     parse_batch_size,
 )
-from mlperturb.errors import StorageError, UsageError
+from mlperturb.errors import UsageError
 from mlperturb.text import printable
 
 if TYPE_CHECKING:
@@ -118,9 +118,6 @@ def evaluate(
     except KeyboardInterrupt:
         print_note("interrupted" + ("" if clean else f": the same command goes on from what {out} holds"))
         code = 130
-    except StorageError as error:
-        print_error(str(error))
-        code = 3
     raise typer.Exit(code)
 
 

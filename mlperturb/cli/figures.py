@@ -11,7 +11,7 @@ import typer
 
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error, print_note
-from mlperturb.cli.options import Overwrite, make_folder
+from mlperturb.cli.options import Overwrite, folder_of, make_folder, refuse_existing
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.labels import split_names
 from mlperturb.text import file_stem, printable
@@ -48,8 +48,7 @@ def figures(
     known = {name for _, _, report in attacks for image in report["images"] for name in image["flip"]}
     if set(chosen) - known:
         raise UsageError(f"no image of these reports was asked to flip {sorted(set(chosen) - known)[0]!r}")
-    first = reports[0] if reports[0].is_dir() else reports[0].parent
-    folder = out or first / "figures"
+    folder = out or folder_of(reports[0]) / "figures"
     make_folder(folder)
     planned: dict[Path, Callable[[], Figure]] = {}
     for stem, draw in _plan(attacks, defences, kind, chosen):
@@ -58,9 +57,7 @@ def figures(
             number += 1
             path = folder / f"{file_stem(stem)}-{number}.{format}"
         planned[path] = draw
-    taken = [path for path in planned if path.exists()]
-    if taken and not overwrite:
-        raise UsageError(f"{taken[0]} exists already: give --overwrite or another --out")
+    refuse_existing(planned, overwrite=overwrite)
     errors = 0
     for path, draw in planned.items():
         try:

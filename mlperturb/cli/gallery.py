@@ -9,7 +9,7 @@ import typer
 
 from mlperturb.cli.console import make_bar, print_error
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.options import Overwrite, Quiet, make_folder
+from mlperturb.cli.options import Overwrite, Quiet, folder_of, make_folder, refuse_existing
 from mlperturb.errors import UsageError
 from mlperturb.text import printable
 
@@ -25,11 +25,10 @@ def gallery(
     from mlperturb.report import read_report, reading
 
     result, folder = read_report(report)
-    path = out or (report if report.is_dir() else report.parent) / "index.html"
+    path = out or folder_of(report) / "index.html"
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise UsageError(f"expected a file .html for --out, got {path}")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists already: give --overwrite or another --out")
+    refuse_existing([path], overwrite=overwrite)
     make_folder(path.parent)
     missing = []
     with reading(report), make_bar(quiet=quiet) as bar:

@@ -19,8 +19,10 @@ from mlperturb.cli.options import (
     Quiet,
     Source,
     find_source,
+    folder_of,
     make_folder,
     named_source,
+    refuse_existing,
 )
 from mlperturb.errors import UsageError
 from mlperturb.labels import parse_request
@@ -28,6 +30,7 @@ from mlperturb.text import printable
 
 if TYPE_CHECKING:
     from mlperturb.defence import Attacked
+    from mlperturb.purify import Purification
 
 OUTPUTS = ("jpeg-defence.json", "jpeg-histogram.png", "jpeg-curve.png")
 
@@ -79,11 +82,9 @@ def jpeg_defend(
     else:
         source, attacked = _read_reports(paths, checkpoint, arch, labels, photos)
     attacked = list({one.adversarial.resolve(): one for one in attacked}.values())
-    folder = out or _default_folder(paths[0], by_hand)
+    folder = out or (Path("mlperturb-defence") if by_hand else folder_of(paths[0]))
     make_folder(folder)
-    taken = [name for name in OUTPUTS if (folder / name).exists()]
-    if taken and not overwrite:
-        raise UsageError(f"{folder / taken[0]} exists already: give --overwrite or another --out")
+    refuse_existing((folder / name for name in OUTPUTS), overwrite=overwrite)
     missing = sum(one.clean is None for one in attacked)
     if missing:
         print_note(
@@ -96,7 +97,7 @@ def jpeg_defend(
 def _run(
     source: Source,
     attacked: list[Attacked],
-    purifications: Any,
+    purifications: tuple[Purification, ...],
     folder: Path,
     paths: list[Path],
     *,
@@ -139,12 +140,6 @@ def _run(
             stdout.print(text, soft_wrap=True)
         stdout.print(f"{', '.join(OUTPUTS)} in {printable(str(folder))}", soft_wrap=True)
     return int(any("error" in image for image in result["images"]))
-
-
-def _default_folder(path: Path, by_hand: bool) -> Path:
-    if by_hand:
-        return Path("mlperturb-defence")
-    return path if path.is_dir() else path.parent
 
 
 def _read_reports(

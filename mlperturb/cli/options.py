@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,3 +149,19 @@ def make_folder(folder: Path) -> None:
         raise UsageError(f"cannot make the output folder {error.filename}: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"cannot write to the output folder {folder}")
+
+
+def folder_of(report: Path) -> Path:
+    """Return the folder in which a report lies that is given as its file or its folder."""
+    return report if report.is_dir() else report.parent
+
+
+def refuse_existing(targets: Iterable[Path], *, overwrite: bool) -> None:
+    """Refuse to replace a file without being asked.
+
+    Raises:
+        UsageError: that names the first one.
+    """
+    taken = None if overwrite else next((target for target in targets if target.exists()), None)
+    if taken is not None:
+        raise UsageError(f"{taken} exists already: give --overwrite or another --out")

@@ -37,6 +37,7 @@ def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool 
 
     from mlperturb.devices import prepare
     from mlperturb.images import read_photo
+    from mlperturb.preprocess import to_tensor
     from mlperturb.report import to_json
     from mlperturb.tables import clean, prediction_table
 
@@ -47,13 +48,13 @@ def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool 
         entry: dict[str, Any] = {"source": str(photo), "probabilities": None, "labels": None, "error": None}
         images.append(entry)
         try:
-            pixels = torch.from_numpy(read_photo(photo).rgb).permute(2, 0, 1)
+            image = to_tensor(read_photo(photo).rgb, classifier.device)
         except ImageError as error:
             entry["error"] = {"type": type(error).__name__, "message": str(error)}
             print_error(str(error))
             continue
         with torch.inference_mode():
-            logits = classifier([pixels.to(classifier.device).float() / 255])[0]
+            logits = classifier([image])[0]
         if not bool(logits.isfinite().all()):
             entry["error"] = {"type": "NumericalError", "message": "the network's outputs are not finite"}
             print_error(f"{photo}: the network's outputs are not finite")

@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 from mlperturb.errors import ImageError
 from mlperturb.files import write_file
 from mlperturb.images import read_photo
-from mlperturb.report import find_output, find_photo
+from mlperturb.report import find_output, find_photo, thresholds_of
 from mlperturb.text import printable
 
 _SIDE = 360  # pixels of a thumbnail's longer side
@@ -76,8 +76,7 @@ def _cards(
     report: dict[str, Any], folder: Path, page: Path, done: Callable[[str | None], None]
 ) -> Iterator[dict[str, Any]]:
     """Yield what the template needs of each image."""
-    described = report["classifier"]
-    thresholds = dict(zip(described["labels"], described["thresholds"], strict=True))
+    thresholds = thresholds_of(report["classifier"])
     for number, image in enumerate(report["images"]):
         pictures = {"photo": find_photo(image, folder, report["settings"])}
         missing = None

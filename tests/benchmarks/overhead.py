@@ -10,7 +10,6 @@ peak, to what it had before: to the resident set on the CPU, to the allocator on
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import time
@@ -18,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from photos import save_rows
 
 from mlperturb.attacks import METHODS, find_method
 from mlperturb.attacks.common import Problem
@@ -100,6 +100,24 @@ def added_memory(arguments: argparse.Namespace, method: str | None) -> int:
         return pool.submit(measure_memory, arguments, method).result()
 
 
+def take_turns(
+    arguments: argparse.Namespace, built: tuple[BoundClassifier, torch.Tensor, Targets], method: str
+) -> tuple[list[tuple[float, float]], int, int]:
+    """Attack and run as many bare passes, in turns; return the seconds of a pass of both, and the passes of a turn."""
+    model, images, targets = built
+    turns = []
+    for turn in range(arguments.turns + 1):
+        start = wait(arguments.device)
+        meter = attack(model, images, targets, method, arguments.passes).meter
+        middle = wait(arguments.device)
+        forward, backward = int(meter.forward.max()), int(meter.backward.max())
+        bare(model, images, forward, backward)
+        end = wait(arguments.device)
+        if turn:  # the first one warms up
+            turns.append(((middle - start) / (forward + backward), (end - middle) / (forward + backward)))
+    return turns, forward, backward
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="mobilenet_v2")
@@ -115,29 +133,19 @@ def main() -> None:
 
     methods = list(METHODS) if arguments.methods == "all" else arguments.methods.split(",")
     model, images, targets = build(arguments)
-    plain = added_memory(arguments, None)
+    memory = added_memory(arguments, None)
     rows = []
     print(f"{arguments.arch}, {arguments.size} pixels, batch {arguments.batch}, {arguments.device}")
     print("| method | forward | backward | s a pass | over bare | memory over bare |\n|---|---:|---:|---:|---:|---:|")
     for method in methods:
-        ratios, seconds = [], []
-        for turn in range(arguments.turns + 1):
-            start = wait(arguments.device)
-            meter = attack(model, images, targets, method, arguments.passes).meter
-            middle = wait(arguments.device)
-            forward, backward = int(meter.forward.max()), int(meter.backward.max())
-            bare(model, images, forward, backward)
-            end = wait(arguments.device)
-            if turn:  # the first one warms up
-                ratios.append((middle - start) / (end - middle))
-                seconds.append((middle - start) / (forward + backward))
+        turns, forward, backward = take_turns(arguments, (model, images, targets), method)
         row = {
             "method": method,
             "forward": forward,
             "backward": backward,
-            "seconds_per_pass": statistics.median(seconds),
-            "over_bare": statistics.median(ratios),
-            "memory_over_bare": added_memory(arguments, method) / plain,
+            "seconds_per_pass": statistics.median(spent for spent, _ in turns),
+            "over_bare": statistics.median(spent / plain for spent, plain in turns),
+            "memory_over_bare": added_memory(arguments, method) / memory,
         }
         rows.append(row)
         print(
@@ -145,10 +153,7 @@ def main() -> None:
             f"| {row['memory_over_bare']:.2f} |",
             flush=True,
         )
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"settings": {**vars(arguments), "json": None}, "rows": rows}, indent=2) + "\n"
-        )
+    save_rows(arguments, rows)
 
 
 if __name__ == "__main__":

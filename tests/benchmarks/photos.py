@@ -18,7 +18,7 @@ from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.classifier import BoundClassifier, Classifier
 from mlperturb.devices import prepare
 from mlperturb.images import read_photo
-from mlperturb.runner import to_tensor
+from mlperturb.preprocess import to_tensor
 from mlperturb.targets import Targets, decide, make_targets
 from mlperturb.voc import read_voc
 
@@ -88,5 +88,5 @@ def _choose(arguments: argparse.Namespace, classifier: Classifier) -> Iterator[t
 def save_rows(arguments: argparse.Namespace, rows: list[dict[str, object]]) -> None:
     """Write the rows of a table, with the command's settings, to --json, if that is given."""
     if arguments.json:
-        settings = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+        text = json.dumps({"settings": vars(arguments), "rows": rows}, indent=2, default=str)
+        arguments.json.write_text(text + "\n")

@@ -13,25 +13,16 @@ import argparse
 from pathlib import Path
 
 import torch
-from overhead import added_memory, attack, bare, build, wait
+from overhead import added_memory, build, take_turns
 from photos import save_rows
 
 
 def measure(arguments: argparse.Namespace, method: str) -> dict[str, float]:
     """Return the seconds of a pass in the attack and bare, in turns, and the attack's memory."""
-    model, images, targets = build(arguments)
-    spent, plain = [], []
-    for turn in range(arguments.turns + 1):
-        start = wait(arguments.device)
-        meter = attack(model, images, targets, method, arguments.passes).meter
-        middle = wait(arguments.device)
-        forward, backward = int(meter.forward.max()), int(meter.backward.max())
-        bare(model, images, forward, backward)
-        if turn:  # the first one warms up
-            spent.append((middle - start) / (forward + backward))
-            plain.append((wait(arguments.device) - middle) / (forward + backward))
+    turns, _, _ = take_turns(arguments, build(arguments), method)
+    spent, plain = (min(seconds) for seconds in zip(*turns, strict=True))
     megabytes = added_memory(arguments, method) / 2**20
-    return {"seconds": min(spent), "bare": min(plain), "over_bare": min(spent) / min(plain), "megabytes": megabytes}
+    return {"seconds": spent, "bare": plain, "over_bare": spent / plain, "megabytes": megabytes}
 
 
 def main() -> None:
