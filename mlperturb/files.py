@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their fingerprints."""
+"""Files that are there whole or not at all, here or at a URL, and their fingerprints."""
 
 from __future__ import annotations
 
@@ -7,17 +7,54 @@ import errno
 import hashlib
 import os
 import secrets
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
-from mlperturb.errors import OutputError, StorageError
+from mlperturb.errors import OutputError, StorageError, UsageError
 
 _THIS_NAME_ALONE = {errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR}
 
 
+def parse_path(text: str) -> Path:
+    """Return the path that a text names: of this machine, or any URL that fsspec knows (`s3://`, `gs://`, `memory://`).
+
+    A URL becomes a `upath.UPath`, which answers as a Path does; `file://` becomes an ordinary path.
+
+    Raises:
+        UsageError: if the URL's scheme is unknown, or the package for it is not installed.
+    """
+    scheme, found, rest = text.partition("://")
+    if not found:
+        return Path(text)
+    if scheme in ("file", "local"):
+        return Path(rest)
+    from upath import UPath
+
+    try:
+        path = UPath(text)
+        path.fs  # noqa: B018  # loads the package
+    except (ValueError, ImportError) as error:
+        hint = " (pip install 'mlperturb[s3]')" if scheme in ("s3", "s3a") else ""
+        raise UsageError(f"cannot open {scheme}:// URLs: {str(error):.200}{hint}") from error
+    except Exception as error:  # whatever a store's own package raises: no credentials, no network
+        raise UsageError(f"cannot reach {text}: {str(error) or type(error).__name__:.200}") from error
+    return cast(Path, path)
+
+
+def is_remote(path: Path) -> bool:
+    """Say whether a path lies in a store that is not a file system of this machine."""
+    return not isinstance(path, Path)
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def is_file_of(path: Path, digest: str | None) -> bool:
@@ -28,17 +65,56 @@ def is_file_of(path: Path, digest: str | None) -> bool:
         return False
 
 
+def list_names(folder: Path) -> set[str]:
+    """Return the names of what lies in a folder; none if there is no such folder."""
+    if is_remote(folder):
+        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file, if it is there.
+
+    Raises:
+        StorageError: if it cannot be deleted.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot delete {path}: {error.strerror or error}") from error
+
+
 def write_file(path: Path, data: bytes) -> None:
-    """Write under a temporary name in the same folder, flush to the disk, then rename.
+    """Write a file whole, see `writing`."""
+    with writing(path) as target:
+        target.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """Give a stream to write; at the end the file is there whole and durable, after an error it is as it was.
+
+    On this machine it is written under a temporary name in the same folder, flushed to the disk and renamed; to a
+    store it goes in one piece, and is as durable as the store makes it.
 
     Raises:
         OutputError: if a file of this name cannot be written.
         StorageError: if nothing can be written there.
     """
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # a shard on another machine may have our process id
+    if is_remote(path):
+        with tempfile.TemporaryFile() as stream:
+            yield stream
+            stream.seek(0)
+            _upload(stream, path)
+        return
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # a rank on another machine may have our process id
     try:
         with temporary.open("wb") as target:
-            target.write(data)
+            yield target
             target.flush()
             os.fsync(target.fileno())
         os.replace(temporary, path)
@@ -48,3 +124,12 @@ def write_file(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # gone already if the rename came off
+
+
+def _upload(stream: IO[bytes], path: Path) -> None:
+    try:
+        with path.open("wb") as target:
+            while part := stream.read(1 << 20):
+                target.write(part)
+    except Exception as error:  # each store's package has errors of its own
+        raise StorageError(f"cannot write {path}: {str(error) or type(error).__name__:.200}") from error

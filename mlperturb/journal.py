@@ -1,50 +1,55 @@
-"""An append-only file of JSON lines: what a long run has done, durable line by line, and under which settings."""
+"""An append-only journal of JSON lines: what a long run has done, durable line by line, and under which settings."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from mlperturb.errors import StorageError, UsageError
-from mlperturb.files import write_file
+from mlperturb.files import is_remote, list_names, remove_file, write_file
+
+Place = tuple[Path, int]  # a file of the journal, and the byte at which a line begins
 
 
 class Journal:
-    """The journal of one run, made or gone on with, and locked against a second run while it is open.
+    """The journal of one run, made or gone on with.
 
-    The first line is the key: everything that decides what the results are. A journal under another key is never
-    gone on with. A last line without its end, as a killed process leaves it, is dropped.
+    Each process of a run has a file of its own and reads those of all: `journal.jsonl` of rank 0,
+    `journal.rank-1.jsonl` and so on. The first line of a file is the key: everything that decides what the results are.
+    A journal under another key is never gone on with. A last line without its end, as a killed process leaves it, is
+    dropped. A file is locked while its process has it open. A store at a URL cannot append: there each line is an
+    object of its own, in the folder `journal`, and nothing is locked.
+
+    Args:
+        path: the file of rank 0.
+        key: what the run is.
+        rank: of this process.
+        size: the number of processes.
 
     Attributes:
-        path: the file.
-        resumed: whether it was there already.
-        torn: whether its last line was dropped.
+        path: the file of rank 0.
+        resumed: whether there was a journal already.
+        torn: whether the last line of the own file was dropped.
 
     Raises:
-        UsageError: if the file is no journal, was written under another key, or another run has it open.
+        UsageError: if a file is no journal, was written under another key, or another run has it open.
         StorageError: if it cannot be read or written.
     """
 
-    def __init__(self, path: Path, key: dict[str, Any]) -> None:
-        self.path, self.torn = path, False
-        self.resumed = path.exists()
+    def __init__(self, path: Path, key: dict[str, Any], *, rank: int = 0, size: int = 1) -> None:
+        self.path = path
+        kind = _Objects if is_remote(path) else _Files
         try:
-            if not self.resumed:
-                write_file(path, _line({"key": key}))
-            self._stream = path.open("r+b")
+            self._lines: _Objects | _Files = kind(path, key, rank, size)
         except OSError as error:
             raise StorageError(f"cannot open {path}: {error.strerror or error}") from error
-        try:
-            self._lock()
-            self._check(key)
-        except BaseException:
-            self.close()
-            raise
+        self.resumed, self.torn = self._lines.resumed, self._lines.torn
 
     def __enter__(self) -> Journal:
         return self
@@ -56,7 +61,7 @@ class Journal:
 
     def close(self) -> None:
         """Let another run have it."""
-        self._stream.close()
+        self._lines.close()
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one line and flush it to the disk.
@@ -64,57 +69,213 @@ class Journal:
         Raises:
             StorageError: if it cannot be written, or is there no more.
         """
-        try:
-            if not os.path.samestat(os.stat(self.path), os.fstat(self._stream.fileno())):
-                raise StorageError(f"{self.path} was replaced while the run was going on")
-            self._stream.seek(0, os.SEEK_END)
-            self._stream.write(_line(entry))
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self._lines.append(_line(entry))
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Read the lines after the key, one at a time.
+        """Read the lines that all processes appended, one at a time; of two at one photo the later comes later.
 
         Raises:
             StorageError: if one cannot be read.
         """
+        for place in self.places():
+            yield self.read(place)
+
+    def places(self) -> Iterator[Place]:
+        """Say where those lines are.
+
+        Raises:
+            StorageError: if that cannot be read.
+        """
         try:
-            with self.path.open("rb") as stream:
-                next(stream)
-                for number, line in enumerate(stream, start=2):
-                    yield _parse(line, f"{self.path}, line {number}")
+            yield from self._lines.places()
         except OSError as error:
             raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
 
-    def _lock(self) -> None:
-        with suppress(ImportError):  # not on Windows
-            import fcntl
+    def read(self, place: Place) -> dict[str, Any]:
+        """Read a line.
 
-            try:
-                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UsageError(f"another run is writing {self.path}: give another --out") from error
-
-    def _check(self, key: dict[str, Any]) -> None:
-        data = self._stream.read()
-        whole = data.rfind(b"\n") + 1
+        Raises:
+            StorageError: if it cannot be read.
+        """
+        path, offset = place
         try:
-            found = _parse(data[:whole].partition(b"\n")[0], str(self.path))["key"]
-        except (StorageError, KeyError) as error:
-            raise UsageError(f"{self.path} is no journal of a run: give another --out") from error
-        if not isinstance(found, dict):
-            raise UsageError(f"{self.path} is no journal of a run: give another --out")
-        changed = sorted(name for name in key.keys() | found.keys() if key.get(name) != found.get(name))
-        if changed:
-            raise UsageError(
-                f"{self.path} was written with another {', '.join(changed)}: expected the same to go on; "
-                "give another --out, or --overwrite to start again"
-            )
-        if whole < len(data):
+            with path.open("rb") as stream:
+                stream.seek(offset)
+                line = stream.readline()
+                try:
+                    return _parse(line, str(path))
+                except StorageError:
+                    stream.seek(0)
+                    number = stream.read(offset).count(b"\n") + 1
+                    return _parse(line, f"{path}, line {number}")
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def find_journal(path: Path) -> list[Path]:
+    """Return the files of a journal, those of every rank; of one at a URL, its objects in the order of their lines."""
+    if is_remote(path):
+        folder = path.with_suffix("")
+        return [folder / name for name in sorted(list_names(folder))]
+    ranked = re.compile(rf"{re.escape(path.stem)}(\.rank-[0-9]+)?{re.escape(path.suffix)}")
+    found = [path.with_name(name) for name in list_names(path.parent) if ranked.fullmatch(name)]
+    return sorted(found, key=_rank)
+
+
+def remove_journal(path: Path) -> None:
+    """Delete the journal of every rank, if there is one.
+
+    Raises:
+        StorageError: if a file cannot be deleted.
+    """
+    for file in find_journal(path):
+        remove_file(file)
+
+
+class _Files:
+    """A file for each rank, of lines; a line `{"turn": n}` begins what was appended after the nth opening of any."""
+
+    def __init__(self, path: Path, key: dict[str, Any], rank: int, size: int) -> None:
+        self._path, self.torn = path, False
+        self._own = path.with_name(f"{path.stem}.rank-{rank}{path.suffix}") if rank else path
+        before = find_journal(path)
+        self.resumed = bool(before)
+        for file in before:
+            _check_key(file, _first_line(file), key)
+        turn = 1 + max((turn for turn, _, _ in self._segments()), default=-1)
+        self._turn = _line({"turn": turn}) if turn else b""  # what stands before the first line appended
+        if self._own not in before:
+            write_file(self._own, _line({"key": key}))
+        self._stream: IO[bytes] = self._own.open("r+b")
+        try:
+            _lock(self._stream, self._own)
+            for file in before if rank == 0 else []:
+                if _rank(file) >= size:  # of a run of more processes: it may be going on still
+                    with file.open("rb") as other:
+                        _lock(other, file)
+            self._cut()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def append(self, line: bytes) -> None:
+        try:
+            if not os.path.samestat(os.stat(self._own), os.fstat(self._stream.fileno())):
+                raise StorageError(f"{self._own} was replaced while the run was going on")
+            self._stream.seek(0, os.SEEK_END)
+            self._stream.write(self._turn + line)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._turn = b""
+        except OSError as error:
+            raise StorageError(f"cannot write {self._own}: {error.strerror or error}") from error
+
+    def places(self) -> Iterator[Place]:
+        for _, file, begin in sorted(self._segments(), key=lambda segment: segment[0]):
+            for offset, line in _whole_lines(file, begin):
+                if line.startswith(b'{"turn":'):
+                    break
+                yield file, offset
+
+    def _segments(self) -> Iterator[tuple[int, Path, int]]:
+        """Find the turns in all files: the number, the file, and where the lines begin."""
+        for file in find_journal(self._path):
+            for offset, line in _whole_lines(file, 0):
+                if offset == 0:
+                    yield 0, file, len(line)
+                elif line.startswith(b'{"turn":'):
+                    yield int(_parse(line, str(file)).get("turn", 0)), file, offset + len(line)
+
+    def _cut(self) -> None:
+        """Drop a last line that has no end."""
+        whole = 0
+        for offset, line in _whole_lines(self._own, 0):
+            whole = offset + len(line)
+        if whole < self._stream.seek(0, os.SEEK_END):
             self.torn = True
             self._stream.truncate(whole)
+
+
+class _Objects:
+    """An object for each line, named by turn, rank and number; the first of a turn and rank is the key."""
+
+    torn = False
+
+    def __init__(self, path: Path, key: dict[str, Any], rank: int, size: int) -> None:
+        self._path, self._number = path, 0
+        before = find_journal(path)
+        self.resumed = bool(before)
+        for file in before:
+            if _is_first(file):
+                _check_key(path, file.read_bytes(), key)
+        turn = 1 + max((int(file.name.partition("-")[0]) for file in before), default=0)
+        self._name = f"{turn:06d}-{rank:05d}"
+        self.append(_line({"key": key}))
+
+    def close(self) -> None:
+        pass
+
+    def append(self, line: bytes) -> None:
+        write_file(self._path.with_suffix("") / f"{self._name}-{self._number:08d}.json", line)
+        self._number += 1
+
+    def places(self) -> Iterator[Place]:
+        return ((file, 0) for file in find_journal(self._path) if not _is_first(file))
+
+
+def _is_first(file: Path) -> bool:
+    return file.name.endswith("-00000000.json")
+
+
+def _first_line(file: Path) -> bytes:
+    if file.is_symlink() or not file.is_file():  # a link may lead out of the folder, a pipe wait for ever
+        return b""
+    with file.open("rb") as stream:
+        return stream.readline()
+
+
+def _whole_lines(file: Path, begin: int) -> Iterator[tuple[int, bytes]]:
+    """Read the lines that have an end, from a byte on: where each begins, and itself."""
+    with file.open("rb") as stream:
+        stream.seek(begin)
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            yield begin, line
+            begin += len(line)
+
+
+def _rank(file: Path) -> int:
+    found = re.search(r"\.rank-([0-9]+)$", file.stem)
+    return int(found[1]) if found else 0
+
+
+def _lock(stream: IO[bytes], path: Path) -> None:
+    with suppress(ImportError):  # not on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"another run is writing {path}: give another --out") from error
+
+
+def _check_key(path: Path, line: bytes, key: dict[str, Any]) -> None:
+    try:
+        found = _parse(line if line.endswith(b"\n") else b"", str(path))["key"]
+    except (StorageError, KeyError) as error:
+        raise UsageError(f"{path} is no journal of a run: give another --out") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is no journal of a run: give another --out")
+    changed = sorted(name for name in key.keys() | found.keys() if key.get(name) != found.get(name))
+    if changed:
+        raise UsageError(
+            f"{path} was written with another {', '.join(changed)}: expected the same to go on; "
+            "give another --out, or --overwrite to start again"
+        )
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Literal, get_args
 
 from mlperturb import __version__
@@ -72,38 +73,67 @@ class Record:
     error: dict[str, str] | None = None
 
 
-def summarise(records: Sequence[Record], seconds: float) -> dict[str, Any]:
-    """Count statuses; the success rate is over the photos that could be read, the RMSD over the successes."""
-    statuses = [record.status for record in records]
-    count = {status: statuses.count(status) for status in get_args(Status)}
-    attacked = len(records) - count["unreadable"]
-    sizes = [r.distortion.rmsd for r in records if r.status == "success" and r.distortion is not None]
-    return {
-        "images": len(records),
-        **count,
-        "success_rate": count["success"] / attacked if attacked else None,
-        "rmsd": {
-            "mean": statistics.fmean(sizes) if sizes else None,
-            "median": statistics.median(sizes) if sizes else None,
-        },
-        "forward": sum(int(r.cost["forward"]) for r in records),
-        "backward": sum(int(r.cost["backward"]) for r in records),
-        "seconds": round(seconds, 3),
-    }
+@dataclass
+class Summary:
+    """Counts of statuses and costs, and the RMSD of the successes: what is kept of records that have gone by."""
+
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(get_args(Status), 0))
+    errors: int = 0
+    sizes: list[float] = field(default_factory=list)
+    forward: int = 0
+    backward: int = 0
+
+    def add(self, record: Record) -> None:
+        """Count a record."""
+        self.counts[record.status] += 1
+        self.errors += record.error is not None
+        self.forward += int(record.cost["forward"])
+        self.backward += int(record.cost["backward"])
+        if record.status == "success" and record.distortion is not None:
+            self.sizes.append(record.distortion.rmsd)
+
+    @property
+    def success_rate(self) -> float | None:
+        """The share of the photos that could be read; None if there was none."""
+        attacked = sum(self.counts.values()) - self.counts["unreadable"]
+        return self.counts["success"] / attacked if attacked else None
+
+    @property
+    def mean_rmsd(self) -> float | None:
+        """Of the successes; None if there was none."""
+        return statistics.fmean(self.sizes) if self.sizes else None
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every image was processed, 1 if one could not be read, classified or written."""
+        return int(self.errors > 0)
+
+    def to_dict(self, seconds: float) -> dict[str, Any]:
+        """Return the `summary` of a report."""
+        return {
+            "images": sum(self.counts.values()),
+            **self.counts,
+            "success_rate": self.success_rate,
+            "rmsd": {"mean": self.mean_rmsd, "median": statistics.median(self.sizes) if self.sizes else None},
+            "forward": self.forward,
+            "backward": self.backward,
+            "seconds": round(seconds, 3),
+        }
 
 
-def make_report(
-    settings: dict[str, Any], classifier: dict[str, Any], records: Sequence[Record], seconds: float
-) -> dict[str, Any]:
-    """Return the report as plain JSON values."""
-    return {
-        "schema": SCHEMA,
-        "version": __version__,
-        "settings": settings,
-        "classifier": classifier,
-        "images": [asdict(record) for record in records],
-        "summary": summarise(records, seconds),
-    }
+def report_lines(
+    settings: dict[str, Any], classifier: dict[str, Any], records: Iterable[Record], seconds: float
+) -> Iterator[str]:
+    """Yield the text of a report piece by piece, one record at a time: a run of any length fits in memory."""
+    head = {"schema": SCHEMA, "version": __version__, "settings": settings, "classifier": classifier}
+    yield to_json(head).removesuffix("\n}") + ',\n  "images": ['
+    summary, between = Summary(), "\n"
+    for record in records:
+        summary.add(record)
+        yield between + indent(to_json(asdict(record)), "    ")
+        between = ",\n"
+    yield "]" if between == "\n" else "\n  ]"
+    yield ',\n  "summary": ' + indent(to_json(summary.to_dict(seconds)), "  ").lstrip() + "\n}"
 
 
 def read_schema() -> dict[str, Any]:
@@ -190,11 +220,6 @@ def find_photo(
 def thresholds_of(classifier: dict[str, Any]) -> dict[str, float]:
     """Return the thresholds by label of a classifier as a report describes it."""
     return dict(zip(classifier["labels"], classifier["thresholds"], strict=True))
-
-
-def exit_code(records: Sequence[Record]) -> int:
-    """Return 0 if every image was processed, 1 if one could not be read, classified or written."""
-    return int(any(record.error is not None for record in records))
 
 
 def to_json(value: object) -> str:

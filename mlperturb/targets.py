@@ -84,6 +84,10 @@ class Targets:
         """Return the targets of some images of the batch."""
         return replace(self, flip=self.flip[rows], keep=self.keep[rows], truth=self.truth[rows])
 
+    def cpu(self) -> Targets:
+        """Return the same on the CPU."""
+        return Targets(self.flip.cpu(), self.keep.cpu(), self.truth.cpu(), self.boundary.cpu(), self.margin)
+
 
 def decide(logits: Tensor, boundary: Tensor) -> Tensor:
     """Return the decisions h_j as +1 / -1, (N, L), in the dtype of `logits`."""

@@ -360,7 +360,9 @@ def test_an_output_never_replaces_its_photo(attack, photo, tmp_path):
     named = photo.rename(tmp_path / "photo.adv.png")
     sibling = tmp_path / "photo.png"
     sibling.write_bytes(named.read_bytes())
-    refused(attack(named, sibling, "--flip", "cat", "--overwrite", out=tmp_path), "would replace its own photo")
+    refused(
+        attack(named, sibling, "--flip", "cat", "--overwrite", out=tmp_path), "would replace the photo", "photo.adv.png"
+    )
 
 
 def test_our_own_outputs_in_a_folder_are_not_attacked_again(attack, photo, tmp_path):
@@ -400,18 +402,18 @@ def test_an_output_folder_that_is_a_file_is_refused(attack, photo, tmp_path):
 
 
 def test_a_full_disk_stops_the_run_and_leaves_what_is_done(attack, photo, tmp_path, monkeypatch):
-    import mlperturb.runner
+    import mlperturb.verdict
     from mlperturb.errors import StorageError
 
     (tmp_path / "q.png").write_bytes(photo.read_bytes())
-    real = mlperturb.runner.write_png
+    real = mlperturb.verdict.write_png
 
     def write(path, rgb, alpha=None):
         if path.name.startswith("q."):
             raise StorageError(f"cannot write {path}: No space left on device")
         real(path, rgb, alpha)
 
-    monkeypatch.setattr(mlperturb.runner, "write_png", write)
+    monkeypatch.setattr(mlperturb.verdict, "write_png", write)
     code, _, stderr, report = attack(photo, tmp_path / "q.png", "--flip", "cat", "--batch-size", "1")
     assert code == 3
     assert "No space left on device" in stderr and "Traceback" not in stderr
@@ -555,15 +557,15 @@ def test_every_method_runs_from_the_command_line(attack, photo, method):
 
 
 def test_a_photo_on_which_the_attack_fails_is_no_error_but_gets_advice(attack, tmp_path, tiny, photo, monkeypatch):
-    import mlperturb.runner
+    import mlperturb.search
 
-    real = mlperturb.runner.quantise
+    real = mlperturb.search.quantise
 
     def hopeless(problem, outcome, **options):
         found = real(problem, outcome, **options)
         return type(found)(problem.images.clone(), torch.zeros_like(found.met))
 
-    monkeypatch.setattr(mlperturb.runner, "quantise", hopeless)
+    monkeypatch.setattr(mlperturb.search, "quantise", hopeless)
     code, stdout, stderr, report = attack(photo, "--flip", "cat", "--method", "fgs")
     assert code == 0
     assert report["images"][0]["status"] == "failed"

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-import mlperturb.runner
+import mlperturb.verdict
 from mlperturb.attacks import METHODS
 from mlperturb.classifier import Classifier
 from mlperturb.errors import OutputError, StorageError, UsageError
@@ -19,7 +19,7 @@ from mlperturb.jobs import MIN_PASSES, Settings, plan_outputs
 from mlperturb.labels import parse_request
 from mlperturb.metrics import Distortion
 from mlperturb.preprocess import Preprocess
-from mlperturb.report import Record, exit_code, make_report, read_schema, summarise, to_json
+from mlperturb.report import Record, Summary, read_schema, report_lines, to_json
 from mlperturb.runner import run_attack
 
 LABELS = ("cat", "dog", "cow", "hen")
@@ -88,8 +88,25 @@ def predict(classifier: Classifier, rgb: np.ndarray) -> torch.Tensor:
         return classifier([torch.from_numpy(rgb).permute(2, 0, 1).float() / 255])[0]
 
 
+def summarise(records, seconds: float) -> dict:
+    return count(records).to_dict(seconds)
+
+
+def exit_code(records) -> int:
+    return count(records).exit_code
+
+
+def count(records) -> Summary:
+    summary = Summary()
+    for record in records:
+        summary.add(record)
+    return summary
+
+
 def check_schema(records) -> dict:
-    report = json.loads(to_json(make_report(SETTINGS, DESCRIBED, list(records), 1.5)))
+    text = "".join(report_lines(SETTINGS, DESCRIBED, records, 1.5))
+    report = json.loads(text)
+    assert text == to_json(report)  # in one piece or record by record, the text is the same
     jsonschema.Draft202012Validator(read_schema()).validate(report)
     return report
 
@@ -310,22 +327,22 @@ def test_a_full_disk_stops_the_run(classifier, photos, monkeypatch, which):
             raise StorageError(f"cannot write {path}: No space left on device")
         real(path, rgb, alpha)
 
-    real = mlperturb.runner.write_png
-    monkeypatch.setattr(mlperturb.runner, "write_png", write)
+    real = mlperturb.verdict.write_png
+    monkeypatch.setattr(mlperturb.verdict, "write_png", write)
     with pytest.raises(StorageError, match="No space left"):
         attack(classifier, photos, batch_size=1)
     assert len(calls) == (3 if which == "write_png" else 4)
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_that_photo(classifier, photos, monkeypatch):
-    real = mlperturb.runner.write_png
+    real = mlperturb.verdict.write_png
 
     def write(path, rgb, alpha=None):
         if path.name.startswith("b."):
             raise OutputError(f"cannot write {path}: File name too long")
         real(path, rgb, alpha)
 
-    monkeypatch.setattr(mlperturb.runner, "write_png", write)
+    monkeypatch.setattr(mlperturb.verdict, "write_png", write)
     records, _ = attack(classifier, photos)
     assert records["b.png"].status == "failed"
     assert records["b.png"].error["type"] == "OutputError"

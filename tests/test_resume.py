@@ -16,6 +16,7 @@ from helpers import TINY_PIXELS
 from PIL import Image
 
 import mlperturb.runner
+from mlperturb.files import file_sha256
 from mlperturb.interrupts import Interrupts
 
 
@@ -49,15 +50,15 @@ def contents(out: Path) -> tuple[dict[str, bytes], list[dict]]:
 
 
 def attacked(out: Path) -> list[str]:
-    """Return the photos of every attack that the journal tells of, in order."""
-    lines = (out / "journal.jsonl").read_text().splitlines()[1:]
-    return [record["source"] for line in lines for record in json.loads(line)["records"]]
+    """Return the photos of every attack that came to an end, in the order of the journal."""
+    entries = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    return [r["source"] for entry in entries for r in entry.get("records", ()) if r["error"] is None]
 
 
 def test_a_run_that_is_done_is_not_done_again(cli, command, tmp_path, monkeypatch):
     assert cli(*command(tmp_path / "out"))[0] == 1  # one file is no photo
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(mlperturb.runner, "_search_batch", None)  # would fail if it were called
+    monkeypatch.setattr(mlperturb.runner, "search", None)  # would fail if it were called
     code, text, err = cli(*command(tmp_path / "out"))
     assert code == 1 and "going on: 9 of 10" in err and "9" in text
     assert contents(tmp_path / "out") == before
@@ -73,7 +74,7 @@ def test_what_changed_is_done_again_and_nothing_else(cli, command, photos, tmp_p
     Image.fromarray(TINY_PIXELS[::-1].copy()).save(photos / "7.png")
     Image.fromarray(TINY_PIXELS).save(photos / "broken.png")
     code, _, err = cli(*command(out))
-    assert code == 0 and "going on: 6 of 10" in err
+    assert code == 0 and "going on: 9 of 10" in err
     again = [Path(name).name for name in attacked(out)[9:]]
     assert again == ["1.png", "4.png", "7.png", "broken.png"]
     files, records = contents(out)
@@ -98,7 +99,7 @@ def test_a_torn_last_line_is_dropped_and_said(cli, command, tmp_path):
     cli(*command(out))
     before = contents(out)
     journal = out / "journal.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-40])
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1])[:-40])  # the last has no photo
     code, _, err = cli(*command(out))
     assert code == 1 and "cut short" in err and "going on: 6 of 10" in err
     assert contents(out) == before
@@ -173,15 +174,15 @@ def test_a_first_signal_waits_for_what_is_held_and_a_second_does_not():
 
 def test_out_of_memory_halves_the_batch_is_said_once_and_every_photo_comes_out(cli, command, tmp_path, monkeypatch):
     cli(*command(tmp_path / "whole", "--batch-size", 8))
-    search, sizes = mlperturb.runner._search_batch, []
+    search, sizes = mlperturb.runner.search, []
 
-    def short_of_memory(classifier, batch, settings):
-        sizes.append(len(batch))
-        if len(batch) > 2:
+    def short_of_memory(classifier, photos, requests, settings):
+        sizes.append(len(photos))
+        if len(photos) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return search(classifier, batch, settings)
+        return search(classifier, photos, requests, settings)
 
-    monkeypatch.setattr(mlperturb.runner, "_search_batch", short_of_memory)
+    monkeypatch.setattr(mlperturb.runner, "search", short_of_memory)
     code, _, err = cli(*command(tmp_path / "out", "--batch-size", 8))
     assert code == 1 and err.count("ran out of memory") == 1
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
@@ -189,15 +190,15 @@ def test_out_of_memory_halves_the_batch_is_said_once_and_every_photo_comes_out(c
     assert [record["status"] for record in records] == [record["status"] for record in wanted]
 
 
-def test_a_photo_too_large_by_itself_fails_and_the_rest_goes_on(cli, command, tmp_path, monkeypatch):
-    search = mlperturb.runner._search_batch
+def test_a_photo_too_large_by_itself_fails_and_the_rest_goes_on(cli, command, photos, tmp_path, monkeypatch):
+    search, large = mlperturb.runner.search, file_sha256(photos / "4.png")
 
-    def short_of_memory(classifier, batch, settings):
-        if any(job.source.name == "4.png" for job, _ in batch):
+    def short_of_memory(classifier, photos, requests, settings):
+        if any(photo.sha256 == large for photo in photos):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return search(classifier, batch, settings)
+        return search(classifier, photos, requests, settings)
 
-    monkeypatch.setattr(mlperturb.runner, "_search_batch", short_of_memory)
+    monkeypatch.setattr(mlperturb.runner, "search", short_of_memory)
     code, _, err = cli(*command(tmp_path / "out"))
     records = contents(tmp_path / "out")[1]
     assert code == 1 and "4.png: too large" in err

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlperturb import __version__
 from mlperturb.attacks import BUDGETS, DEFAULT_METHOD, METHODS, find_method
-from mlperturb.cli.console import make_bar, print_error, print_note
-from mlperturb.cli.console import out as stdout
+from mlperturb.cli.console import print_note
 from mlperturb.cli.options import (
     Arch,
     BatchSize,
@@ -32,14 +29,11 @@ from mlperturb.cli.options import (
     make_folder,
     parse_batch_size,
 )
-from mlperturb.errors import StorageError, UsageError
+from mlperturb.errors import UsageError
 from mlperturb.labels import Request, parse_request
-from mlperturb.text import printable
 
 if TYPE_CHECKING:
-    from mlperturb.jobs import Job, Settings
-    from mlperturb.journal import Journal
-    from mlperturb.report import Record
+    from mlperturb.jobs import Job
 
 JOURNAL = "journal.jsonl"  # in the output folder
 
@@ -146,10 +140,12 @@ def run(
     quiet: bool = False,
 ) -> int:
     """Run an attack whose labels have been checked; return the exit code."""
+    from mlperturb.cli.attack_run import AttackRun
     from mlperturb.images import find_photos
     from mlperturb.jobs import Settings, plan_outputs
     from mlperturb.purify import parse_survival
     from mlperturb.regions import parse_region
+    from mlperturb.sharing import join, local_device
 
     settings = Settings(
         method,
@@ -164,24 +160,24 @@ def run(
     )
     jobs = plan_outputs(find_photos(paths, recursive=recursive))
     report = report or out / "report.json"
-    journal = out / JOURNAL
-    page = out / "index.html" if html else None
-    _prepare_folder(out, report, jobs, overwrite=overwrite or journal.exists(), page=page)
-    if overwrite:
-        journal.unlink(missing_ok=True)
-    renamed = [job for job in jobs if job.adversarial != f"{job.source.stem}.adv.png"]
-    if renamed:
-        print_note(f"{len(renamed)} photos share another's name; {renamed[0].source} becomes {renamed[0].adversarial}")
+    share = join()
+    if share.first:
+        prepare_folder(out, report, jobs, overwrite=overwrite, page=out / "index.html" if html else None)
+        renamed = [job for job in jobs if job.adversarial != f"{job.source.stem}.adv.png"]
+        if renamed:
+            first = renamed[0]
+            print_note(f"{len(renamed)} photos share another's name; {first.source} becomes {first.adversarial}")
+    share.agree(fingerprint([(str(job.source), job.adversarial) for job in jobs]), "photos")
 
     from mlperturb.devices import prepare
 
-    name = prepare(device, seed)
+    name = prepare(local_device(device), seed)
     described: dict[str, Any] = {
         "method": method,
         "budget": budget,
         **names,
         "seed": seed,
-        "device": name,
+        "device": name if share.size == 1 else name.partition(":")[0],
         "passes": passes,
         "max_rmsd": max_rmsd,
         "survive": survive or [],
@@ -190,196 +186,55 @@ def run(
         "margin": settings.margin,
         **{key: value for key, value in settings.options.items() if value is not None},
     }
-    return _Run(source, settings, jobs, out, report, described, name, html=html, json=json, quiet=quiet).go()
+    return AttackRun(source, settings, jobs, out, report, described, name, share, html, json, quiet).go()
 
 
-class _Run:
-    """One run: its records, its progress bar, and what it prints at the end."""
-
-    def __init__(
-        self,
-        source: Source,
-        settings: Settings,
-        jobs: list[Job],
-        out: Path,
-        report: Path,
-        described: dict[str, Any],
-        device: str,
-        *,
-        html: bool,
-        json: bool,
-        quiet: bool,
-    ) -> None:
-        self.source, self.settings, self.jobs, self.out, self.report = source, settings, jobs, out, report
-        self.described, self.device, self.html, self.json, self.quiet = described, device, html, json, quiet
-        self.records: list[Record] = []
-        self.journal: Journal
-
-    def go(self) -> int:
-        """Attack, report, print; return the exit code."""
-        from mlperturb.interrupts import Interrupts
-        from mlperturb.journal import Journal
-        from mlperturb.report import exit_code, make_report, to_json
-        from mlperturb.runner import run_attack
-
-        started = time.perf_counter()
-        classifier, description = self.source.load(self.device)
-        stopped: int | None = None
-        with Interrupts() as interrupts, Journal(self.out / JOURNAL, self._key(description["sha256"])) as journal:
-            self.journal = journal
-            finished = self._read_journal()
-            self._start_bar()
-            try:
-                run_attack(
-                    classifier, self.jobs, self.out, self.settings, self._done,
-                    finished=finished, hold=interrupts.hold, warn=print_note,
-                )  # fmt: skip
-            except KeyboardInterrupt:
-                stopped = 130
-            except StorageError as error:
-                print_error(str(error))
-                stopped = 3
-            finally:
-                self.bar.stop()
-        order = {str(job.source): place for place, job in enumerate(self.jobs)}
-        self.records.sort(key=lambda record: order[record.source])
-        settings = {**self.described, "cwd": str(Path.cwd()), "out": os.path.relpath(self.out, self.report.parent)}
-        result = make_report(settings, description, self.records, time.perf_counter() - started)
-        self._write_report(to_json(result))
-        if self.html:
-            from mlperturb.gallery import write_gallery
-
-            write_gallery(result, self.out, self.out / "index.html")
-        if self.json:
-            print(to_json(result))
-        elif not self.quiet:
-            self._print_tables(result)
-        for record in self.records:
-            if record.error:
-                print_error(record.error["message"])
-        if stopped == 130:
-            print_note(
-                f"interrupted: {len(self.records)} of {len(self.jobs)} photos are done and reported; "
-                "the same command goes on"
-            )
-        return exit_code(self.records) if stopped is None else stopped
-
-    def _key(self, checkpoint: str) -> dict[str, Any]:
-        """Return everything that decides what the results are, but for the photos themselves."""
-        key = {"version": __version__, "checkpoint": checkpoint, **self.described}
-        region = self.settings.region
-        if region is not None and region.mask is not None:
-            key["region"] = sha256(region.mask.tobytes()).hexdigest()
-        return {**key, "device": self.device.partition(":")[0]}
-
-    def _read_journal(self) -> dict[Path, tuple[int, int]]:
-        """Take over what the journal says is done and the files bear out; return the photos' (height, width).
-
-        Raises:
-            UsageError: if a photo's outputs have other names now.
-        """
-        from mlperturb.resume import read_finished
-
-        if self.journal.torn:
-            print_note(f"the last line of {self.journal.path} was cut short, and is dropped")
-        records = read_finished(self.journal, self.jobs, self.out)
-        self.records += records
-        if records:
-            print_note(f"going on: {len(records)} of {len(self.jobs)} photos are done already")
-        return {Path(record.source): (record.height or 0, record.width or 0) for record in records}
-
-    def _write_report(self, text: str) -> None:
-        from mlperturb.files import write_file
-
-        write_file(self.report, text.encode())
-
-    def _print_tables(self, result: dict[str, Any]) -> None:
-        from mlperturb.tables import image_line, image_table, summary_table
-
-        if len(self.records) <= 3:
-            for record in self.records:
-                stdout.print(image_line(record), soft_wrap=True)
-                if record.probabilities:
-                    stdout.print(image_table(record))
-        else:
-            stdout.print(summary_table(result["summary"]))
-        for record in self.records:
-            for note in record.notes:
-                print_note(f"{record.source}: {note}")
-            if not record.error and record.status != "success":
-                print_note(f"{record.source}: {advice(record, self.settings)}")
-        page = f", page {printable(str(self.out / 'index.html'))}" if self.html else ""
-        stdout.print(f"files in {printable(str(self.out))}, report {printable(str(self.report))}{page}", soft_wrap=True)
-
-    def _start_bar(self) -> None:
-        self.bar = make_bar(quiet=self.quiet)
-        self.task = self.bar.add_task("loading", total=len(self.jobs), completed=len(self.records))
-        self.bar.start()
-
-    def _done(self, records: list[Record]) -> None:
-        from mlperturb.report import summarise
-        from mlperturb.resume import write_records
-
-        write_records(self.journal, records, self.out)
-        self.records += records
-        summary = summarise(self.records, 0.0)
-        rate, rmsd = summary["success_rate"], summary["rmsd"]["mean"]
-        text = f"success {rate:.0%}" if rate is not None else "success -"
-        text += f", mean RMSD {rmsd:.2f}" if rmsd is not None else ""
-        self.bar.update(self.task, advance=len(records), description=text)
-
-
-def advice(record: Record, settings: Settings) -> str:
-    """Say in a line what fell short, and what may help."""
-    constraints = record.constraints or {"held": 0, "total": 0, "violated": []}
-    missing = constraints["total"] - constraints["held"]
-    lost = [
-        f"{name} ({', '.join(one['violated'][:3])})" for name, one in (record.survival or {}).items() if one["violated"]
-    ]
-    if lost and not missing:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        hint = "more --passes" if settings.passes else "--budget paper"
-        return f"the PNG holds, but not after {', '.join(lost[:3])}{more}; try {hint} or fewer qualities"
-    if record.ranking and record.ranking["satisfied"]:
-        return (
-            f"the ranking holds, but {missing} of {constraints['total']} decisions do not "
-            "(ranking attacks do not see thresholds); try --between threshold"
-        )
-    hints = []
-    if settings.method in ("fgs", "fg", "ml-dp"):
-        hints.append(f"--method {DEFAULT_METHOD}")
-    if settings.passes is not None:
-        hints.append("more --passes")
-    elif settings.max_rmsd is not None:
-        hints.append("a larger --max-rmsd")
-    elif settings.budget != "paper":
-        hints.append("--budget " + ("balanced" if settings.budget == "fast" else "paper"))
-    written = "" if record.files["adversarial"] else ", and no label flipped: no file written"
-    return (
-        f"{missing} of {constraints['total']} constraints do not hold "
-        f"({', '.join(constraints['violated'][:5])}){written}" + (f"; try {' or '.join(hints)}" if hints else "")
-    )
-
-
-def _prepare_folder(out: Path, report: Path, jobs: list[Job], *, overwrite: bool, page: Path | None) -> None:
-    """Make the output folder; refuse outputs that exist, unless they may be replaced.
+def prepare_folder(out: Path, report: Path, jobs: list[Job], *, overwrite: bool, page: Path | None) -> None:
+    """Make the output folder; refuse outputs that exist, unless a run goes on there or they may be replaced.
 
     Raises:
         UsageError: if the folder cannot be made or written, or something is there already.
+        StorageError: if the journal of the run to be replaced cannot be deleted.
     """
+    from mlperturb.files import is_remote, list_names
+    from mlperturb.journal import find_journal, remove_journal
+
     make_folder(out)
     make_folder(report.parent)
     if report.is_dir():
         raise UsageError(f"expected a file for --report, got the folder {report}")
-    pages = [page] if page else []
-    targets = [report, *pages, *(out / name for job in jobs for name in (job.adversarial, job.map))]
-    if report.resolve() in {target.resolve() for target in targets[1:]}:
+    there, journal = list_names(out), out / JOURNAL
+    targets = {name for job in jobs for name in (job.adversarial, job.map)} | ({page.name} if page else set())
+    if report.name in targets | {JOURNAL} and same_folder(report.parent, out):
         raise UsageError(f"the report would replace another file of the run: choose another --report than {report}")
-    sources = {job.source.resolve() for job in jobs}
-    if any(target.resolve() in sources for target in targets):
-        raise UsageError(f"an output would replace its own photo: choose another --out than {out}")
-    existing = [target for target in targets if os.path.lexists(target)]
-    if existing and not overwrite:
+    existing = [out / name for name in sorted(targets & there)] + ([report] if os.path.lexists(report) else [])
+    if not is_remote(out):
+        outputs = {identity(target) for target in existing} - {None}
+        taken = [job for job in jobs if outputs and not is_remote(job.source) and identity(job.source) in outputs]
+        if taken:
+            raise UsageError(f"an output would replace the photo {taken[0].source}: choose another --out than {out}")
+    if existing and not overwrite and not find_journal(journal):
         raise UsageError(
             f"{existing[0]} and {len(existing) - 1} more outputs exist already: give --overwrite or another --out"
         )
+    if overwrite:
+        remove_journal(journal)
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells whether two paths are one file, links followed; None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    """Say whether two paths are one folder."""
+    return one == other or (identity(one) is not None and identity(one) == identity(other))
+
+
+def fingerprint(value: object) -> str:
+    """Return a short text that two processes have alike if they have the same value."""
+    return sha256(repr(value).encode("utf-8", "surrogateescape")).hexdigest()

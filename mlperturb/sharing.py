@@ -1,0 +1,133 @@
+"""The processes of one run: which photos each takes, and who waits for whom.
+
+Under `torchrun` (or with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand) the processes meet at the key-value
+store of PyTorch's rendezvous. Work is shared out by a counter there, so that a fast process takes more; there is no
+central process, and nothing is exchanged while photos are attacked.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from mlperturb.errors import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(minutes=5)  # for the other processes to start
+_POLL = 0.1  # seconds
+
+
+class Share:
+    """This process's part of a run; of a run of one process, all of it.
+
+    Attributes:
+        rank: of this process; 0 writes the report.
+        size: the number of processes.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
+        self.rank, self.size, self._store = rank, size, store
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints and reports."""
+        return self.rank == 0
+
+    def claims(self, name: str, count: int) -> Iterator[int]:
+        """Yield the numbers below `count` that this process is to do: each goes to the process that asks first."""
+        if self._store is None:
+            yield from range(count)
+            return
+        while (number := self._add(f"claims/{name}", 1) - 1) < count:
+            yield number
+
+    def tell(self, name: str, value: str) -> None:
+        """Tell the other processes a value."""
+        if self._store is not None:
+            self._call(lambda store: store.set(name, value))
+
+    def ask(self, name: str, *, patience: float = float("inf")) -> str | None:
+        """Wait until another process has told a value, for so many seconds at most; None if none came."""
+        deadline = time.monotonic() + patience
+        while not self._call(lambda store: store.check([name])):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(_POLL)
+        return self._call(lambda store: store.get(name)).decode()
+
+    def agree(self, value: str, what: str) -> None:
+        """Let the other processes go on once rank 0 is here too, and has the same value.
+
+        Raises:
+            UsageError: if it has another one.
+        """
+        if self._store is None:
+            return
+        if self.first:
+            self.tell("agreed", value)
+        elif self.ask("agreed") != value:
+            raise UsageError(f"process {self.rank} of {self.size} has other {what} than process 0: expected the same")
+
+    def count(self, name: str, more: int = 0) -> int:
+        """Add to a number that all processes share; return what it is now."""
+        return more if self._store is None else self._add(name, more)
+
+    def gather(self, *, patience: float = float("inf")) -> bool:
+        """Say that this process has finished; rank 0 waits for the others, and learns whether all came."""
+        arrived = self.count("arrived", 1)
+        deadline = time.monotonic() + patience
+        while self.first and arrived < self.size and time.monotonic() < deadline:
+            time.sleep(_POLL)
+            arrived = self.count("arrived")
+        return arrived >= self.size
+
+    def _add(self, name: str, more: int) -> int:
+        return self._call(lambda store: int(store.add(name, more)))
+
+    def _call(self, ask: Callable[[Store], T]) -> T:
+        assert self._store is not None
+        try:
+            return ask(self._store)
+        except RuntimeError as error:  # of torch.distributed: the store's host is gone
+            reason = str(error).partition("\n")[0]
+            raise StorageError(f"lost touch with the other processes of the run: {reason:.200}") from error
+
+
+def is_shared() -> bool:
+    """Say whether this is one of several processes."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def join() -> Share:
+    """Meet the other processes, if there are any.
+
+    Raises:
+        UsageError: if the environment does not say how, or they do not come.
+    """
+    if not is_shared():
+        return Share()
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=_PATIENCE)))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"cannot meet the other processes of the run: {reason:.200}") from error
+    return Share(rank, size, store)
+
+
+def local_device(name: str) -> str:
+    """Return the device of this process: of several on a host, each has a CUDA device of its own."""
+    if not is_shared() or name not in ("auto", "cuda"):
+        return name
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', os.environ['RANK'])) % count}" if count else name
