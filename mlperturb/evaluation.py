@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from torch import Tensor
 from mlperturb.cases import Case, Protocol, Variant, choose
 from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError, StorageError, UsageError
-from mlperturb.files import file_sha256
+from mlperturb.files import file_sha256, is_remote, remove_file
 from mlperturb.images import read_photo
 from mlperturb.jobs import Job, Settings, plan_outputs
-from mlperturb.journal import Journal
+from mlperturb.journal import Journal, find_journal
 from mlperturb.labels import Request
 from mlperturb.metrics import (
     auc,
@@ -30,9 +32,10 @@ from mlperturb.metrics import (
     kendall_tau,
     ranking_loss,
 )
-from mlperturb.preprocess import to_tensor
+from mlperturb.preprocess import Size, to_tensor
 from mlperturb.report import Record
 from mlperturb.runner import run_attack
+from mlperturb.sharing import Share
 from mlperturb.targets import Targets, decide
 from mlperturb.voc import Dataset
 
@@ -70,9 +73,11 @@ def run(
     protocol: Protocol,
     journal: Journal,
     *,
+    share: Share | None = None,
     scanned: Callable[[int], None] | None = None,
     planned: Callable[[int, int], None] | None = None,
     done: Callable[[Case, Variant, list[Record]], None] | None = None,
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[dict[str, Any]]:
     """Attack every case with every method, going on from the journal, and return the rows of the tables.
 
@@ -82,33 +87,39 @@ def run(
         protocol: what to do.
         journal: holds X and the records of every finished batch; the images lie beside it. A photo with an error is
             attacked again.
+        share: what this process does of it; all if None.
         scanned: told how many more photos have been decided on, while X is being found.
         planned: told how many attacks there are and how many of them the journal has.
-        done: told of every finished batch.
+        done: told of every finished batch, in a thread of its own.
+        hold: entered while what is attacked is being written.
+
+    Returns:
+        The rows, of all processes' records; none in a process that is not the first.
 
     Raises:
         UsageError: if no case fits a photo, or a photo that is done has changed.
         StorageError: if nothing can be written any more, or the journal is damaged.
     """
+    share = share or Share()
     row_of = {str(path): row for row, path in enumerate(dataset.paths)}
-    correct = _find_correct(classifier, dataset, journal, scanned)
+    correct = _find_correct(classifier, dataset, journal, share, scanned)
     chosen = {case: choose(case, dataset, correct, protocol) for case in protocol.cases}
     if not any(chosen.values()):
         raise UsageError(f"of the {len(correct)} photos that the classifier gets right, none has the labels for a case")
     finished = _finished(journal, dataset)
     plan = [
-        (case, variant, _jobs(dataset, chosen[case], finished.get((case.name, variant.name), set())))
+        (case, variant, _jobs(dataset, chosen[case]), finished.get((case.name, variant.name), {}))
         for case in protocol.cases
         for variant in protocol.variants
     ]
     if planned:
-        total = sum(len(chosen[case]) for case, _, _ in plan)
-        planned(total, total - sum(len(jobs) for _, _, jobs in plan))
-    for case, variant, jobs in plan:
-        if not jobs:
+        planned(sum(len(jobs) for _, _, jobs, _ in plan), sum(len(known) for _, _, _, known in plan))
+    images = journal.path.parent / "images"
+    for case, variant, jobs, known in plan:
+        if len(known) == len(jobs):
             continue
-        folder = journal.path.parent / "images" / _slug(case.name) / _slug(variant.name)
-        _make_folders(folder)
+        folder = images / _slug(case.name) / _slug(variant.name)
+        _make_folder(folder, journal.path.parent)
 
         def keep(records: list[Record], case: Case = case, variant: Variant = variant, folder: Path = folder) -> None:
             """Make a finished batch durable, then drop its files unless they are to be kept."""
@@ -116,15 +127,26 @@ def run(
             journal.append({**entry, "records": [asdict(record) for record in records]})
             if not protocol.keep_images:
                 for name in [name for record in records for name in record.files.values() if name]:
-                    (folder / name).unlink(missing_ok=True)
+                    remove_file(folder / name)
             if done:
                 done(case, variant, records)
 
-        run_attack(classifier, jobs, folder, make_settings(protocol, variant), keep)
-        if not protocol.keep_images:
-            for place in (folder, folder.parent, folder.parent.parent):
-                if not any(place.iterdir()):
-                    place.rmdir()
+        def sizes(job: Job, known: dict[str, Size] = known) -> Size | None:
+            return known.get(str(job.source))
+
+        def claims(count: int, name: str = f"{case.name}/{variant.name}") -> Iterator[int]:
+            return share.claims(name, count)
+
+        run_attack(
+            classifier, jobs, folder, make_settings(protocol, variant), keep, finished=sizes, claims=claims, hold=hold
+        )
+    share.gather()
+    if not share.first:
+        return []
+    if not protocol.keep_images and not is_remote(images):
+        for place in sorted(images.rglob("*"), reverse=True) + [images]:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
     return tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu())
 
 
@@ -237,19 +259,41 @@ def _mean(values: npt.NDArray[np.float64]) -> tuple[float | None, list[float] | 
 
 
 def _find_correct(
-    classifier: Classifier, dataset: Dataset, journal: Journal, scanned: Callable[[int], None] | None
+    classifier: Classifier,
+    dataset: Dataset,
+    journal: Journal,
+    share: Share,
+    scanned: Callable[[int], None] | None,
 ) -> list[int]:
     """Return the rows of X: photos every label of which the classifier gets right; difficult labels do not count."""
-    for entry in journal.entries():
-        if "correct" in entry:
-            return [int(row) for row in entry["correct"]]
-    logits = predict_photos(classifier, dataset, scanned)
-    truth = torch.from_numpy(dataset.truth)
-    right = (decide(logits, classifier.boundary.cpu()) == truth) | (truth == 0)
-    correct = (right.all(1) & logits.isfinite().all(1)).nonzero().flatten().tolist()
-    unreadable = [str(dataset.paths[row]) for row in logits.isnan().all(1).nonzero().flatten().tolist()]
-    journal.append({"correct": correct, "photos": len(dataset), "unreadable": unreadable})
-    return [int(row) for row in correct]
+    if share.first:
+        known = next((entry["correct"] for entry in journal.entries() if "correct" in entry), None)
+        share.tell("known", json.dumps(known))
+    else:
+        known = json.loads(share.ask("known") or "null")
+    if known is not None:
+        return [int(row) for row in known]
+    starts = range(0, len(dataset), _BATCH)
+    parts: dict[int, dict[str, list[int]]] = {}
+    for number in share.claims("scan", len(starts)):
+        rows = np.arange(starts[number], min(starts[number] + _BATCH, len(dataset)))
+        part = dataset.subset(rows)
+        logits = predict_photos(classifier, part, scanned)
+        truth = torch.from_numpy(part.truth)
+        right = ((decide(logits, classifier.boundary.cpu()) == truth) | (truth == 0)).all(1) & logits.isfinite().all(1)
+        parts[number] = {"correct": rows[right].tolist(), "unreadable": rows[logits.isnan().all(1)].tolist()}
+        share.tell(f"scan/{number}", json.dumps(parts[number]))
+    if not share.first:
+        return [int(row) for row in json.loads(share.ask("correct") or "[]")]
+    for number in set(range(len(starts))) - parts.keys():
+        parts[number] = json.loads(share.ask(f"scan/{number}") or "{}")
+    correct, unreadable = (
+        [row for n in sorted(parts) for row in parts[n][which]] for which in ("correct", "unreadable")
+    )
+    names = [str(dataset.paths[row]) for row in unreadable]
+    journal.append({"correct": correct, "photos": len(dataset), "unreadable": names})
+    share.tell("correct", json.dumps(correct))
+    return correct
 
 
 def _batches(journal: Journal) -> Iterator[dict[str, Any]]:
@@ -264,13 +308,13 @@ def _batches(journal: Journal) -> Iterator[dict[str, Any]]:
         yield entry
 
 
-def _finished(journal: Journal, dataset: Dataset) -> dict[tuple[str, str], set[str]]:
-    """Return the photos that need no further attack, by case and method.
+def _finished(journal: Journal, dataset: Dataset) -> dict[tuple[str, str], dict[str, Size]]:
+    """Return the photos that need no further attack, by case and method, and their (height, width).
 
     Raises:
         UsageError: if one of them is not the photo that it was.
     """
-    found: dict[tuple[str, str], set[str]] = {}
+    found: dict[tuple[str, str], dict[str, Size]] = {}
     known: dict[int, str] = {}
     for entry in _batches(journal):
         if not all(isinstance(row, int) and 0 <= row < len(dataset) for row in entry["rows"]):
@@ -281,22 +325,25 @@ def _finished(journal: Journal, dataset: Dataset) -> dict[tuple[str, str], set[s
                 continue
             if known.setdefault(row, record.get("sha256")) != record.get("sha256") or not path.is_file():
                 raise UsageError(f"{path} changed while {journal.path} was written: give --overwrite or another --out")
-            found.setdefault((entry["case"], entry["method"]), set()).add(str(path))
+            sizes = found.setdefault((entry["case"], entry["method"]), {})
+            sizes[str(path)] = (record["height"], record["width"])
     for row, digest in known.items():
         if file_sha256(dataset.paths[row]) != digest:
             raise UsageError(f"{dataset.paths[row]} changed since {journal.path} was written: give another --out")
     return found
 
 
-def _make_folders(folder: Path) -> None:
-    """Make `images/CASE/METHOD` in the output folder, which must be there still.
+def _make_folder(folder: Path, out: Path) -> None:
+    """Make a folder inside the output folder, which must be there still.
 
     Raises:
-        StorageError: if they cannot be made.
+        StorageError: if it cannot be made.
     """
+    if is_remote(folder):
+        return
     try:
-        for place in (folder.parent.parent, folder.parent, folder):
-            place.mkdir(exist_ok=True)
+        os.stat(out)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot make {folder}: {error.strerror or error}") from error
 
@@ -313,17 +360,16 @@ def make_settings(protocol: Protocol, variant: Variant) -> Settings:
     )  # fmt: skip
 
 
-def _jobs(dataset: Dataset, chosen: dict[int, Request], finished: set[str]) -> list[Job]:
-    """Return the jobs that are left; names are given as if none were done."""
+def _jobs(dataset: Dataset, chosen: dict[int, Request]) -> list[Job]:
     planned = plan_outputs([dataset.paths[row] for row in chosen])
-    jobs = zip(planned, chosen.values(), strict=True)
-    return [Job(j.source, j.adversarial, j.map, request) for j, request in jobs if str(j.source) not in finished]
+    return [replace(job, request=request) for job, request in zip(planned, chosen.values(), strict=True)]
 
 
 def kept_images(path: Path) -> set[str]:
     """Return the image files that the records of a journal's file name, relative to its folder."""
     names: set[str] = set()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    lines = [line for file in find_journal(path) for line in file.read_text("utf-8", "replace").splitlines()]
+    for line in lines:
         try:
             entry = json.loads(line)
             folder = f"images/{_slug(entry['case'])}/{_slug(entry['method'])}"

@@ -132,6 +132,20 @@ def remove_journal(path: Path) -> None:
         remove_file(file)
 
 
+def move_journal(path: Path, new: Path) -> None:
+    """Rename the journal of every rank; one that is at the new name is replaced.
+
+    Raises:
+        StorageError: if a file cannot be renamed.
+    """
+    try:
+        remove_journal(new)
+        for file in find_journal(path):
+            file.rename(file.with_name(file.name.replace(path.stem, new.stem, 1)))
+    except OSError as error:
+        raise StorageError(f"cannot rename {path}: {error.strerror or error}") from error
+
+
 class _Files:
     """A file for each rank, of lines; a line `{"turn": n}` begins what was appended after the nth opening of any."""
 

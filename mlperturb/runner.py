@@ -68,7 +68,7 @@ def run_attack(
         done: told of every batch, in a thread of its own.
         finished: returns the (height, width) of a photo that is done already, called in threads: the others are
             attacked in the batches that they would be in without it, so that their results are the same to the last
-            bit.
+            bit; a batch all photos of which are done is not attacked.
         claims: given the number of units, yields those that this process is to do.
         hold: entered while what is attacked is being written and handed to `done`, at the end and on an interruption.
         warn: told, once, that the device ran out of memory and smaller batches go on.
@@ -129,16 +129,32 @@ class _Units:
 
 @dataclass
 class _Batch:
-    """Photos to attack together, and the records of those that cannot be attacked."""
+    """Photos to attack together, and the records of those that cannot be attacked.
 
-    pairs: list[Pair] = field(default_factory=list)
+    Attributes:
+        members: the photos; None in the place of one that is finished.
+        sizes: their (height, width).
+        lost: records.
+    """
+
+    members: list[tuple[Job, Photo | None]] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
     lost: list[Record] = field(default_factory=list)
-    sizes: list[Size] = field(default_factory=list)  # with those of the finished photos
 
     def takes(self, size: Size, pixels: float) -> bool:
         """Say whether one more photo leaves it within so many pixels, padded to the largest."""
         heights, widths = zip(*self.sizes, size, strict=True)
         return not self.sizes or (len(self.sizes) + 1) * max(heights) * max(widths) <= pixels
+
+    def pairs(self) -> list[Pair]:
+        """Return all photos, read again if they are finished: the batch is formed as it was. Empty if none is left."""
+        if not self.wanted():
+            return []
+        return [(job, read_photo(job.source) if photo is None else photo) for job, photo in self.members]
+
+    def wanted(self) -> set[Path]:
+        """Return the photos that are not finished."""
+        return {job.source for job, photo in self.members if photo is not None}
 
 
 def _batches(
@@ -173,8 +189,7 @@ def _batches(
             yield batch
             batch = _Batch()
         batch.sizes.append(size)
-        if isinstance(photo, Photo):
-            batch.pairs.append((job, photo))
+        batch.members.append((job, photo if isinstance(photo, Photo) else None))
 
 
 def _read(job: Job, settings: Settings) -> Photo | Record:
@@ -214,7 +229,7 @@ class _Attacker:
 
     def attack(self, batch: _Batch) -> Iterator[tuple[list[Pair], list[Found], list[Record]]]:
         """Search a batch; yield what was found, part by part, with the records of what was not."""
-        pairs, lost = batch.pairs, batch.lost
+        pairs, lost, wanted = batch.pairs(), batch.lost, batch.wanted()
         while pairs:
             part = pairs[: self.most]
             found = self._search(part)
@@ -226,16 +241,15 @@ class _Attacker:
             pairs = pairs[len(part) :]
             if found is None:
                 job, photo = part[0]
+                if job.source not in wanted:
+                    continue
                 error = {"type": "MemoryError", "message": f"{job.source}: too large for the device's memory"}
                 lost.append(Record(**facts_of(job, photo), status="failed", error=error))
                 continue
             unusable = {"type": "NumericalError", "message": "the network's outputs are not finite"}
-            lost += [
-                Record(**facts_of(*pair), status="failed", error=unusable)
-                for pair, one in zip(part, found, strict=True)
-                if one is None
-            ]
-            good = [(pair, one) for pair, one in zip(part, found, strict=True) if one is not None]
+            both = [(pair, one) for pair, one in zip(part, found, strict=True) if pair[0].source in wanted]
+            lost += [Record(**facts_of(*pair), status="failed", error=unusable) for pair, one in both if one is None]
+            good = [(pair, one) for pair, one in both if one is not None]
             yield [pair for pair, _ in good], [one for _, one in good], lost
             lost = []
         if lost:

@@ -2,12 +2,14 @@
 
 Under `torchrun` (or with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand) the processes meet at the key-value
 store of PyTorch's rendezvous. Work is shared out by a counter there, so that a fast process takes more; there is no
-central process, and nothing is exchanged while photos are attacked.
+central process, and nothing is exchanged while photos are attacked. The store outlives processes that torchrun starts
+again, so those of one start first agree on a name for it.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(minutes=5)  # for the other processes to start
+_PATIENCE = 600.0  # seconds, for the other processes to start
 _POLL = 0.1  # seconds
 
 
@@ -34,6 +36,7 @@ class Share:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
         self.rank, self.size, self._store = rank, size, store
+        self._start = ""  # the name of this start; every key begins with it
 
     @property
     def first(self) -> bool:
@@ -51,16 +54,16 @@ class Share:
     def tell(self, name: str, value: str) -> None:
         """Tell the other processes a value."""
         if self._store is not None:
-            self._call(lambda store: store.set(name, value))
+            self._call(lambda store: store.set(self._start + name, value))
 
     def ask(self, name: str, *, patience: float = float("inf")) -> str | None:
         """Wait until another process has told a value, for so many seconds at most; None if none came."""
         deadline = time.monotonic() + patience
-        while not self._call(lambda store: store.check([name])):
+        while (value := self._get(name)) is None:
             if time.monotonic() > deadline:
                 return None
             time.sleep(_POLL)
-        return self._call(lambda store: store.get(name)).decode()
+        return value
 
     def agree(self, value: str, what: str) -> None:
         """Let the other processes go on once rank 0 is here too, and has the same value.
@@ -89,7 +92,12 @@ class Share:
         return arrived >= self.size
 
     def _add(self, name: str, more: int) -> int:
-        return self._call(lambda store: int(store.add(name, more)))
+        return self._call(lambda store: int(store.add(self._start + name, more)))
+
+    def _get(self, name: str) -> str | None:
+        key = self._start + name
+        found = self._call(lambda store: store.get(key) if store.check([key]) else None)
+        return None if found is None else found.decode()
 
     def _call(self, ask: Callable[[Store], T]) -> T:
         assert self._store is not None
@@ -98,6 +106,36 @@ class Share:
         except RuntimeError as error:  # of torch.distributed: the store's host is gone
             reason = str(error).partition("\n")[0]
             raise StorageError(f"lost touch with the other processes of the run: {reason:.200}") from error
+
+    def meet(self, *, patience: float = _PATIENCE) -> None:
+        """Wait until all processes of this start are here, and agree on its name with them.
+
+        What an earlier start left in the store cannot be taken for theirs: rank 0 answers to a word that each other
+        process has just made up, and that process confirms it under the new name.
+
+        Raises:
+            UsageError: if they do not come in so many seconds.
+        """
+        word, deadline = secrets.token_hex(8), time.monotonic() + patience
+        waiting = {self.rank} if self.rank else set(range(1, self.size))
+        while waiting:
+            if time.monotonic() > deadline:
+                raise UsageError(f"processes {sorted(waiting) if self.first else [0]} of {self.size} did not come")
+            for rank in sorted(waiting):
+                if self.rank:
+                    self.tell(f"hello/{rank}", word)
+                    answer = self._get(f"welcome/{rank}") or ""
+                    if answer.startswith(word):
+                        word = answer.removeprefix(word)
+                        self.tell(f"{word}/here/{rank}", "")
+                        waiting.remove(rank)
+                elif self._get(f"{word}/here/{rank}") is not None:
+                    waiting.remove(rank)
+                elif (hello := self._get(f"hello/{rank}")) is not None:
+                    self.tell(f"welcome/{rank}", hello + word)
+            if waiting:
+                time.sleep(_POLL)
+        self._start = f"{word}/"
 
 
 def is_shared() -> bool:
@@ -116,11 +154,13 @@ def join() -> Share:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=_PATIENCE)))
+        store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=_PATIENCE))))
     except (ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"cannot meet the other processes of the run: {reason:.200}") from error
-    return Share(rank, size, store)
+    share = Share(rank, size, store)
+    share.meet()
+    return share
 
 
 def local_device(name: str) -> str:

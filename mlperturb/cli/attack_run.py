@@ -88,6 +88,8 @@ class AttackRun:
                     share.gather(patience=5)  # what the others have in hand is to be in the report
             if not share.first:
                 return stopped or 0
+            if stopped is not None and share.size > 1:  # torchrun may start it again: one result on stdout is enough
+                self.json, self.quiet = False, True
             seconds = time.perf_counter() - started
             if stopped == 3:
                 with suppress(StorageError):  # it has been told already

@@ -136,19 +136,25 @@ class _Run:
         quiet: bool,
     ) -> None:
         from mlperturb.devices import prepare
+        from mlperturb.sharing import join, local_device
 
-        self.protocol, self.parts, self.out, self.json, self.quiet = protocol, parts, out, json, quiet
-        self.device = prepare(device, protocol.seed)
-        self.classifier, self.description = source.load(self.device)
+        self.share = join()
+        self.protocol, self.parts, self.out = protocol, parts, out
+        self.json, self.quiet = json, quiet or not self.share.first
+        device = prepare(local_device(device), protocol.seed)
+        self.classifier, self.description = source.load(device)
+        self.device = device if self.share.size == 1 else device.partition(":")[0]
 
     def clean(self) -> int:
-        """Measure the classifier itself: Table III."""
+        """Measure the classifier itself: Table III. Of several processes one does it."""
         import torch
 
         from mlperturb.evaluation import predict_photos
         from mlperturb.metrics import classifier_metrics
         from mlperturb.tables import classifier_grid
 
+        if not self.share.first:
+            return 0
         metrics: dict[str, dict[str, Any]] = {}
         unread: list[Path] = []
         with self._bar(sum(map(len, self.parts.values()))) as advance:
@@ -162,23 +168,26 @@ class _Run:
         self._finish("table3", metrics, [classifier_grid(metrics)])
         for path in unread:
             print_error(f"{path}: could not be read or classified, and is left out")
-        return int(bool(unread))
+        return int(bool(unread) and self.share.size == 1)
 
     def go(self, *, overwrite: bool) -> int:
         """Attack, and write the tables; return the exit code."""
         from mlperturb import evaluation
-        from mlperturb.journal import Journal
+        from mlperturb.interrupts import Interrupts
+        from mlperturb.journal import Journal, find_journal, move_journal, remove_journal
         from mlperturb.tables import evaluation_grid, to_csv
         from mlperturb.voc import join
 
         for variant in self.protocol.variants:
             evaluation.make_settings(self.protocol, variant)  # refuses what cannot be, before anything is written
-        dataset = join(self.parts.values())
+        dataset, share = join(self.parts.values()), self.share
         path, old = self.out / "records.jsonl", self.out / "records.old.jsonl"
-        if overwrite and path.is_file():
-            path.replace(old)
+        if overwrite and share.first:
+            move_journal(path, old)
+        share.agree(dataset.fingerprint, "photos")
+        key = self._key(dataset)
         try:
-            with Journal(path, self._key(dataset)) as journal:
+            with Interrupts() as interrupts, Journal(path, key, rank=share.rank, size=share.size) as journal:
                 if journal.torn:
                     self._note(f"the last line of {path} was cut short, and is dropped: its photos are attacked again")
                 with self._bar(len(dataset)) as advance:
@@ -187,18 +196,22 @@ class _Run:
                         dataset,
                         self.protocol,
                         journal,
+                        share=share,
                         scanned=advance,
                         planned=self._planned,
                         done=lambda case, variant, records: self._advance(len(records), f"{case.name}, {variant.name}"),
+                        hold=interrupts.hold,
                     )
                 failures = evaluation.failures(journal)
         except UsageError:
-            if overwrite and old.is_file():  # nothing is lost by a command that is refused
-                old.replace(path)
+            if overwrite and share.first and find_journal(old):  # nothing is lost by a command that is refused
+                move_journal(old, path)
             raise
+        if not share.first:
+            return 0
         if overwrite:
             self._drop_old_images(old, path)
-        old.unlink(missing_ok=True)
+        remove_journal(old)
         for case in self.protocol.cases:
             if not any(row["case"] == case.name for row in rows):
                 self._note(f"case {case.name}: no photo that the classifier gets right has the labels for it")
@@ -207,7 +220,7 @@ class _Run:
         self._finish("tables", rows, [evaluation_grid(rows, which) for which in ("float", "saved")], shown)
         for line in failures:
             print_error(line)
-        return int(bool(failures))
+        return int(bool(failures) and share.size == 1)  # torchrun would start the processes again
 
     def _drop_old_images(self, old: Path, new: Path) -> None:
         """Delete the images that the replaced run kept and this one did not write again."""
@@ -263,13 +276,18 @@ class _Run:
     @contextmanager
     def _bar(self, photos: int) -> Iterator[Callable[[int], None]]:
         with make_bar(quiet=self.quiet) as self.bar:
-            self.task = self.bar.add_task("classifying", total=photos)
+            self.task, self.phase, self.had = self.bar.add_task("classifying", total=photos), "classified", 0
             yield self._advance
 
     def _planned(self, total: int, had: int) -> None:
         if had:
             self._note(f"going on: {had} of {total} attacks are done already")
+        self.phase, self.had = "attacked", had
         self.bar.reset(self.task, total=total, completed=had, description="attacking")
 
     def _advance(self, count: int, text: str | None = None) -> None:
-        self.bar.update(self.task, advance=count, description=text)
+        """Move the bar on, by what all processes have done."""
+        if self.share.size > 1:
+            self.bar.update(self.task, completed=self.had + self.share.count(self.phase, count), description=text)
+        else:
+            self.bar.update(self.task, advance=count, description=text)

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from helpers import TINY_PIXELS
+from PIL import Image
+
+from mlperturb.errors import StorageError, UsageError
+from mlperturb.sharing import Share, join, local_device
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+
+
+def test_alone_a_process_does_everything_and_waits_for_nobody():
+    share = Share()
+    assert share.first and list(share.claims("x", 4)) == [0, 1, 2, 3]
+    share.agree("a", "photos")
+    share.tell("a", "b")
+    assert share.gather() and share.count("n", 3) == 3
+
+
+@pytest.fixture
+def shares() -> list[Share]:
+    """Return the two shares of one run, in one process."""
+    store = dist.HashStore()
+    return [Share(rank, 2, store) for rank in range(2)]
+
+
+def test_what_one_process_claims_no_other_does(shares):
+    taken: list[list[int]] = [[], []]
+
+    def work(rank: int) -> None:
+        for number in shares[rank].claims("units", 200):
+            taken[rank].append(number)
+            time.sleep(0.0002 * (1 + 9 * rank))  # a slow one
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken[0] + taken[1]) == list(range(200))
+    assert len(taken[0]) > 2 * len(taken[1]) > 0
+    assert list(shares[0].claims("others", 2)) == [0, 1]
+
+
+def test_processes_that_see_other_photos_are_told_apart(shares):
+    shares[0].agree("these", "photos")
+    shares[1].agree("these", "photos")
+    with pytest.raises(UsageError, match="process 1 of 2 has other photos than process 0"):
+        shares[1].agree("those", "photos")
+
+
+def test_the_first_process_waits_for_the_others_and_no_longer_than_it_has_patience(shares):
+    assert not shares[0].gather(patience=0.2)
+    assert shares[1].gather(patience=0)
+    assert shares[0].ask("never", patience=0.1) is None
+    assert shares[0].count("n", 2) == 2 and shares[1].count("n", 3) == 5
+
+
+def test_what_an_earlier_start_left_in_the_store_is_not_taken_for_this_one():
+    store = dist.HashStore()
+    taken = []
+    for _ in range(3):  # as torchrun restarts both; the second comes a little later, or earlier
+        shares = [Share(rank, 2, store) for rank in range(2)]
+        threads = [threading.Thread(target=share.meet) for share in shares[:: 1 if taken else -1]]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.15)
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        taken.append([next(shares[0].claims("units", 9)), next(shares[1].claims("units", 9))])
+        assert not shares[1].ask("word", patience=0)
+        shares[0].tell("word", "x")
+        assert shares[1].ask("word") == "x"
+    assert taken == [[0, 1]] * 3
+
+
+def test_a_process_that_never_comes_is_not_waited_for_for_ever(shares):
+    with pytest.raises(UsageError, match=r"processes \[1\] of 2 did not come"):
+        shares[0].meet(patience=0.3)
+
+
+def test_a_store_that_is_gone_is_told_in_a_line():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=2))
+    share = Share(1, 2, client)
+    assert share.count("n", 1) == 1
+    del server
+    with pytest.raises(StorageError, match="lost touch") as caught:
+        for _ in range(50):
+            share.count("n", 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_says_it_is_shared_and_does_not_say_where_is_refused(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(UsageError, match="cannot meet the other processes"):
+        join()
+    assert local_device("cpu") == "cpu" and local_device("cuda:3") == "cuda:3"
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Write 24 photos and a file that is none."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(24):
+        pixels = np.roll(TINY_PIXELS, number, 1)[: 30 - number % 3, : 36 - number % 2]
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    (folder / "broken.png").write_bytes(b"nonsense")
+    return folder
+
+
+def launch(arguments: list[object], *, restarts: int = 0, processes: int = 2, mark: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [f"--max-restarts={restarts}", "-m", "mlperturb", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLPERTURB_TEST": mark}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def find_rank(rank: int, mark: str) -> int:
+    """Return the process id of a rank of the run of this mark."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            environment = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if {f"RANK={rank}".encode(), f"MLPERTURB_TEST={mark}".encode()} <= set(environment):
+            return int(path.parent.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def contents(out: Path) -> tuple[dict[str, bytes], list[dict], dict]:
+    """Return the PNGs, and the report's records and summary, without their times."""
+    report = json.loads((out / "report.json").read_text())
+    for record in report["images"]:
+        record["cost"].pop("seconds")
+    report["summary"].pop("seconds")
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}, report["images"], report["summary"]
+
+
+def attacked(out: Path) -> dict[str, list[str]]:
+    """Return the photos that each process attacked."""
+    entries = {path.name: map(json.loads, path.read_text().splitlines()) for path in out.glob("journal*.jsonl")}
+    return {
+        name: [r["source"] for entry in found for r in entry.get("records", ()) if r["error"] is None]
+        for name, found in entries.items()
+    }
+
+
+@linux
+def test_two_processes_one_killed_and_restarted_come_to_the_files_and_report_of_one(cli, photos, tiny, tmp_path):
+    command = ["attack", photos, "--flip", "cat", "--keep", "rest", "--batch-size", 2, "--checkpoint", tiny]
+    command += ["--device", "cpu"]
+    assert cli(*command, "--out", tmp_path / "whole")[0] == 1
+    out, mark = tmp_path / "out", str(tmp_path)
+    process = launch([*command, "--out", out], restarts=1, mark=mark)
+    second = out / "journal.rank-1.jsonl"
+    deadline = time.monotonic() + 120
+    while not (second.exists() and second.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(find_rank(1, mark), signal.SIGKILL)
+    code, text, err = finish(process)
+    assert code == 0 and "going on: " in err and "the exit code is 0 all the same" in err, err
+    assert text.count("files in ") == 1  # one process prints
+    assert contents(out) == contents(tmp_path / "whole")
+    done = attacked(out)
+    assert done.keys() == {"journal.jsonl", "journal.rank-1.jsonl"} and all(done.values())
+    times = Counter(name for names in done.values() for name in names)
+    assert len(times) == 24 and set(times.values()) == {1}
+    # One process goes on from what two left.
+    (out / "05.adv.png").unlink()
+    assert cli(*command, "--out", out)[0] == 1
+    assert contents(out) == contents(tmp_path / "whole")
+    again = Counter(name for names in attacked(out).values() for name in names)
+    assert [Path(name).name for name, count in again.items() if count == 2] == ["05.png"]
