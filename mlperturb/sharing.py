@@ -12,6 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -106,6 +107,32 @@ class Share:
         except RuntimeError as error:  # of torch.distributed: the store's host is gone
             reason = str(error).partition("\n")[0]
             raise StorageError(f"lost touch with the other processes of the run: {reason:.200}") from error
+
+    @contextmanager
+    def process_group(self, device: str) -> Iterator[None]:
+        """Open what `torch.distributed`'s collectives need, for training: NCCL on CUDA, Gloo elsewhere."""
+        if self._store is None:
+            yield
+            return
+        import torch.distributed as dist
+        from torch._C._distributed_c10d import PrefixStore
+
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        store = PrefixStore(f"{self._start}group", self._store)
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.size, timeout=timedelta(days=1)
+        )  # rank 0 validates while the others wait
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def any_restarted(self) -> bool:
+        """Say whether torchrun has started any of the processes again."""
+        if self._store is None:
+            return False
+        self.tell(f"restarts/{self.rank}", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return any(self.ask(f"restarts/{rank}") != "0" for rank in range(self.size))
 
     def meet(self, *, patience: float = _PATIENCE) -> None:
         """Wait until all processes of this start are here, and agree on its name with them.

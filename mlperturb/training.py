@@ -28,6 +28,7 @@ from mlperturb.loading import PhotoDataset, augmentation, predict_dataset, to_de
 from mlperturb.losses import calibrate, cross_entropy, eq12_loss
 from mlperturb.metrics import classifier_metrics
 from mlperturb.preprocess import Preprocess
+from mlperturb.sharing import Share
 from mlperturb.voc import Dataset
 
 
@@ -38,7 +39,7 @@ class Recipe:
     Attributes:
         architecture: a torchvision classification model.
         epochs: passes over the training set.
-        batch_size: photos a step; the paper's is 100.
+        batch_size: photos a step, of all processes together; the paper's is 100.
         learning_rate: AdamW's peak, after a warm-up, before a cosine decay to zero.
         fresh_rate: how many times that rate the tensors get which the last initial file did not give: a new head must
             move far, a backbone that knows the task little.
@@ -132,8 +133,11 @@ def train(
     resume: bool = False,
     provenance: dict[str, Any] | None = None,
     report: Reporter | None = None,
-) -> Metadata:
+    share: Share | None = None,
+) -> Metadata | None:
     """Train, calibrate on `validation`, measure on `tests`, and write the checkpoint to `output`.
+
+    Several processes share each step's photos (`DistributedDataParallel`); each must see the same files.
 
     Args:
         recipe: how.
@@ -147,34 +151,48 @@ def train(
         resume: go on from `.resume.pt`.
         provenance: what to say in the checkpoint's metadata.
         report: called after every step.
+        share: what this process does of it; all if None.
+
+    Returns:
+        The checkpoint's metadata; None in a process that is not the first.
 
     Raises:
-        DatasetError: if the data sets have different labels, or a batch is larger than the training set.
+        DatasetError: if the data sets have different labels, a batch is larger than the training set, or cannot be
+            shared out evenly among the processes.
         CheckpointError: if the initial weights or the resumed state do not fit, or the head is no linear layer.
         OutputError: if the checkpoint, or the state to resume from, cannot be written.
     """
     for dataset in (validation, *tests.values()):
         if dataset.labels != training.labels:
             raise DatasetError(f"expected the labels {training.labels}, got {dataset.labels}")
+    share = share or Share()
     torch.manual_seed(recipe.seed)
     network = build_network(recipe.architecture, len(training.labels))
     find_head(network)  # calibration needs it: better told now than after the last epoch
+    if not share.first:
+        share.agree("", "weights")  # rank 0 downloads them; the others find them on the disk
     given = _load_pretrained(network, recipe.architecture) if pretrained else frozenset()
+    if share.first:
+        share.agree("", "weights")
     for names in initialise(network, initial).values():
         given = names
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     preprocess = Preprocess((recipe.size, recipe.size)) if recipe.size else default_preprocess(recipe.architecture)
     state = Path(f"{output}.resume.pt")
-    fitter = _Fitter(recipe, network, training, preprocess, device, given)
-    if resume:
-        fitter.load(state)
-    if recipe.head_only:
-        fitter.features = _cache_features(fitter)
-    for epoch in range(fitter.epoch, recipe.epochs):
-        fitter.run_epoch(epoch, report)
-        fitter.save(state)
-        if report and (epoch + 1) % 2 == 0 and epoch + 1 < recipe.epochs:
-            report(_validate(fitter, epoch, validation, preprocess, device, recipe))
+    with share.process_group(device):
+        fitter = _Fitter(recipe, network, training, preprocess, device, given, share)
+        if resume or share.any_restarted() and state.exists():
+            fitter.load(state)
+        if recipe.head_only:
+            fitter.features = _cache_features(fitter)
+        for epoch in range(fitter.epoch, recipe.epochs):
+            fitter.run_epoch(epoch, report)
+            if share.first:
+                fitter.save(state)
+                if report and (epoch + 1) % 2 == 0 and epoch + 1 < recipe.epochs:
+                    report(_validate(fitter, epoch, validation, preprocess, device, recipe))
+    if not share.first:
+        return None
     network = fitter.averaged
     boundary = torch.zeros(len(training.labels))
     logits = predict_dataset(network, validation, preprocess, device=device, workers=recipe.workers)
@@ -212,6 +230,7 @@ class _Fitter:
     preprocess: Preprocess
     device: str
     given: frozenset[str] = frozenset()  # tensors that the last initial file gave
+    share: Share = field(default_factory=Share)
     epoch: int = 0
     averaged: nn.Module = field(init=False)
     features: Tensor = field(init=False)  # what the head gets, (N, F), if only the head is trained
@@ -220,6 +239,10 @@ class _Fitter:
     def __post_init__(self) -> None:
         if len(self.training) < self.recipe.batch_size:
             raise DatasetError(f"{len(self.training)} training photos, expected a batch of {self.recipe.batch_size}")
+        if self.recipe.batch_size % self.share.size:
+            raise DatasetError(
+                f"expected a batch size that {self.share.size} processes can share, got {self.recipe.batch_size}"
+            )
         if self.recipe.head_only:
             self.network.requires_grad_(False)
             find_head(self.network)[1].requires_grad_(True)
@@ -236,18 +259,22 @@ class _Fitter:
         self.optimiser = torch.optim.AdamW(list(groups.values()), self.recipe.learning_rate)
         self.scaler = torch.amp.GradScaler(enabled=self.device.startswith("cuda"))
         self.steps = len(self.training) // self.recipe.batch_size
+        self.trained = find_head(self.network)[1] if self.recipe.head_only else self.network
+        if self.share.size > 1:
+            if self.device.startswith("cuda"):
+                self.trained = nn.SyncBatchNorm.convert_sync_batchnorm(self.trained)  # type: ignore[no-untyped-call]
+            self.trained = nn.parallel.DistributedDataParallel(self.trained)
 
     def run_epoch(self, epoch: int, report: Reporter | None) -> None:
         """Pass once over the training set."""
         recipe = self.recipe
         torch.manual_seed(recipe.seed * 100_003 + epoch)  # so that a resumed run shuffles and crops as an unbroken one
-        module = find_head(self.network)[1] if recipe.head_only else self.network
         self.network.train(not recipe.head_only)
         for step, (inputs, truth) in enumerate(self._batches()):
             self._set_learning_rate(epoch * self.steps + step)
             self.optimiser.zero_grad(set_to_none=True)
             with torch.autocast(self.device.partition(":")[0], enabled=self.device.startswith("cuda")):
-                logits = module(to_device(inputs, self.device))
+                logits = self.trained(to_device(inputs, self.device))
             logits, truth = logits.float(), truth.to(self.device)
             loss = eq12_loss(logits, truth, recipe.instance_weight)
             if recipe.calibration_weight:
@@ -307,16 +334,20 @@ class _Fitter:
             raise CheckpointError(f"{path} does not fit this network and data set: {error!s:.200}") from error
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        recipe = self.recipe
+        recipe, truth = self.recipe, torch.from_numpy(self.training.truth)
+        if recipe.head_only or self.share.size > 1:
+            order = torch.randperm(len(self.training))[: self.steps * recipe.batch_size]  # the same in all processes
+            rows = order.view(self.steps, self.share.size, -1)[:, self.share.rank]
         if recipe.head_only:
-            order = torch.randperm(len(self.training))[: self.steps * recipe.batch_size]
-            truth = torch.from_numpy(self.training.truth)
-            for rows in torch.split(order, recipe.batch_size):
-                yield self.features[rows], truth[rows]
+            yield from ((self.features[batch], truth[batch]) for batch in rows)
             return
         size = (recipe.train_size, recipe.train_size) if recipe.train_size else self.preprocess.output_size
         photos = PhotoDataset(self.training, augmentation(self.preprocess, size))
-        yield from DataLoader(photos, recipe.batch_size, shuffle=True, drop_last=True, num_workers=recipe.workers)
+        if self.share.size > 1:
+            torch.manual_seed(torch.initial_seed() + 7919 * self.share.rank)  # crops of their own
+            yield from DataLoader(photos, batch_sampler=rows.tolist(), num_workers=recipe.workers)
+        else:
+            yield from DataLoader(photos, recipe.batch_size, shuffle=True, drop_last=True, num_workers=recipe.workers)
 
     def _set_learning_rate(self, step: int) -> None:
         total = self.recipe.epochs * self.steps

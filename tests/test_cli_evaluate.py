@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import TINY_LABELS as LABELS
+from helpers import finish, launch, linux
 from PIL import Image
 
 from mlperturb.checkpoints import load_checkpoint
@@ -144,3 +145,21 @@ def test_overwriting_drops_the_images_of_the_run_replaced_and_no_other_file(eval
     records = [json.loads(line) for line in (table.parent / "out" / "records.jsonl").read_text().splitlines()]
     named = {name for entry in records for one in entry.get("records", ()) for name in one["files"].values() if name}
     assert {name.split("/")[-1] for name in second} - {"mine.png"} == named
+
+
+@linux
+def test_two_processes_come_to_the_tables_of_one(evaluate, table, tiny):
+    assert evaluate(*QUICK)[0] == 0
+    both = table.parent / "both"
+    data = ["--photos", table.parent / "photos", "--csv", table, "--checkpoint", tiny, "--device", "cpu"]
+    code, stdout, stderr = finish(launch(["evaluate", *data, *QUICK, "--batch-size", 1, "--out", both]))
+    assert code == 0 and stdout.count("tables in") == 1, stderr
+    tables = [json.loads((table.parent / name / "tables.json").read_text()) for name in ("out", "both")]
+    names = [(row["case"], row["method"], row["images"], row["success_rate"]) for row in tables[0]]
+    assert names == [(row["case"], row["method"], row["images"], row["success_rate"]) for row in tables[1]]
+    for alone, shared in zip(*tables, strict=True):
+        assert shared["saved"]["rmsd"] == pytest.approx(alone["saved"]["rmsd"], rel=0.05)
+    files = {path.name for path in both.glob("records*.jsonl")}
+    assert files == {"records.jsonl", "records.rank-1.jsonl"}
+    batches = [json.loads(line).get("records", []) for name in files for line in (both / name).read_text().splitlines()]
+    assert sum(map(len, batches)) == sum(row["images"] for row in tables[0])

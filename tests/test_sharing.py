@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -14,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
-from helpers import TINY_PIXELS
+from helpers import TINY_PIXELS, find_rank, finish, launch, linux
 from PIL import Image
 
+from mlperturb.checkpoints import load_checkpoint, read_metadata
 from mlperturb.errors import StorageError, UsageError
 from mlperturb.sharing import Share, join, local_device
-
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
 
 
 def test_alone_a_process_does_everything_and_waits_for_nobody():
@@ -127,30 +124,6 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-def launch(arguments: list[object], *, restarts: int = 0, processes: int = 2, mark: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [f"--max-restarts={restarts}", "-m", "mlperturb", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLPERTURB_TEST": mark}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
-
-
-def find_rank(rank: int, mark: str) -> int:
-    """Return the process id of a rank of the run of this mark."""
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            environment = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if {f"RANK={rank}".encode(), f"MLPERTURB_TEST={mark}".encode()} <= set(environment):
-            return int(path.parent.name)
-    raise AssertionError(f"no process of rank {rank}")
-
-
 def contents(out: Path) -> tuple[dict[str, bytes], list[dict], dict]:
     """Return the PNGs, and the report's records and summary, without their times."""
     report = json.loads((out / "report.json").read_text())
@@ -195,3 +168,32 @@ def test_two_processes_one_killed_and_restarted_come_to_the_files_and_report_of_
     assert contents(out) == contents(tmp_path / "whole")
     again = Counter(name for names in attacked(out).values() for name in names)
     assert [Path(name).name for name, count in again.items() if count == 2] == ["05.png"]
+
+
+@pytest.fixture
+def labelled(photos) -> list[object]:
+    """Return the options that name the photos as a data set of two labels."""
+    names = sorted(path.name for path in photos.glob("[0-9]*.png"))
+    lines = [f"{name},{number % 2},{number // 2 % 2}" for number, name in enumerate(names)]
+    table = photos.parent / "labels.csv"
+    table.write_text("\n".join(["image,cat,dog", *lines]) + "\n")
+    return ["--photos", photos, "--csv", table]
+
+
+@linux
+def test_two_processes_train_one_network_and_go_on_after_one_is_killed(labelled, tmp_path):
+    out, mark = tmp_path / "mine.safetensors", str(tmp_path)
+    command = ["train", *labelled, "--arch", "shufflenet_v2_x0_5", "--size", 32, "--batch-size", 4, "--epochs", 8]
+    process = launch([*command, "--device", "cpu", "--out", out], restarts=1, mark=mark)
+    state = tmp_path / "mine.safetensors.resume.pt"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(find_rank(1, mark), signal.SIGKILL)
+    code, text, err = finish(process)
+    assert code == 0 and text.count("wrote") == 1, err
+    firsts = [line for line in err.splitlines() if line.startswith("epoch 1/8 step 1/")]
+    assert len(firsts) == 1  # what was finished was not trained again
+    metadata = read_metadata(out)
+    assert metadata.provenance["photos"] == {"training": 22, "validation": 2}
+    assert load_checkpoint(out)[0].labels == ("cat", "dog")

@@ -61,6 +61,8 @@ def train(
         raise UsageError(f"expected --out to end in .safetensors, got {out}")
 
     from mlperturb.devices import prepare
+    from mlperturb.sharing import join as join_run
+    from mlperturb.sharing import local_device
     from mlperturb.training import Recipe
     from mlperturb.training import train as run
     from mlperturb.voc import join, read_csv, read_splits
@@ -91,6 +93,7 @@ def train(
         "initial": [path.name for path in files] or list(init or ()),
         "photos": {"training": len(training), "validation": len(validation)},
     }
+    share = join_run()
     metadata = run(
         recipe,
         training,
@@ -99,11 +102,14 @@ def train(
         output=out,
         initial=files,
         pretrained="torchvision" in (init or ()),
-        device=prepare(device, seed),
+        device=prepare(local_device(device), seed),
         resume=resume,
         provenance=provenance,
-        report=_Printer(),
+        report=_Printer() if share.first else None,
+        share=share,
     )
+    if metadata is None:
+        return
     if metadata.metrics:
         from mlperturb.cli.console import out as stdout
         from mlperturb.tables import classifier_grid, show
