@@ -17,7 +17,7 @@ from mlperturb.errors import OutputError, StorageError, UsageError
 _THIS_NAME_ALONE = {errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR}
 
 
-def parse_path(text: str) -> Path:
+def parse_path(text: str | Path) -> Path:
     """Return the path that a text names: of this machine, or any URL that fsspec knows (`s3://`, `gs://`, `memory://`).
 
     A URL becomes a `upath.UPath`, which answers as a Path does; `file://` becomes an ordinary path.
@@ -25,6 +25,8 @@ def parse_path(text: str) -> Path:
     Raises:
         UsageError: if the URL's scheme is unknown, or the package for it is not installed.
     """
+    if isinstance(text, Path):  # a default value
+        return text
     scheme, found, rest = text.partition("://")
     if not found:
         return Path(text)

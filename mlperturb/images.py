@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlperturb.errors import ImageError, UsageError
-from mlperturb.files import write_file
+from mlperturb.files import is_remote, write_file
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -54,8 +55,8 @@ def find_photos(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]
         try:
             if path.is_dir():
                 folders.append(path)
-                for inside in sorted(path.rglob("*") if recursive else path.iterdir()):
-                    if inside.suffix.lower() in EXTENSIONS and inside.is_file() and not is_output(inside):
+                for inside in _list_files(path, recursive=recursive):
+                    if inside.suffix.lower() in EXTENSIONS and not is_output(inside):
                         found.setdefault(inside)
             elif path.exists():
                 found.setdefault(path)
@@ -68,6 +69,19 @@ def find_photos(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]
         hint = "" if recursive else " (add -r to search subfolders)"
         raise UsageError(f"no photo found in {where}: expected {', '.join(sorted(EXTENSIONS))}{hint}")
     return list(found)
+
+
+def _list_files(folder: Path, *, recursive: bool) -> Iterator[Path]:
+    """Yield the files of a folder in name order; links to files count, links to folders are not followed."""
+    if is_remote(folder):
+        store, root = folder.fs, folder.path.rstrip("/")  # type: ignore[attr-defined]
+        names = store.find(root, maxdepth=None if recursive else 1)  # one listing, not a request a file
+        yield from sorted((folder / name.removeprefix(root).lstrip("/") for name in names), key=str)
+        return
+    places = (
+        (Path(top) / name for top, _, names in os.walk(folder) for name in names) if recursive else folder.iterdir()
+    )
+    yield from (path for path in sorted(places) if path.suffix.lower() in EXTENSIONS and path.is_file())
 
 
 def is_output(path: Path) -> bool:
@@ -84,11 +98,15 @@ def read_photo(path: Path) -> Photo:
         ImageError: if the file cannot be read, is damaged, of an unknown format, or larger than `MAX_PIXELS`.
     """
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe may wait for ever
+        if not is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):  # a pipe may wait for ever
             raise ImageError(f"cannot read {path}: it is no regular file")
         data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise ImageError(f"cannot read {path}: {str(error) or type(error).__name__:.200}") from error  # of its store
     if not data:
         raise ImageError(f"{path} is empty")
     try:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from mlperturb import __version__
 from mlperturb.errors import ImageError, UsageError
-from mlperturb.files import is_file_of
+from mlperturb.files import is_file_of, is_remote, parse_path
 from mlperturb.metrics import Distortion
 from mlperturb.text import printable
 
@@ -174,7 +174,8 @@ def read_report(path: Path) -> tuple[dict[str, Any], Path]:
     path = path / "report.json" if path.is_dir() else path
     report = read_json(path, SCHEMA)
     with reading(path):
-        return report, path.parent / report["settings"].get("out", ".")
+        out = report["settings"].get("out", ".")
+        return report, path.parent if out == "." else path.parent / out
 
 
 @contextmanager
@@ -210,6 +211,10 @@ def find_photo(
     It is looked for in `photos`, as the report names it, from the folder in which the attack was started, and beside
     the report; only a file of the same SHA-256 will do.
     """
+    if "://" in image["source"]:  # a report is data: it opens no address elsewhere than where it lies itself
+        source = parse_path(image["source"])
+        within = is_remote(folder) and type(source) is type(folder)
+        return source if within and is_file_of(source, image["sha256"]) else None
     source = Path(image["source"])
     places = [source, Path(settings.get("cwd", ".")) / source, folder / source, folder / source.name]
     if photos is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mlperturb.attacks.ranking import RankingGoal
 from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError, OutputError, StorageError
+from mlperturb.files import remove_file
 from mlperturb.images import Photo, Pixels, magnify, read_pixels, write_png
 from mlperturb.jobs import Job, Settings
 from mlperturb.metrics import distortion, kendall_tau
@@ -92,7 +93,7 @@ def judge(
     }
     if status == "failed" and not settings.keep_failed:
         for name in (job.adversarial, job.map):
-            (out / name).unlink(missing_ok=True)
+            remove_file(out / name)
         return Record(**{**facts, "survival": None})
     probabilities["after"] = _probabilities(labels, after[0])
     return Record(

@@ -12,6 +12,7 @@ import typer
 from mlperturb.attacks import BUDGETS, DEFAULT_METHOD, METHODS, find_method
 from mlperturb.cli.console import print_note
 from mlperturb.cli.options import (
+    ANYWHERE,
     Arch,
     BatchSize,
     Checkpoint,
@@ -30,6 +31,7 @@ from mlperturb.cli.options import (
     parse_batch_size,
 )
 from mlperturb.errors import UsageError
+from mlperturb.files import is_remote
 from mlperturb.labels import Request, parse_request
 
 if TYPE_CHECKING:
@@ -85,8 +87,13 @@ def attack(
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
-    out: Annotated[Path, typer.Option(help="Folder for the PNGs and report.json.")] = Path("mlperturb-out"),
-    report: Annotated[Path | None, typer.Option(help="Write the report there, not to OUT/report.json.")] = None,
+    out: Annotated[Path, typer.Option(**ANYWHERE, help="Folder, or URL, for the PNGs and report.json.")] = Path(
+        "mlperturb-out"
+    ),
+    report: Annotated[
+        Path | None,
+        typer.Option(**ANYWHERE, help="Write the report there, not to OUT/report.json."),
+    ] = None,
     html: Annotated[bool, typer.Option("--html", help="Make OUT/index.html too, a page of the results.")] = False,
     overwrite: Overwrite = False,
     recursive: Recursive = False,
@@ -196,7 +203,7 @@ def prepare_folder(out: Path, report: Path, jobs: list[Job], *, overwrite: bool,
         UsageError: if the folder cannot be made or written, or something is there already.
         StorageError: if the journal of the run to be replaced cannot be deleted.
     """
-    from mlperturb.files import is_remote, list_names
+    from mlperturb.files import list_names
     from mlperturb.journal import find_journal, remove_journal
 
     make_folder(out)
@@ -207,12 +214,13 @@ def prepare_folder(out: Path, report: Path, jobs: list[Job], *, overwrite: bool,
     targets = {name for job in jobs for name in (job.adversarial, job.map)} | ({page.name} if page else set())
     if report.name in targets | {JOURNAL} and same_folder(report.parent, out):
         raise UsageError(f"the report would replace another file of the run: choose another --report than {report}")
-    existing = [out / name for name in sorted(targets & there)] + ([report] if os.path.lexists(report) else [])
-    if not is_remote(out):
-        outputs = {identity(target) for target in existing} - {None}
-        taken = [job for job in jobs if outputs and not is_remote(job.source) and identity(job.source) in outputs]
-        if taken:
-            raise UsageError(f"an output would replace the photo {taken[0].source}: choose another --out than {out}")
+    existing = [out / name for name in sorted(targets & there)] + (
+        [report] if report.is_symlink() or report.exists() else []
+    )
+    outputs = {identity(target) for target in existing} - {None}
+    taken = [job for job in jobs if job.source in existing or outputs and identity(job.source) in outputs]
+    if taken:
+        raise UsageError(f"an output would replace the photo {taken[0].source}: choose another --out than {out}")
     if existing and not overwrite and not find_journal(journal):
         raise UsageError(
             f"{existing[0]} and {len(existing) - 1} more outputs exist already: give --overwrite or another --out"
@@ -223,6 +231,8 @@ def prepare_folder(out: Path, report: Path, jobs: list[Job], *, overwrite: bool,
 
 def identity(path: Path) -> tuple[int, int] | None:
     """Return what tells whether two paths are one file, links followed; None if there is none."""
+    if is_remote(path):
+        return None
     try:
         status = os.stat(path)
     except OSError:

@@ -14,6 +14,7 @@ from mlperturb.attacks import BUDGETS
 from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.options import (
+    ANYWHERE,
     Arch,
     BatchSize,
     Checkpoint,
@@ -72,9 +73,10 @@ def evaluate(
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
-    out: Annotated[Path, typer.Option(help="Folder for the records and tables; a run goes on from it.")] = Path(
-        "mlperturb-evaluation"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(**ANYWHERE, help="Folder, or URL, for records and tables; a run goes on from it."),
+    ] = Path("mlperturb-evaluation"),
     overwrite: Overwrite = False,
     keep_images: Annotated[bool, typer.Option("--keep-images", help="Keep the PNGs and maps, in OUT/images.")] = False,
     batch_size: BatchSize = "auto",

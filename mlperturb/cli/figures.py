@@ -11,7 +11,7 @@ import typer
 
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error, print_note
-from mlperturb.cli.options import Overwrite, folder_of, make_folder, refuse_existing
+from mlperturb.cli.options import ANYWHERE, Overwrite, folder_of, make_folder, refuse_existing
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.labels import split_names
 from mlperturb.text import file_stem, printable
@@ -25,7 +25,9 @@ KINDS = ("case", "histogram", "jpeg", "all")
 def figures(
     reports: Annotated[
         list[Path],
-        typer.Argument(help="Reports of `attack`, jpeg-defence.json, or their folders.", show_default=False),
+        typer.Argument(
+            **ANYWHERE, help="Reports of `attack`, jpeg-defence.json, or their folders.", show_default=False
+        ),
     ],
     kind: Annotated[str, typer.Option(help="case (Figure 2), histogram (Figure 1), jpeg (Figure 3), or all.")] = "all",
     format: Annotated[str, typer.Option(help="png, pdf or svg.")] = "png",
@@ -33,7 +35,9 @@ def figures(
         list[str] | None,
         typer.Option(metavar="LABEL", help="Of the histograms; by default the most attacked."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; by default `figures` beside the first report.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(**ANYWHERE, help="Folder; by default `figures` beside the first report.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw the paper's figures: a case study for each image, histograms over all, the JPEG defence."""

@@ -9,14 +9,18 @@ import typer
 
 from mlperturb.cli.console import make_bar, print_error
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.options import Overwrite, Quiet, folder_of, make_folder, refuse_existing
+from mlperturb.cli.options import ANYWHERE, Overwrite, Quiet, folder_of, make_folder, refuse_existing
 from mlperturb.errors import UsageError
 from mlperturb.text import printable
 
 
 def gallery(
-    report: Annotated[Path, typer.Argument(help="A report of `attack`, or its folder.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="The page; by default index.html beside the report.")] = None,
+    report: Annotated[
+        Path, typer.Argument(**ANYWHERE, help="A report of `attack`, or its folder.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(**ANYWHERE, help="The page; by default index.html beside the report.")
+    ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:

@@ -10,6 +10,7 @@ import typer
 from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.options import (
+    ANYWHERE,
     Arch,
     Checkpoint,
     Device,
@@ -38,7 +39,9 @@ OUTPUTS = ("jpeg-defence.json", "jpeg-histogram.png", "jpeg-curve.png")
 def jpeg_defend(
     paths: Annotated[
         list[Path],
-        typer.Argument(help="Output folders or reports of `attack`; or PNGs, with --flip.", show_default=False),
+        typer.Argument(
+            **ANYWHERE, help="Output folders or reports of `attack`; or PNGs, with --flip.", show_default=False
+        ),
     ],
     quality: Annotated[
         list[str] | None,
@@ -55,11 +58,15 @@ def jpeg_defend(
     keep: Annotated[
         list[str] | None, typer.Option(metavar="LABEL", help="For PNGs alone: those kept, or `rest`.")
     ] = None,
-    photos: Annotated[Path | None, typer.Option(help="Folder of the clean photos, if they have moved.")] = None,
+    photos: Annotated[
+        Path | None, typer.Option(**ANYWHERE, help="Folder of the clean photos, if they have moved.")
+    ] = None,
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; by default that of the report.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(**ANYWHERE, help="Folder for the results; by default that of the report.")
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlperturb.errors import CheckpointError, UsageError
+from mlperturb.files import is_remote, parse_path
 
 if TYPE_CHECKING:
     from mlperturb.classifier import Classifier
 
-Paths = Annotated[list[Path], typer.Argument(help="Photos, and folders of photos.", show_default=False)]
+ANYWHERE: dict[str, Any] = {"parser": parse_path, "metavar": "PATH"}  # a path of this machine, or a URL
+
+Paths = Annotated[
+    list[Path], typer.Argument(**ANYWHERE, help="Photos, folders of photos, or URLs of either.", show_default=False)
+]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Search folders to their depths.")]
 Checkpoint = Annotated[
     Path | None, typer.Option(help="A .safetensors of ours, or plain weights with --arch and --labels.")
@@ -33,7 +39,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, o
 
 Voc = Annotated[Path | None, typer.Option(help="A VOCdevkit folder.")]
 Year = Annotated[list[str] | None, typer.Option(help="Year of the VOCdevkit; repeatable, comma-separated.")]
-PhotoFolder = Annotated[Path | None, typer.Option(help="In place of --voc: a folder of photos, with --csv.")]
+PhotoFolder = Annotated[
+    Path | None, typer.Option(**ANYWHERE, help="In place of --voc: a folder of photos, with --csv.")
+]
 LabelTable = Annotated[Path | None, typer.Option(help="Table `image,LABEL,...`: 1, 0, or -1 for difficult.")]
 
 
@@ -141,8 +149,8 @@ def make_folder(folder: Path) -> None:
     Raises:
         UsageError: if it cannot be made or written to.
     """
-    import os
-
+    if is_remote(folder):
+        return  # a store has no folders: a file's name is enough
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

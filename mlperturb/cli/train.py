@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -57,6 +58,8 @@ def train(
 ) -> None:
     """Train a multi-label classifier with the paper's ranking loss, calibrate it, and measure it."""
     check_data(voc, year, photos, csv)
+    if re.match(r"[a-z0-9]{2,}:/", str(out)):  # a URL, its slashes merged; no drive letter
+        raise UsageError(f"expected a path of this machine for --out, got {out}")
     if out.suffix != ".safetensors":
         raise UsageError(f"expected --out to end in .safetensors, got {out}")
 

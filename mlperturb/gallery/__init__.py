@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, UndefinedError
 from PIL import Image, ImageFilter
 
 from mlperturb.errors import ImageError
-from mlperturb.files import write_file
+from mlperturb.files import is_remote, write_file
 from mlperturb.images import read_photo
 from mlperturb.report import find_output, find_photo, thresholds_of
 from mlperturb.text import printable
@@ -123,7 +123,8 @@ def _thumbnail(path: Path, *, sparse: bool) -> str:
 def _link(path: Path | None, page: Path) -> str:
     """Return a file's address relative to the page; the leading `./` keeps a name from being read as a scheme."""
     assert path is not None
-    return "./" + quote(os.path.relpath(path.resolve(), page.resolve()).encode("utf-8", "surrogateescape"))
+    name = path.name if is_remote(path) else os.path.relpath(path.resolve(), page.resolve())
+    return "./" + quote(name.encode("utf-8", "surrogateescape"))
 
 
 def _bars(image: dict[str, Any], thresholds: dict[str, float]) -> list[dict[str, Any]]:

@@ -1,0 +1,188 @@
+"""Photos and outputs at URLs: fsspec's `memory://` in the place of a bucket, and `file://`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from helpers import TINY_PIXELS
+from PIL import Image
+
+import mlperturb.runner
+from mlperturb.errors import StorageError, UsageError
+from mlperturb.files import is_remote, list_names, parse_path, write_file, writing
+from mlperturb.images import find_photos
+from mlperturb.journal import Journal, find_journal
+
+MEMORY = fsspec.filesystem("memory")
+
+
+@pytest.fixture(autouse=True)
+def _empty_store():
+    MEMORY.store.clear()
+    MEMORY.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def bucket(tmp_path) -> str:
+    """Put five photos, one in a subfolder, and a file that is none at a URL."""
+    for number in range(5):
+        path = tmp_path / "photo.png"
+        Image.fromarray(np.roll(TINY_PIXELS, number, 1)).save(path)
+        MEMORY.pipe_file(f"/bucket/photos/{'deep/' if number == 4 else ''}{number} x.png", path.read_bytes())
+    MEMORY.pipe_file("/bucket/photos/broken.png", b"nonsense")
+    MEMORY.pipe_file("/bucket/photos/notes.txt", b"no photo")
+    return "memory://bucket"
+
+
+@pytest.fixture
+def command(bucket, tiny):
+    def build(out: object, photos: object = f"{bucket}/photos", *more: object) -> list[object]:
+        options = ["--flip", "cat", "--keep", "rest", "--budget", "fast", "--batch-size", 2, "--checkpoint", tiny]
+        return ["attack", photos, "-r", *options, "--device", "cpu", "--out", out, *more]
+
+    return build
+
+
+def contents(out: str) -> dict[str, bytes]:
+    return {name.rpartition("/")[2]: MEMORY.cat_file(name) for name in MEMORY.find(out) if name.endswith(".png")}
+
+
+def records(text: bytes | str) -> list[dict]:
+    images = json.loads(text)["images"]
+    for image in images:
+        image["source"] = image["source"].rpartition("/")[2]
+        image["cost"].pop("seconds")
+        if image["error"]:
+            image["error"]["message"] = image["error"]["message"].rpartition("/")[2]
+    return images
+
+
+def test_photos_at_a_url_come_to_the_files_and_report_that_they_come_to_here(cli, command, bucket, tmp_path):
+    code, text, err = cli(*command("memory://bucket/out", f"{bucket}/photos", "--html"))
+    assert code == 1 and "memory://bucket/photos/broken.png is not an image" in err, err
+    assert "files in memory://bucket/out" in text
+    here = tmp_path / "here"
+    here.mkdir()
+    MEMORY.get("/bucket/photos", str(here), recursive=True)
+    assert cli(*command(tmp_path / "out", here))[0] == 1
+    assert contents("/bucket/out") == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
+    there = MEMORY.cat_file("/bucket/out/report.json")
+    assert records(there) == records((tmp_path / "out" / "report.json").read_text())
+    page = MEMORY.cat_file("/bucket/out/index.html").decode()
+    assert page.count("<article") == 6 and page.count("data:image") == 15 and 'href="./0%20x.adv.png"' in page
+
+
+def test_a_run_at_a_url_goes_on_and_refuses_other_settings(cli, command, monkeypatch):
+    out = "memory://bucket/out"
+    assert cli(*command(out))[0] == 1
+    before = contents("/bucket/out")
+    MEMORY.rm_file("/bucket/out/2 x.adv.png")
+    attacked, search = [], mlperturb.runner.search
+
+    def watch(classifier, photos, requests, settings):
+        attacked.append(len(photos))
+        return search(classifier, photos, requests, settings)
+
+    monkeypatch.setattr(mlperturb.runner, "search", watch)
+    code, _, err = cli(*command(out))
+    assert code == 1 and "going on: 5 of 6" in err and attacked == [2]  # its batch alone
+    assert contents("/bucket/out") == before
+    code, _, err = cli(*command(out, "memory://bucket/photos", "--seed", 3))
+    assert code == 2 and "was written with another seed" in err
+    assert cli(*command(out, "memory://bucket/photos", "--seed", 3, "--overwrite"))[0] == 1
+    assert len([name for name in MEMORY.find("/bucket/out/journal") if name.endswith("-00000000.json")]) == 1
+
+
+def test_a_store_that_fails_stops_the_run_and_the_same_command_finishes_it(cli, command, monkeypatch):
+    assert cli(*command("memory://bucket/whole"))[0] == 1
+    real, calls = MemoryFileSystem._open, []
+
+    def full(self, path, mode="rb", **options):
+        if mode == "wb":
+            calls.append(path)
+            if len(calls) == 6:
+                raise ConnectionError("the store does not answer")
+        return real(self, path, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "_open", full)
+        code, _, err = cli(*command("memory://bucket/out"))
+    assert code == 3 and err.count("the store does not answer") == 1 and "Traceback" not in err
+    assert cli(*command("memory://bucket/out"))[0] == 1
+    assert contents("/bucket/out") == contents("/bucket/whole")
+
+
+def test_what_is_there_already_at_a_url_is_not_replaced(cli, command):
+    MEMORY.pipe_file("/bucket/out/1 x.adv.png", b"mine")
+    code, _, err = cli(*command("memory://bucket/out"))
+    assert code == 2 and "1 x.adv.png" in err and "--overwrite" in err
+    assert MEMORY.cat_file("/bucket/out/1 x.adv.png") == b"mine"
+    code, _, err = cli("attack", "memory://bucket/out/1 x.adv.png", "memory://bucket/photos/1 x.png", "--flip", "cat",
+                       *command("memory://bucket/out")[-6:], "--overwrite")  # fmt: skip
+    assert code == 2 and "an output would replace the photo memory://bucket/out/1 x.adv.png" in err
+
+
+def test_a_file_url_is_an_ordinary_path(cli, command, tmp_path):
+    Image.fromarray(TINY_PIXELS).save(tmp_path / "photo.png")
+    assert cli(*command(f"file://{tmp_path}/out", f"file://{tmp_path}/photo.png"))[0] == 0
+    assert (tmp_path / "out" / "photo.adv.png").is_file() and (tmp_path / "out" / "journal.jsonl").is_file()
+    assert parse_path("file:///a/b") == Path("/a/b") and not is_remote(parse_path("a:b"))
+
+
+@pytest.mark.parametrize("url", ["nope://x/y", "s3://bucket/x", "://x"])
+def test_a_url_that_cannot_be_opened_is_refused_in_a_line(cli, command, url):
+    if url.startswith("s3") and "s3" in fsspec.available_protocols():
+        try:
+            import s3fs  # noqa: F401
+        except ImportError:
+            pass
+        else:
+            pytest.skip("s3fs is installed")
+    code, _, err = cli(*command("memory://bucket/out", url))
+    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err
+    assert "mlperturb[s3]" in err or not url.startswith("s3")
+
+
+def test_predict_reads_from_a_url(cli, bucket, tiny):
+    code, text, _ = cli("predict", f"{bucket}/photos/0 x.png", "--checkpoint", tiny, "--device", "cpu", "--json")
+    assert code == 0 and json.loads(text)["images"][0]["source"] == "memory://bucket/photos/0 x.png"
+
+
+def test_a_folder_at_a_url_is_listed_with_and_without_its_subfolders(bucket):
+    folder = parse_path(f"{bucket}/photos")
+    assert [path.name for path in find_photos([folder])] == ["0 x.png", "1 x.png", "2 x.png", "3 x.png", "broken.png"]
+    assert "4 x.png" in [path.name for path in find_photos([folder], recursive=True)]
+    with pytest.raises(UsageError, match="no such file or folder: memory://bucket/nothing"):
+        find_photos([parse_path("memory://bucket/nothing")])
+    assert list_names(folder) >= {"0 x.png", "deep"} and list_names(parse_path("memory://none")) == set()
+
+
+def test_an_object_is_written_whole_or_not_at_all():
+    path = parse_path("memory://bucket/file")
+    write_file(path, b"first")
+    with pytest.raises(ZeroDivisionError), writing(path) as stream:
+        stream.write(b"second")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"first"
+
+
+def test_a_journal_at_a_url_is_an_object_a_line_in_the_order_of_the_turns():
+    path, key = parse_path("memory://bucket/j.jsonl"), {"seed": 0}
+    with Journal(path, key, rank=0, size=2) as first, Journal(path, key, rank=1, size=2) as second:
+        first.append({"a": 1})
+        second.append({"a": 2})
+        assert not first.resumed
+    with Journal(path, key) as again:
+        again.append({"a": 3})
+        assert again.resumed and [entry["a"] for entry in again.entries()] == [1, 2, 3]
+    assert len(find_journal(path)) == 6
+    with pytest.raises(UsageError, match="another seed"):
+        Journal(path, {"seed": 1})
+    MEMORY.pipe_file(str(find_journal(path)[-1]).removeprefix("memory:/"), b"torn")
+    with pytest.raises(StorageError, match="damaged"), Journal(path, key) as torn:
+        list(torn.entries())
