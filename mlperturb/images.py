@@ -22,6 +22,7 @@ Pixels = npt.NDArray[np.uint8]
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # JPEG covers MPO
 MAX_PIXELS = 100_000_000
+_COMPRESSION = 1  # zlib's level: a third of the time of 6 for 4% more bytes (tests/benchmarks/encoding.py)
 
 Image.init()  # loads every plugin: `Image.open(formats=...)` knows only those loaded
 
@@ -167,7 +168,7 @@ def write_png(path: Path, rgb: Pixels, alpha: Pixels | None = None) -> None:
     """
     pixels = rgb if alpha is None else np.dstack([rgb, alpha])
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="PNG", compress_level=6)
+    Image.fromarray(pixels).save(stream, format="PNG", compress_level=_COMPRESSION)
     write_file(path, stream.getvalue())
 
 

@@ -156,7 +156,7 @@ class AttackRun:
             print()
         elif not self.quiet:
             self._print_tables(told, seconds)
-        _print_some(told.errors, print_error)
+        told.errors.print(print_error)
         if told.summary.exit_code and self.share.size > 1:
             print_note("the exit code is 0 all the same: torchrun would start the processes again")
             return 0
@@ -172,7 +172,7 @@ class AttackRun:
                     stdout.print(image_table(record))
         else:
             stdout.print(summary_table(told.summary.to_dict(seconds)))
-        _print_some(told.notes, print_note)
+        told.notes.print(print_note)
         page = f", page {printable(str(self.out / 'index.html'))}" if self.html else ""
         stdout.print(f"files in {printable(str(self.out))}, report {printable(str(self.report))}{page}", soft_wrap=True)
 
@@ -184,8 +184,8 @@ class _Told:
     settings: Settings
     summary: Summary = field(default_factory=Summary)
     first: list[Record] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
+    notes: _Lines = field(default_factory=lambda: _Lines())
+    errors: _Lines = field(default_factory=lambda: _Lines())
 
     def listen(self, records: Iterable[Record]) -> Iterator[Record]:
         """Pass records on."""
@@ -193,19 +193,32 @@ class _Told:
             self.summary.add(record)
             if len(self.first) <= _SHOWN:
                 self.first.append(record)
-            self.notes += [f"{record.source}: {note}" for note in record.notes]
+            for note in record.notes:
+                self.notes.add(f"{record.source}: {note}")
             if record.error:
-                self.errors.append(record.error["message"])
+                self.errors.add(record.error["message"])
             elif record.status != "success":
-                self.notes.append(f"{record.source}: {advice(record, self.settings)}")
+                self.notes.add(f"{record.source}: {advice(record, self.settings)}")
             yield record
 
 
-def _print_some(lines: list[str], show: Callable[[str], None]) -> None:
-    for line in lines[:_LINES]:
-        show(line)
-    if len(lines) > _LINES:
-        print_note(f"and {len(lines) - _LINES} more like these: see the report")
+@dataclass
+class _Lines:
+    """The first lines of many, and how many there are."""
+
+    first: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, line: str) -> None:
+        self.count += 1
+        if self.count <= _LINES:
+            self.first.append(line)
+
+    def print(self, show: Callable[[str], None]) -> None:
+        for line in self.first:
+            show(line)
+        if self.count > _LINES:
+            print_note(f"and {self.count - _LINES} more like these: see the report")
 
 
 def advice(record: Record, settings: Settings) -> str:
