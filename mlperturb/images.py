@@ -79,10 +79,17 @@ def _list_files(folder: Path, *, recursive: bool) -> Iterator[Path]:
         names = store.find(root, maxdepth=None if recursive else 1)  # one listing, not a request a file
         yield from sorted((folder / name.removeprefix(root).lstrip("/") for name in names), key=str)
         return
-    places = (
-        (Path(top) / name for top, _, names in os.walk(folder) for name in names) if recursive else folder.iterdir()
-    )
-    yield from (path for path in sorted(places) if path.suffix.lower() in EXTENSIONS and path.is_file())
+    yield from sorted(_walk(folder, recursive=recursive), key=lambda path: path.parts)
+
+
+def _walk(folder: Path, *, recursive: bool) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if recursive:
+                    yield from _walk(folder / entry.name, recursive=True)
+            elif entry.name.lower().endswith(tuple(EXTENSIONS)) and entry.is_file():
+                yield folder / entry.name
 
 
 def is_output(path: Path) -> bool:

@@ -204,3 +204,23 @@ def test_a_photo_too_large_by_itself_fails_and_the_rest_goes_on(cli, command, ph
     assert code == 1 and "4.png: too large" in err
     assert [record["status"] for record in records].count("success") == 8
     assert "4.png" not in [Path(name).name for name in attacked(tmp_path / "out")]  # it is tried again
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_photos(tiny, tmp_path):
+    peaks = []
+    for count in (100, 10_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        Image.fromarray(TINY_PIXELS).save(folder / "0.png")
+        for number in range(1, count):
+            os.link(folder / "0.png", folder / f"{number}.png")
+        options = ["--flip", "any", "--budget", "fast", "--passes", 20, "--batch-size", 64, "--checkpoint", tiny]
+        command = ["attack", folder, *options, "--device", "cpu", "--quiet", "--out", tmp_path / f"out-{count}"]
+        with subprocess.Popen([sys.executable, "-m", "mlperturb", *map(str, command)]) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = status
+        assert status == 0
+        assert json.loads((tmp_path / f"out-{count}" / "report.json").read_text())["summary"]["success"] == count
+        peaks.append(usage.ru_maxrss / 1024)
+    assert peaks[1] - peaks[0] < 300, peaks

@@ -174,7 +174,8 @@ def run(
         if renamed:
             first = renamed[0]
             print_note(f"{len(renamed)} photos share another's name; {first.source} becomes {first.adversarial}")
-    share.agree(fingerprint([(str(job.source), job.adversarial) for job in jobs]), "photos")
+    if share.size > 1:
+        share.agree(fingerprint([(str(job.source), job.adversarial) for job in jobs]), "photos")
 
     from mlperturb.devices import prepare
 

@@ -3,8 +3,9 @@
     python tests/benchmarks/throughput.py --photos ../shared/voc/VOCdevkit/VOC2012/JPEGImages --count 200 --budget fast
 
 `mlperturb attack`'s own runner on photos of a folder, into a temporary folder: `--flip any --keep rest`. `forward` and
-`backward` are passes of the resizing and the network; `write` is encoding, flushing to disk, renaming and reading back.
-On CUDA passes are only started by those calls: what is waited for is in `rest`.
+`backward` are passes of the resizing and the network (on CUDA they are only started by those calls: what is waited for is
+in `rest`), `wait` is what the thread that attacks waits for photos to be decoded and for files to be written. `decode`
+and `write` (encoding, flushing to disk, renaming, reading back) run in threads meanwhile, and are not part of the sum.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--method", default="ml-ddn")
     parser.add_argument("--budget", default="balanced")
+    parser.add_argument("--passes", type=int)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
@@ -56,26 +58,28 @@ def main() -> None:
     classifier, _ = load_checkpoint(arguments.checkpoint or bundled_checkpoint(), device=device)
     jobs = plan_outputs(find_photos([arguments.photos], recursive=True)[: arguments.count])
     request = parse_request(classifier.labels, flip=["any"], keep=["rest"])
-    settings = Settings(arguments.method, arguments.budget, request)
+    settings = Settings(arguments.method, arguments.budget, request, arguments.passes)
     spent: Counter[str] = Counter()
     statuses: Counter[str] = Counter()
     started = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as out,
         patch.object(runner, "read_photo", timed(spent, "decode", runner.read_photo)),
-        patch.object(runner, "_save", timed(spent, "write", runner._save)),
+        patch.object(runner, "save", timed(spent, "write", runner.save)),
         patch.object(Problem, "logits", timed(spent, "forward", Problem.logits)),
         patch.object(Problem, "gradient", timed(spent, "backward", Problem.gradient)),
         patch.object(Problem, "jacobian", timed(spent, "backward", Problem.jacobian)),
     ):
-        runner.run_attack(
+        waits = runner.run_attack(
             classifier, jobs, Path(out), settings, lambda records: statuses.update(r.status for r in records)
         )
     total = time.perf_counter() - started
-    spent["rest"] = total - sum(spent.values())
+    spent["wait"] = waits.reading + waits.writing
+    spent["rest"] = total - spent["forward"] - spent["backward"] - spent["wait"]
     result = {
         "method": arguments.method,
         "budget": arguments.budget,
+        "passes": arguments.passes,
         "device": str(device),
         "photos": len(jobs),
         "statuses": dict(statuses),
@@ -84,7 +88,7 @@ def main() -> None:
     }
     print(f"{len(jobs)} photos, {arguments.method}, {arguments.budget}, {device}: {dict(statuses)}")
     print(f"{result['photos_per_second']:.2f} photos a second; of the time:")
-    for name in ("decode", "forward", "backward", "write", "rest"):
+    for name in ("forward", "backward", "wait", "rest", "decode", "write"):
         print(f"  {name:9}{spent[name] / total:6.1%}")
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
