@@ -4,8 +4,9 @@
 
 `mlperturb attack`'s own runner on photos of a folder, into a temporary folder: `--flip any --keep rest`. `forward` and
 `backward` are passes of the resizing and the network (on CUDA they are only started by those calls: what is waited for
-is in `rest`); `wait` is what the thread that attacks waits for photos to be decoded and for files to be written. `decode`
-and `write` (encoding, flushing to disk, renaming, reading back) run in threads meanwhile, and are not part of the sum.
+is in `rest`); `wait` is what the thread that attacks waits for photos to be decoded and for files to be written.
+`decode` and `write` (encoding, flushing to disk, renaming, reading back) run in threads meanwhile, and are not part of
+the sum.
 """
 
 from __future__ import annotations
