@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlperturb.errors import OutputError, StorageError
 
-_THIS_NAME_ALONE = {errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR}
+_THIS_NAME_ALONE = {errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ}
 
 
 def file_sha256(path: Path) -> str:
