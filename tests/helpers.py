@@ -1,9 +1,11 @@
-"""What the tests of the attacks share: models with known answers, ragged targets, a model that counts its passes."""
+"""What tests share: models with known answers, ragged targets, a model that counts its passes, what a run wrote."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -160,3 +162,23 @@ class Counting:
 
     def select(self, rows: Tensor) -> Counting:
         return Counting(self.model, self.rows[rows], self.tally)
+
+
+def contents(out: Path) -> tuple[dict[str, bytes], list[dict]]:
+    """Return the PNGs, and the records of the report without their times."""
+    records = json.loads((out / "report.json").read_text())["images"]
+    for record in records:
+        record["cost"].pop("seconds")
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}, records
+
+
+def attacked(out: Path) -> list[str]:
+    """Return the photos of every attack that the journal tells of, in order."""
+    lines = (out / "journal.jsonl").read_text().splitlines()[1:]
+    return [record["source"] for line in lines for record in json.loads(line)["records"]]
+
+
+def said(err: str) -> list[str]:
+    """Return the lines on stderr, but for that of the file that is no photo."""
+    assert "Traceback" not in err
+    return [line for line in err.splitlines() if "broken.png" not in line]
