@@ -8,6 +8,7 @@ torch, so that label names can be checked, and shown, at once. A plain PyTorch `
 from __future__ import annotations
 
 import json
+import math
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from mlperturb.errors import CheckpointError
 from mlperturb.files import write_file
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from mlperturb.classifier import Classifier
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 FORMAT = "mlperturb.checkpoint/1"
 BUNDLED = "voc-mobilenet-v2.safetensors"
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_MAX_LABELS = 100_000
+_MAX_DEPTH = 50  # of what metadata nests; the JSON writer has a limit of its own
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception v3 and GoogLeNet that only training uses
 
 
@@ -72,16 +76,20 @@ def read_metadata(path: Path) -> Metadata:
             f"{path} holds no mlperturb metadata: expected format {FORMAT}; for plain weights give --arch and --labels"
         )
     try:
-        labels = tuple(_list(json.loads(values["labels"])))
-        thresholds = tuple(float(value) for value in _list(json.loads(values["thresholds"])))
-        rest = {name: json.loads(values[name]) for name in ("preprocess", "provenance", "metrics")}
+        labels = tuple(_list(_parse(values["labels"])))
+        thresholds = tuple(float(value) for value in _list(_parse(values["thresholds"])))
+        rest = {name: _parse(values[name]) for name in ("preprocess", "provenance", "metrics")}
         architecture = str(values["architecture"])
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
     if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
         raise CheckpointError(f"{path} has damaged metadata: expected distinct label names")
+    if len(labels) > _MAX_LABELS:
+        raise CheckpointError(f"{path} names {len(labels)} labels, expected at most {_MAX_LABELS}")
     if len(thresholds) != len(labels) or not all(0 < threshold < 1 for threshold in thresholds):
         raise CheckpointError(f"{path} has damaged metadata: expected {len(labels)} thresholds inside (0, 1)")
+    if not _is_shallow(rest, _MAX_DEPTH):
+        raise CheckpointError(f"{path} has damaged metadata: nested more than {_MAX_DEPTH} deep")
     if not all(isinstance(value, dict) for value in rest.values()):
         raise CheckpointError(f"{path} has damaged metadata: expected objects, got {rest!r:.200}")
     return Metadata(architecture, labels, thresholds, **rest)
@@ -210,6 +218,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 return load_file(path)
             except SafetensorError as error:
                 raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+        _refuse_bomb(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an odd pickle protocol; what it holds is checked below
             loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -230,6 +239,38 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path} is no state dict: expected named tensors, got {type(loaded).__name__}")
     return {str(name).removeprefix("module."): value for name, value in loaded.items()}
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuse a file of torch.save's that would take more memory than it has bytes.
+
+    Raises:
+        CheckpointError: if its archive is compressed, or its pickle makes arrays of zeros.
+    """
+    import io
+    import pickletools
+    import zipfile
+
+    with path.open("rb") as stream:
+        pickles: list[Any] = [stream]
+        if zipfile.is_zipfile(stream):
+            with zipfile.ZipFile(stream) as archive:
+                members = archive.infolist()
+                if sum(member.file_size for member in members) > path.stat().st_size:
+                    raise CheckpointError(f"{path} is compressed: expected an archive as torch.save writes it")
+                pickles = [
+                    io.BytesIO(archive.read(member)) for member in members if member.filename.lower().endswith(".pkl")
+                ]
+        else:
+            stream.seek(0)
+        for source in pickles:
+            try:
+                for _ in range(4 if source is stream else 1):  # the old format has three before that of the tensors
+                    for opcode, argument, _ in pickletools.genops(source):
+                        if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+                            raise CheckpointError(f"{path} is no state dict: expected named tensors, got a bytearray")
+            except ValueError:  # torch says what is wrong with it
+                continue
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -274,10 +315,41 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, outputs
         if len(wrong) <= 2 and got and got[1:] == expected[1:] and expected[0] == outputs:
             raise CheckpointError(f"{path} has a head of {got[0]} outputs, expected {outputs}, one for each label")
         raise CheckpointError(f"{path} does not fit the architecture: {name} expected {expected}, got {got}")
-    full = {name: torch.zeros((), dtype=torch.long) for name in optional} | {
-        name: tensor.to(wanted[name].dtype) for name, tensor in given.items()
-    }
+    full = {name: torch.zeros((), dtype=torch.long) for name in optional}
+    for name, tensor in given.items():
+        numbers = _cast(tensor, wanted[name].dtype)
+        if numbers is None:
+            kind = "one without values" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}".replace("torch.", "")
+            raise CheckpointError(f"{path}: expected a tensor of plain numbers as {name}, got {kind}")
+        full[name] = numbers
     network.load_state_dict(full, assign=True)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return a tensor as this type; None unless it holds plain real numbers."""
+    import torch
+
+    if tensor.is_meta or tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
+        return None
+    try:
+        return tensor.to(dtype)
+    except (RuntimeError, NotImplementedError):  # of packed bits
+        return None
+
+
+def _parse(text: str) -> Any:
+    """Parse JSON, a number that is not finite as null: it is no JSON, and nothing can show it as such."""
+
+    def number(digits: str) -> float | None:
+        return float(digits) if math.isfinite(float(digits)) else None
+
+    return json.loads(text, parse_float=number, parse_constant=lambda _: None)
+
+
+def _is_shallow(value: object, levels: int) -> bool:
+    """Say whether no value lies deeper than so many levels."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner)
 
 
 def _list(value: object) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import IO, cast
 
 from mlperturb.errors import OutputError, StorageError, UsageError
 
-_THIS_NAME_ALONE = {errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR}
+_THIS_NAME_ALONE = {errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ}
 
 
 def parse_path(text: str | Path) -> Path:

@@ -23,13 +23,15 @@ from mlperturb.errors import CheckpointError
 
 Size = tuple[int, int]
 
+MAX_SIDE = 4096  # pixels of the resized photo
+
 
 @dataclass(frozen=True)
 class Preprocess:
     """The preprocessing that a checkpoint was trained with.
 
     Attributes:
-        resize: (height, width) to stretch to, or one number for the shorter side.
+        resize: (height, width) to stretch to, or one number for the shorter side; at most `MAX_SIDE`.
         crop: (height, width) of the centre crop after resizing, or None.
         mean: subtracted per channel, in [0, 1] units, after resizing.
         std: divided by per channel.
@@ -48,6 +50,8 @@ class Preprocess:
             raise CheckpointError(f"expected interpolation bilinear or bicubic, got {self.interpolation!r}")
         if min(resize) < 1 or (self.crop and (min(self.crop) < 1 or any(map(int.__gt__, self.crop, resize)))):
             raise CheckpointError(f"expected a crop within the resized photo, got {self.crop} of {self.resize}")
+        if max(resize) > MAX_SIDE:
+            raise CheckpointError(f"expected to resize to at most {MAX_SIDE} pixels a side, got {self.resize}")
         numbers = all(map(math.isfinite, (*self.mean, *self.std)))
         if len(self.mean) != 3 or len(self.std) != 3 or not numbers or min(self.std) <= 0:
             raise CheckpointError(f"expected 3 means and 3 positive stds, got {self.mean} and {self.std}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_LABELS, TINY_PIXELS
+from helpers import TINY_LABELS, TINY_PIXELS, contents
 from hypothesis import settings
 from PIL import Image
 
@@ -78,6 +78,29 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Write nine photos of several sizes and a file that is none."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(9):
+        pixels = np.roll(TINY_PIXELS, number, 1)[: 30 - number % 3, : 36 - number % 2]
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"nonsense")
+    return folder
+
+
+@pytest.fixture
+def command(photos: Path, tiny: Path) -> Callable[..., list[str]]:
+    """Return the arguments that attack `photos`, three at a time, and write to a folder."""
+
+    def build(out: Path, *more: object) -> list[str]:
+        arguments = ["attack", photos, "--flip", "cat", "--keep", "rest", "--budget", "fast", "--batch-size", 3]
+        return [*map(str, arguments), "--checkpoint", str(tiny), "--device", "cpu", "--out", str(out), *map(str, more)]
+
+    return build
+
+
+@pytest.fixture
 def cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process; return exit code, stdout and stderr."""
 
@@ -93,3 +116,12 @@ def cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         return int(stop.value.code or 0), printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def whole(
+    cli: Callable[..., tuple[int, str, str]], command: Callable[..., list[str]], tmp_path: Path
+) -> tuple[dict[str, bytes], list[dict]]:
+    """Return the files and records of an undisturbed run."""
+    assert cli(*command(tmp_path / "whole"))[0] == 1  # one file is no photo
+    return contents(tmp_path / "whole")

@@ -1,7 +1,8 @@
-"""What several test modules share: models with known answers, ragged targets, runs of several processes."""
+"""What tests share: models with known answers, ragged targets, runs of several processes, what a run wrote."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -194,3 +195,23 @@ def find_rank(rank: int, mark: str) -> int:
         if {f"RANK={rank}".encode(), f"MLPERTURB_TEST={mark}".encode()} <= set(environment):
             return int(path.parent.name)
     raise AssertionError(f"no process of rank {rank}")
+
+
+def contents(out: Path) -> tuple[dict[str, bytes], list[dict]]:
+    """Return the PNGs, and the records of the report without their times."""
+    records = json.loads((out / "report.json").read_text())["images"]
+    for record in records:
+        record["cost"].pop("seconds")
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}, records
+
+
+def attacked(out: Path) -> list[str]:
+    """Return the photos of every attack that came to an end, in the order of the journal."""
+    entries = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    return [r["source"] for entry in entries for r in entry.get("records", ()) if r["error"] is None]
+
+
+def said(err: str) -> list[str]:
+    """Return the lines on stderr, but for that of the file that is no photo."""
+    assert "Traceback" not in err
+    return [line for line in err.splitlines() if "broken.png" not in line]

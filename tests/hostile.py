@@ -1,16 +1,27 @@
-"""A corpus of bad image files: what a folder from elsewhere may hold."""
+"""Corpora of bad image files and bad checkpoints: what a folder from elsewhere may hold."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
+import pickle
 import random
 import struct
+import tarfile
+import warnings
+import zipfile
 import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load, save
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "gif": "GIF", "webp": "WEBP", "tif": "TIFF", "bmp": "BMP", "ppm": "PPM"}
 
@@ -96,3 +107,321 @@ def build(folder: Path) -> dict[str, str]:
     (folder / "case.png").write_bytes(good("PNG"))
     odd = ("pipe.png", "folder.png", "nowhere.png", "self.png", "n" * 251 + ".png", "new\nline\x1b[31m.png", "CASE.png")
     return kinds | dict.fromkeys(odd, "odd entry")
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A bad checkpoint.
+
+    Attributes:
+        kind: what is wrong with it.
+        fate: `refused`; `odd`: it does what it says, and that is harmless; `not finite`: so are its logits; `either`.
+        plain: whether it is given with --arch and --labels, as plain weights are.
+    """
+
+    kind: str
+    fate: str = "refused"
+    plain: bool = False
+
+
+class Payload:
+    """A pickle that creates a file when it is executed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+class Call:
+    """A pickle that calls a function when it is read."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: object) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
+        return self.function, self.arguments
+
+
+def tensors_file(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """Return a safetensors file of a header, as JSON unless it is bytes, whose length is a lie if given."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def _torch_file(value: object, *, archive: bool = True) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream, _use_new_zipfile_serialization=archive)
+    return stream.getvalue()
+
+
+def _archive(path: Path, change: Callable[[str, bytes], bytes], *, method: int = zipfile.ZIP_STORED) -> bytes:
+    """Return a copy of the archive that torch.save wrote, its members changed."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(stream, "w", method) as target:
+        for member in source.namelist():
+            target.writestr(member, change(member, source.read(member)))
+    return stream.getvalue()
+
+
+def build_checkpoints(folder: Path, good: Path, victim: Path) -> dict[str, Bad]:
+    """Write bad checkpoints, all made of a good one of ours; return what is wrong with each file.
+
+    Those that hold code would make the file `victim` if they were ever executed.
+    """
+    whole = good.read_bytes()
+    start = 8 + struct.unpack("<Q", whole[:8])[0]
+    header, data = json.loads(whole[8:start]), whole[start:]
+    files: dict[str, tuple[Bad, bytes]] = {}
+    for name, (kind, content) in _bad_bytes(whole, start).items():
+        files[name] = Bad(kind, "either" if kind == "bits flipped" else "refused"), content
+    for name, (kind, change) in _bad_headers().items():
+        files[name] = Bad(kind), tensors_file({**header, **change}, data)
+    for name, (bad, change) in _bad_metadata(len(json.loads(header["__metadata__"]["labels"]))).items():
+        metadata = {key: value for key, value in {**header["__metadata__"], **change}.items() if value is not None}
+        files[name] = bad, tensors_file({**header, "__metadata__": metadata}, data)
+    state = load(whole)
+    for name, (bad, change) in _bad_tensors(state).items():
+        kept = {key: tensor for key, tensor in {**state, **change}.items() if tensor is not None}
+        files[name] = bad, save(kept, header["__metadata__"])
+    for name, (bad, content) in _bad_pickles(folder, state, victim).items():
+        files[name] = bad, content
+    for name, (_, content) in files.items():
+        (folder / name).write_bytes(content)
+    os.mkfifo(folder / "pipe.safetensors")
+    os.mkfifo(folder / "pipe.pt")
+    (folder / "folder.safetensors").mkdir()
+    (folder / "nowhere.safetensors").symlink_to(folder / "is-not-there.safetensors")
+    (folder / "self.safetensors").symlink_to(folder / "self.safetensors")
+    (folder / "zero.safetensors").symlink_to("/dev/zero")
+    with (folder / "sparse.pt").open("wb") as stream:
+        stream.truncate(2**38)
+    with (folder / "sparse.safetensors").open("wb") as stream:
+        stream.write(tensors_file({"fc.bias": {"dtype": "U8", "shape": [2**38], "data_offsets": [0, 2**38]}}))
+        stream.truncate(stream.tell() + 2**38)
+    odd = ("pipe.safetensors", "folder.safetensors", "nowhere.safetensors", "self.safetensors", "zero.safetensors")
+    return (
+        {name: bad for name, (bad, _) in files.items()}
+        | dict.fromkeys(odd, Bad("odd entry"))
+        | {"pipe.pt": Bad("odd entry", plain=True), "sparse.pt": Bad("sparse", plain=True)}
+        | {"sparse.safetensors": Bad("sparse", plain=True)}
+    )
+
+
+def _bad_bytes(whole: bytes, start: int) -> dict[str, tuple[str, bytes]]:
+    rng = random.Random(1)
+    files = {
+        f"cut-{share}.safetensors": ("truncated", whole[: int(len(whole) * share)]) for share in (0.002, 0.5, 0.99)
+    }
+    for number, (first, last) in enumerate([(0, 8), (8, start), (8, start), (8, start), (start, len(whole))]):
+        damaged = bytearray(whole)
+        for _ in range(1 + 3 * number):
+            damaged[rng.randrange(first, last)] ^= 1 << rng.randrange(8)
+        files[f"flip-{number}.safetensors"] = ("bits flipped", bytes(damaged))
+    for name, length in {"none": 0, "short": start - 9, "long": len(whole), "absurd": 2**64 - 1}.items():
+        files[f"length-{name}.safetensors"] = ("lying header length", struct.pack("<Q", length) + whole[8:])
+    return files | {
+        "zeroed.safetensors": ("zeroed", bytes(len(whole))),
+        "zero-header.safetensors": ("zeroed", whole[:8] + bytes(start - 8) + whole[start:]),
+        "empty.safetensors": ("empty", b""),
+        "text.safetensors": ("another format", b"not a checkpoint\n" * 50),
+        "photo.safetensors": ("another format", good("PNG")),
+        "archive.safetensors": ("another format", _torch_file({"a": torch.zeros(3)})),
+        "new\nline\x1b[31m.safetensors": ("odd name", b"x"),
+        "json.safetensors": ("header no JSON", tensors_file(whole[8:start].replace(b":", b"="), whole[start:])),
+        "binary.safetensors": ("header no JSON", tensors_file(rng.randbytes(900))),
+        "list.safetensors": ("header no object", tensors_file([1, 2])),
+        "deep.safetensors": ("nested too deeply", tensors_file(b'{"a":' * 200_000)),
+        "many.safetensors": ("absurd header", tensors_file(b"[" + b"{}," * 3_000_000 + b"{}]")),
+        "number.safetensors": ("absurd header", tensors_file(b'{"a":' + b"9" * 2_000_000 + b"}")),
+    }  # fmt: skip
+
+
+def _bad_headers() -> dict[str, tuple[str, dict[str, object]]]:
+    def bias(shape: object = (4,), offsets: object = (0, 16), kind: object = "F32") -> dict[str, object]:
+        return {"fc.bias": {"dtype": kind, "shape": shape, "data_offsets": offsets}}
+
+    return {
+        "overlap.safetensors": ("overlapping offsets", bias(offsets=(8, 24))),
+        "outside.safetensors": ("offsets out of range", bias(offsets=(2**40, 2**40 + 16))),
+        "wrapped.safetensors": ("offsets out of range", bias(offsets=(2**64 - 16, 2**64))),
+        "negative.safetensors": ("offsets out of range", bias(offsets=(-16, 0))),
+        "backwards.safetensors": ("offsets out of range", bias(offsets=(16, 0))),
+        "fraction.safetensors": ("offsets out of range", bias(offsets=(0.5, 16.5))),
+        "no-offsets.safetensors": ("fields missing", {"fc.bias": {"dtype": "F32", "shape": [4]}}),
+        "shape-negative.safetensors": ("absurd shape", bias((-4,))),
+        "shape-huge.safetensors": ("absurd shape", bias((2**62, 2**62))),
+        "shape-text.safetensors": ("absurd shape", bias("four")),
+        "shape-deep.safetensors": ("absurd shape", bias((1,) * 100_000)),
+        "dtype.safetensors": ("unknown dtype", bias(kind="X9")),
+        "dtype-wide.safetensors": ("dtype does not fit", bias(kind="F64")),
+        "dtype-number.safetensors": ("unknown dtype", bias(kind=32)),
+        "tensor-null.safetensors": ("fields missing", {"fc.bias": None}),
+    }  # fmt: skip
+
+
+def _bad_metadata(count: int) -> dict[str, tuple[Bad, dict[str, str | None]]]:
+    """Return metadata that takes the place of the good one's; a field that is None is missing."""
+    names = [f"label {number}" for number in range(count)]
+    million = {"labels": json.dumps([f"{n}" for n in range(10**6)]), "thresholds": json.dumps([0.5] * 10**6)}
+    preprocess = {"resize": [40, 40], "crop": None, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
+    wrong = {
+        "gone": {"format": None},
+        "format": {"format": "mlperturb.checkpoint/999"},
+        "no-labels": {"labels": None},
+        "labels-json": {"labels": "[cat"},
+        "labels-object": {"labels": '{"a": 0, "b": 1, "c": 2, "d": 3}'},
+        "labels-numbers": {"labels": json.dumps(list(range(count)))},
+        "labels-twice": {"labels": json.dumps([*names[:-1], names[0]])},
+        "labels-more": {"labels": json.dumps([*names, "more"]), "thresholds": json.dumps([0.5] * (count + 1))},
+        "labels-million": million,
+        "labels-million-alone": {"labels": million["labels"]},
+        "labels-deep": {"labels": "[" * 100_000},
+        "thresholds-nan": {"thresholds": json.dumps([float("nan")] * count)},
+        "thresholds-huge": {"thresholds": json.dumps([10**400] * count)},
+        "thresholds-text": {"thresholds": json.dumps(["half"] * count)},
+        "digits": {"metrics": "9" * 100_000},
+        "provenance-deep": {"provenance": '{"a":' * 100_000},
+        "provenance-list": {"provenance": "[]"},
+        "arch-none": {"architecture": ""},
+        "arch-escape": {"architecture": "\x1b[31mresnet\n"},
+        "arch-path": {"architecture": "../../etc/passwd"},
+        "arch-other": {"architecture": "vit_h_14"},
+        "arch-video": {"architecture": "raft_large"},
+        "no-preprocess": {"preprocess": "{}"},
+    }  # fmt: skip
+    wrong |= {f"depth-{n}": {"metrics": '{"a":' * n + "1" + "}" * n} for n in (300, 980)}
+    sizes: dict[str, dict[str, object]] = {
+        "zero": {"resize": 0},
+        "negative": {"resize": [-40, -40]},
+        "huge": {"resize": [10**6, 10**6]},
+        "side": {"resize": 10**9},
+        "long": {"resize": 10**30},
+        "crop": {"resize": 2**31, "crop": [40, 40]},
+        "crop-large": {"crop": [41, 41]},
+        "fraction": {"resize": 40.5},
+        "three": {"resize": [40, 40, 40]},
+        "text": {"resize": "40"},
+        "kind": {"interpolation": ["bilinear"]},
+        "mean": {"mean": [float("nan")] * 3},
+        "std": {"std": [0, 0, 0]},
+        "std-huge": {"std": [10**400] * 3},
+    }  # fmt: skip
+    strange = {
+        "escapes": {"labels": json.dumps(["\x1b[31mred\x1b[0m", "new\nline\r", "\u202eright to left", "\x07\x00"])},
+        "markup": {"labels": json.dumps(["[red]x[/red]", "<script>alert(1)</script>", "{{ 7 * 7 }}", "[/nothing]"])},
+        "unpaired": {"labels": '["\\ud800", "\\udfff", "", " "]'},
+        "long-name": {"labels": json.dumps(["x" * 1_000_000, *names[1:]])},
+        "not-finite": {"metrics": '{"map": NaN, "loss": Infinity, "deep": {"map": -Infinity, "huge": 1e999}}'},
+        "keys": {"provenance": json.dumps({"\x1b[2J": "[bold]\x1b]0;title\x07", "": {"a\n": 1e308, "b": True}})},
+        "crop-one": {"preprocess": json.dumps({**preprocess, "crop": [1, 1]})},
+    }  # fmt: skip
+    found = {f"metadata-{name}.safetensors": (Bad("wrong metadata"), dict(change)) for name, change in wrong.items()}
+    for name, change in sizes.items():
+        text = json.dumps({**preprocess, **change})
+        found[f"preprocess-{name}.safetensors"] = Bad("absurd preprocessing"), {"preprocess": text}
+    for name, odd in strange.items():
+        found[f"strange-{name}.safetensors"] = Bad("strange metadata", "odd"), dict(odd)
+    for name, text in {"mean": {"mean": [1e300] * 3}, "std": {"std": [1e-300] * 3}}.items():
+        values = {"preprocess": json.dumps({**preprocess, **text})}
+        found[f"float32-{name}.safetensors"] = Bad("absurd preprocessing", "not finite"), values
+    return found
+
+
+def _bad_tensors(state: dict[str, torch.Tensor]) -> dict[str, tuple[Bad, dict[str, torch.Tensor | None]]]:
+    head = state["fc.weight"]
+    all_of = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    return {
+        "missing.safetensors": (Bad("tensor missing"), {"fc.bias": None}),
+        "none.safetensors": (Bad("tensor missing"), dict.fromkeys(state)),
+        "extra.safetensors": (Bad("extra tensor"), {"\x1b[31m": torch.zeros(2)}),
+        "extra-many.safetensors": (Bad("extra tensor"), {f"extra.{n}": torch.zeros(0) for n in range(5000)}),
+        "transposed.safetensors": (Bad("wrong shape"), {"fc.weight": head.T.contiguous()}),
+        "scalar.safetensors": (Bad("wrong shape"), {"fc.weight": torch.zeros(())}),
+        "hollow.safetensors": (Bad("wrong shape"), {"fc.weight": torch.zeros(0, 1024)}),
+        "complex.safetensors": (Bad("wrong dtype"), {"fc.weight": head.to(torch.complex64)}),
+        "truth.safetensors": (Bad("wrong dtype", "odd"), {"fc.weight": head > 0}),
+        "eight-bits.safetensors": (Bad("wrong dtype", "odd"), {"fc.weight": head.to(torch.float8_e5m2)}),
+        "double.safetensors": (Bad("wrong dtype", "odd"), {name: t.double() for name, t in all_of.items()}),
+        "unsigned.safetensors": (Bad("wrong dtype", "odd"), {"fc.bias": torch.ones(4, dtype=torch.uint64)}),
+        "overflow.safetensors": (Bad("weights not finite", "not finite"), {"fc.weight": head.double() * 1e300}),
+        "nan.safetensors": (Bad("weights not finite", "not finite"), {"fc.bias": torch.full((4,), torch.nan)}),
+        "infinite.safetensors": (Bad("weights not finite", "not finite"), {"fc.bias": torch.full((4,), torch.inf)}),
+        "one-nan.safetensors": (
+            Bad("weights not finite", "not finite"),
+            {"fc.bias": torch.tensor([0.0, 1.0, torch.nan, 0.0])},
+        ),
+        "zeros.safetensors": (Bad("zeroed", "odd"), {name: torch.zeros_like(t) for name, t in state.items()}),
+        "variance.safetensors": (
+            Bad("weights not finite", "not finite"),
+            {name: -torch.ones_like(t) for name, t in state.items() if name.endswith("running_var")},
+        ),
+    }  # fmt: skip
+
+
+def _bad_pickles(folder: Path, state: dict[str, torch.Tensor], victim: Path) -> dict[str, tuple[Bad, bytes]]:
+    evil = {**state, "evil": Payload(victim)}
+    head, scratch = state["fc.weight"], folder.with_name("scratch.pt")
+    torch.save(state, scratch)
+    archive = scratch.read_bytes()
+    looped: dict[str, object] = {}
+    looped["state_dict"] = looped
+    packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both are deprecated
+        quantised = torch.quantize_per_tensor(head, 0.1, 0, torch.qint8)
+        stream = io.BytesIO()
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), stream)
+    tape = io.BytesIO()
+    with tarfile.open(fileobj=tape, mode="w") as tar:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            content = pickle.dumps(Payload(victim), protocol=2)
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+    def swap(name: str, content: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
+        return _archive(scratch, lambda member, old: content if member.endswith(name) else old, method=method)
+
+    files: dict[str, tuple[str, bytes]] = {
+        "evil-zip.pt": ("code in a pickle", _torch_file(evil)),
+        "evil-legacy.pt": ("code in a pickle", _torch_file(evil, archive=False)),
+        "evil-nested.pth": ("code in a pickle", _torch_file({"state_dict": state, "epoch": Payload(victim)})),
+        "evil-plain.pt": ("code in a pickle", pickle.dumps(evil)),
+        "evil-first.bin": ("code in a pickle", pickle.dumps(Payload(victim), protocol=0)),
+        "evil-tar.pt": ("code in a pickle", tape.getvalue()),
+        "evil-swap.pt": ("code in a pickle", swap("data.pkl", pickle.dumps(evil["evil"], 2))),
+        "module.pt": ("a pickled module", _torch_file(torch.nn.Linear(2, 2))),
+        "script.pt": ("TorchScript", stream.getvalue()),
+        "cut.pt": ("truncated", archive[: len(archive) // 2]),
+        "cut-end.pt": ("truncated", archive[:-30]),
+        "zeroed.pt": ("zeroed", bytes(len(archive))),
+        "empty.pt": ("empty", b""),
+        "text.pt": ("another format", b"weights\n" * 20),
+        "photo.pt": ("another format", good("PNG")),
+        "end-alone.pt": ("another format", b"PK\x05\x06" + bytes(18)),
+        "hollow.pt": ("members missing", _archive(scratch, lambda member, old: b"")),
+        "short.pt": ("members missing", _archive(scratch, lambda name, old: old[: 9 if "/data/" in name else None])),
+        "bomb.pt": ("bomb", swap("data/0", bytes(700_000_000), zipfile.ZIP_DEFLATED)),
+        "bomb-pickle.pt": ("bomb", swap("data.pkl", bytes(700_000_000), zipfile.ZIP_DEFLATED)),
+        "array.pt": ("bomb", _torch_file({**state, "fc.bias": Call(bytearray, 700_000_000)})),
+        "array-legacy.pt": ("bomb", _torch_file({"fc.bias": Call(bytearray, 700_000_000)}, archive=False)),
+        "looped.pt": ("no state dict", _torch_file(looped)),
+        "numbers.pt": ("no state dict", _torch_file({**state, "epoch": 3})),
+        "keys.pt": ("no state dict", _torch_file({7: head, None: head, ("a", "b"): head})),
+        "nothing.pt": ("no state dict", _torch_file(OrderedDict())),
+        "abstract.pt": ("no plain tensor", _torch_file({**state, "fc.weight": head.to("meta")})),
+        "sparse-tensor.pt": ("no plain tensor", _torch_file({**state, "fc.weight": head.to_sparse()})),
+        "quantised.pt": ("no plain tensor", _torch_file({**state, "fc.weight": quantised})),
+        "complex.pt": ("no plain tensor", _torch_file({**state, "fc.weight": head.to(torch.complex64)})),
+        "bits.pt": ("no plain tensor", _torch_file({**state, "fc.weight": head.half().view(torch.bits16)})),
+        "packed.pt": ("no plain tensor", _torch_file({**state, "fc.bias": packed})),
+        "other.pt": ("tensor missing", _torch_file({"weight": torch.zeros(2)})),
+        "giant.pt": ("wrong shape", _torch_file({**state, "fc.weight": torch.zeros(1).expand(10**9, 10**9)})),
+    }  # fmt: skip
+    found = {name: (Bad(kind, plain=True), content) for name, (kind, content) in files.items()}
+    expanded = {**state, "fc.weight": torch.zeros(1).expand(head.shape)}
+    found["expanded.pt"] = Bad("one number for all", "odd", plain=True), _torch_file(expanded)
+    scratch.unlink()
+    return found

@@ -24,9 +24,9 @@ def test_the_fingerprint_is_that_of_the_bytes(tmp_path):
     assert file_sha256(tmp_path / "x") == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
-def test_a_parent_that_is_a_file_is_an_output_error(tmp_path):
+def test_a_parent_that_is_a_file_takes_nothing_at_all(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(OutputError, match="cannot write .*out.png: Not a directory"):
+    with pytest.raises(StorageError, match="cannot write .*out.png: Not a directory"):
         write_file(tmp_path / "file" / "out.png", b"data")
     assert os.listdir(tmp_path) == ["file"]
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import hostile
 import jsonschema
-from helpers import TINY_PIXELS
+from helpers import TINY_LABELS, TINY_PIXELS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -64,6 +67,63 @@ def test_a_folder_of_bad_files_gives_a_record_each_and_nothing_outside_the_outpu
     assert all(statuses[name] != "unreadable" for name in fine)
     assert [path for path in sorted(tmp_path.rglob("*")) if out not in (path, *path.parents)] == before
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_every_bad_checkpoint_is_refused_in_a_line_or_does_what_it_says_and_runs_no_code(tmp_path, tiny):
+    """Each in a process of its own, in bounded time and memory; no file but in the output folder."""
+    folder, out, cwd = (tmp_path / name for name in ("bad", "out", "cwd"))
+    folder.mkdir()
+    cwd.mkdir()
+    bad = hostile.build_checkpoints(folder, tiny, tmp_path / "victim")
+    assert len(bad) >= 100 and len({one.kind for one in bad.values()}) >= 30
+    Image.fromarray(TINY_PIXELS).save(tmp_path / "photo.png")
+    (tmp_path / "names.txt").write_text("\n".join(TINY_LABELS))
+    attack = ["attack", tmp_path / "photo.png", "--flip", "any", "--method", "fgs", "--budget", "fast", "--passes", 12]
+    attack += ["--device", "cpu", "--html"]
+    runs: list[tuple[str, hostile.Bad, list[object]]] = [
+        ("good", hostile.Bad("good", "odd"), [*attack, "--checkpoint", tiny, "--out", out / "good"])
+    ]
+    for number, (name, one) in enumerate(bad.items()):
+        source = ["--checkpoint", folder / name]
+        source += ["--arch", "shufflenet_v2_x0_5", "--labels", tmp_path / "names.txt"] if one.plain else []
+        runs.append((name, one, [*attack, *source, "--out", out / str(number)]))
+        if not one.plain and (one.fate != "refused" or "metadata" in one.kind or "preprocessing" in one.kind):
+            runs.append((name, one, ["labels", "--json", *source]))
+        if one.fate != "refused":
+            runs.append((name, one, ["labels", *source]))
+    (tmp_path / "commands").write_text(json.dumps([[str(word) for word in words] for _, _, words in runs]))
+    before = _tree(tmp_path, out)
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name("forked.py"), tmp_path / "commands", out.with_name("results")],
+        cwd=cwd, check=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    results = [json.loads(line) for line in (tmp_path / "results").read_text().splitlines()]
+    wrong = []
+    for (name, one, words), result in zip(runs, results, strict=True):
+        code, printed, lines = result["code"], result["out"] + result["err"], result["err"].splitlines()
+        refused = code == 2 and not result["out"] and len(lines) == 1 and lines[0].startswith("mlperturb: error: ")
+        fine = {
+            "refused": refused or (code == 0 and words[0] == "labels"),  # its names and numbers alone may be in order
+            "odd": code in (0, 1),
+            "not finite": code == (words[0] == "attack") and ("not finite" in result["err"]) == (words[0] == "attack"),
+            "either": refused or code in (0, 1),
+        }[one.fate]
+        harmless = all(character.isprintable() or character == "\n" for character in printed)
+        if not fine or not harmless or "Traceback" in printed or result["memory"] > results[0]["memory"] + 5e8:
+            wrong.append((name, one.kind, words[0], code, result["memory"] // 10**6, result["err"][-500:]))
+    assert wrong == []
+    (tmp_path / "results").unlink()
+    assert _tree(tmp_path, out) == before
+    for page in out.rglob("index.html"):
+        assert "<script>alert" not in page.read_text()
+    pickle.loads(pickle.dumps(hostile.Payload(tmp_path / "victim")))
+    assert (tmp_path / "victim").exists()  # so the code would have worked
+
+
+def _tree(folder: Path, but: Path) -> dict[Path, tuple[int, int]]:
+    """Return everything in a folder, but for one folder in it, with size and time of change."""
+    paths = (path for path in folder.rglob("*") if but not in (path, *path.parents))
+    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths if not path.is_dir()}
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -9,50 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from helpers import TINY_PIXELS
+from helpers import TINY_PIXELS, attacked, contents
 from PIL import Image
 
 import mlperturb.runner
 from mlperturb.files import file_sha256
 from mlperturb.interrupts import Interrupts
-
-
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    """Write nine photos of several sizes and a file that is none."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(9):
-        pixels = np.roll(TINY_PIXELS, number, 1)[: 30 - number % 3, : 36 - number % 2]
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    (folder / "broken.png").write_bytes(b"nonsense")
-    return folder
-
-
-@pytest.fixture
-def command(photos, tiny):
-    def build(out: Path, *more: object) -> list[str]:
-        arguments = ["attack", photos, "--flip", "cat", "--keep", "rest", "--budget", "fast", "--batch-size", 3]
-        return [*map(str, arguments), "--checkpoint", str(tiny), "--device", "cpu", "--out", str(out), *map(str, more)]
-
-    return build
-
-
-def contents(out: Path) -> tuple[dict[str, bytes], list[dict]]:
-    """Return the PNGs, and the records of the report without their times."""
-    records = json.loads((out / "report.json").read_text())["images"]
-    for record in records:
-        record["cost"].pop("seconds")
-    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}, records
-
-
-def attacked(out: Path) -> list[str]:
-    """Return the photos of every attack that came to an end, in the order of the journal."""
-    entries = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
-    return [r["source"] for entry in entries for r in entry.get("records", ()) if r["error"] is None]
 
 
 def test_a_run_that_is_done_is_not_done_again(cli, command, tmp_path, monkeypatch):
