@@ -160,7 +160,7 @@ class _Files:
         self._turn = _line({"turn": turn}) if turn else b""  # what stands before the first line appended
         if self._own not in before:
             write_file(self._own, _line({"key": key}))
-        self._stream: IO[bytes] = self._own.open("r+b")
+        self._stream: IO[bytes] = self._own.open("r+b", buffering=0)  # nothing is left to write at the end
         try:
             _lock(self._stream, self._own)
             for file in before if rank == 0 else []:
@@ -179,10 +179,15 @@ class _Files:
         try:
             if not os.path.samestat(os.stat(self._own), os.fstat(self._stream.fileno())):
                 raise StorageError(f"{self._own} was replaced while the run was going on")
-            self._stream.seek(0, os.SEEK_END)
-            self._stream.write(self._turn + line)
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+            end, text = self._stream.seek(0, os.SEEK_END), self._turn + line
+            try:
+                while text:
+                    text = text[self._stream.write(text) :]
+                os.fsync(self._stream.fileno())
+            except OSError:
+                with suppress(OSError):
+                    self._stream.truncate(end)  # no half a line stays
+                raise
             self._turn = b""
         except OSError as error:
             raise StorageError(f"cannot write {self._own}: {error.strerror or error}") from error

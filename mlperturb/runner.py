@@ -106,8 +106,10 @@ def run_attack(
     finally:
         before = time.perf_counter()
         with hold():
-            behind.finish()
-        encoders.shutdown()
+            try:
+                behind.finish()
+            finally:
+                encoders.shutdown()  # nothing is written once this function has come to its end
         waits.writing += time.perf_counter() - before
         waits.total = time.perf_counter() - started
     return waits
