@@ -56,6 +56,7 @@ def predict_photos(classifier: Classifier, dataset: Dataset, done: Callable[[int
         for row in range(start, min(start + _BATCH, len(dataset))):
             try:
                 rgb = read_photo(dataset.paths[row]).rgb
+                classifier.preprocess.check(rgb.shape[:2])
             except ImageError:
                 continue
             rows.append(row)

@@ -88,8 +88,10 @@ def _walk(folder: Path, *, recursive: bool) -> Iterator[Path]:
             if entry.is_dir(follow_symlinks=False):
                 if recursive:
                     yield from _walk(folder / entry.name, recursive=True)
-            elif entry.name.lower().endswith(tuple(EXTENSIONS)) and entry.is_file():
-                yield folder / entry.name
+            elif entry.name.lower().endswith(tuple(EXTENSIONS)):
+                path = folder / entry.name
+                if entry.is_file(follow_symlinks=False) or path.is_file():  # a link may lead nowhere, or to itself
+                    yield path
 
 
 def is_output(path: Path) -> bool:

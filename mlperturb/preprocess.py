@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mlperturb.errors import CheckpointError
+from mlperturb.errors import CheckpointError, ImageError
 
 Size = tuple[int, int]
 
 MAX_SIDE = 4096  # pixels of the resized photo
+MAX_WORK = 2**29  # length of a side times that of its unit images: a photo of 23,000 pixels, some seconds
+_STRIP = 2**24  # numbers at a time
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,33 @@ class Preprocess:
 
     def matrices(self, size: Size) -> tuple[Tensor, Tensor]:
         """Return R_h, (h, H), and R_w, (w, W), for photos of `size` (H, W), in float32 on the CPU."""
-        height, width = size
-        if isinstance(self.resize, int):  # torchvision's rule: the shorter side, the longer one truncated
-            short, long = sorted(size)
-            longer = int(self.resize * long / short)
-            resized = (self.resize, longer) if height <= width else (longer, self.resize)
-        else:
-            resized = self.resize
+        self.check(size)
+        (height, width), resized = size, self._resized(size)
         crop = self.crop or resized
         return (
             _resize_matrix(height, resized[0], crop[0], self.interpolation),
             _resize_matrix(width, resized[1], crop[1], self.interpolation),
         )
+
+    def check(self, size: Size) -> None:
+        """Refuse a photo of a (height, width) so long, or so long and thin, that resizing it would take for ever.
+
+        Raises:
+            ImageError: if it is one.
+        """
+        for side, resized in zip(size, self._resized(size), strict=True):
+            if side * max(side, resized) > MAX_WORK:
+                raise ImageError(
+                    f"expected a photo that can be resized to {self.resize}, got one of {size[1]} x {size[0]} pixels"
+                )
+
+    def _resized(self, size: Size) -> Size:
+        """Return the (height, width) before the crop."""
+        if not isinstance(self.resize, int):
+            return self.resize
+        short, long = sorted(size)  # torchvision's rule: the shorter side, the longer one truncated
+        longer = int(self.resize * long / short)
+        return (self.resize, longer) if size[0] <= size[1] else (longer, self.resize)
 
     def bind(self, sizes: Sequence[Size], device: torch.device | str, dtype: torch.dtype = torch.float32) -> Resizer:
         """Return the map for a batch of photos of these (height, width), padded to the largest of them."""
@@ -175,8 +192,9 @@ def pad_batch(images: Sequence[Tensor]) -> tuple[Tensor, list[Size]]:
 def _resize_matrix(source: int, target: int, crop: int, interpolation: str) -> Tensor:
     """Return the (crop, source) matrix that resizes a line of `source` pixels to `target` and crops its centre."""
     parts = []
-    for start in range(0, source, 1024):  # unit images in strips, so that a long side costs little memory
-        count = min(1024, source - start)
+    strip = max(1, min(1024, _STRIP // max(source, target)))
+    for start in range(0, source, strip):  # unit images in strips, so that a long side costs little memory
+        count = min(strip, source - start)
         units = torch.zeros(1, 1, source, count)
         units[0, 0, range(start, start + count), range(count)] = 1
         resized = functional.interpolate(units, size=(target, count), mode=interpolation, antialias=True)

@@ -17,12 +17,13 @@ from mlperturb.errors import ImageError
 from mlperturb.images import Photo, read_photo
 from mlperturb.jobs import Job, Settings
 from mlperturb.pipeline import Behind, ahead, count_workers
-from mlperturb.preprocess import Size
+from mlperturb.preprocess import Preprocess, Size
 from mlperturb.report import Record
 from mlperturb.search import Found, search
 from mlperturb.verdict import describe, facts_of, judge, save
 
 _BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
+_ROOM = 16  # times those pixels for a batch of a given size: photos of odd shapes, padded to one, may need any memory
 
 Pair = tuple[Job, Photo]
 
@@ -82,7 +83,7 @@ def run_attack(
     waits, started = Waits(), time.perf_counter()
     limit, pixels = _BATCH.get(classifier.device.type, _BATCH["cpu"])
     units = _Units(jobs, settings.batch_size or limit)
-    within = torch.inf if settings.batch_size else pixels
+    within = pixels * (_ROOM if settings.batch_size else 1)
     attacker = _Attacker(classifier, settings, warn)
     behind = Behind()
     behind.submit(partial(torch.set_num_threads, torch.get_num_threads()))  # the same sums as in this thread
@@ -98,7 +99,7 @@ def run_attack(
         done(records + lost)
 
     try:
-        for batch in _timed(_batches(units, claims, finished, settings, within), waits):
+        for batch in _timed(_batches(units, claims, finished, settings, classifier.preprocess, within), waits):
             for pairs, found, lost in attacker.attack(batch):
                 before = time.perf_counter()
                 behind.submit(partial(write, pairs, found, lost))
@@ -164,12 +165,13 @@ def _batches(
     claims: Callable[[int], Iterable[int]],
     finished: Callable[[Job], Size | None],
     settings: Settings,
+    preprocess: Preprocess,
     pixels: float,
 ) -> Iterator[_Batch]:
     """Decode photos, a unit's worth ahead, and group them."""
 
     def read(job: Job | None) -> tuple[Job, Photo | Record | Size] | None:
-        return None if job is None else (job, finished(job) or _read(job, settings))
+        return None if job is None else (job, finished(job) or _read(job, settings, preprocess))
 
     def items() -> Iterator[Job | None]:
         for number in claims(len(units)):
@@ -194,13 +196,14 @@ def _batches(
         batch.members.append((job, photo if isinstance(photo, Photo) else None))
 
 
-def _read(job: Job, settings: Settings) -> Photo | Record:
-    """Decode a photo; one that cannot be decoded, or has none of the region, becomes a record."""
+def _read(job: Job, settings: Settings, preprocess: Preprocess) -> Photo | Record:
+    """Decode a photo; one that cannot be decoded or resized, or has none of the region, becomes a record."""
     try:
         photo = read_photo(job.source)
     except ImageError as error:
         return Record(source=str(job.source), error=describe(error))
     try:
+        preprocess.check(photo.rgb.shape[:2])
         if settings.region:
             settings.region.inside(*photo.rgb.shape[:2])
     except ImageError as error:

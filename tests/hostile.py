@@ -47,6 +47,13 @@ def png(width: int, height: int, *, bits: int = 8, colour: int = 2, data: bytes 
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
 
 
+def thread(width: int, height: int) -> bytes:
+    """Return a sound PNG of a black line."""
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height)).save(stream, "PNG")
+    return stream.getvalue()
+
+
 def build(folder: Path) -> dict[str, str]:
     """Write the corpus; return the kind of each file. All names end as photos do."""
     files: dict[str, tuple[str, bytes]] = {}
@@ -72,6 +79,8 @@ def build(folder: Path) -> dict[str, str]:
         "huge.png": ("absurd size", png(2**31 - 1, 2**31 - 1)),
         "wide.png": ("absurd size", png(200_000, 200_000)),
         "long.png": ("absurd size", png(1, 2**31 - 1)),
+        "thin.png": ("absurd shape", thread(50_000, 1)),
+        "tall.png": ("absurd shape", thread(1, 50_000)),
         "none.png": ("no pixels", png(0, 10)),
         "bits.png": ("impossible depth", png(8, 8, bits=3, data=bytes(200))),
         "colour.png": ("impossible colours", png(8, 8, colour=5, data=bytes(200))),

@@ -63,6 +63,7 @@ def test_a_folder_of_bad_files_gives_a_record_each_and_nothing_outside_the_outpu
     assert len(report["images"]) == len(regular) == len(statuses)
     expected = {"empty.png", "text.jpg", "html.png", "huge.png", "wide.png", "none.png", "loop.tif", "size.ppm"}
     assert {statuses[name] for name in expected} == {"unreadable"}
+    assert statuses["thin.png"] == statuses["tall.png"] == "failed"
     fine = ["CASE.png", "case.png", "new\nline\x1b[31m.png", "twice.png", "wrong.png.tif"]
     assert all(statuses[name] != "unreadable" for name in fine)
     assert [path for path in sorted(tmp_path.rglob("*")) if out not in (path, *path.parents)] == before

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mlperturb.errors import CheckpointError
+from mlperturb.errors import CheckpointError, ImageError
 from mlperturb.preprocess import Preprocess, pad_batch
 
 STRETCH = Preprocess((24, 20))
@@ -151,3 +151,20 @@ def test_missing_and_unknown_fields_are_refused(values):
 
 def test_output_size_is_what_the_network_gets():
     assert [p.output_size for p in (STRETCH, SHORT_SIDE, Preprocess(9, (9, 9)))] == [(24, 20), (22, 21), (9, 9)]
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (1, 5000)])
+def test_a_photo_that_would_take_for_ever_to_resize_is_refused(size):
+    preprocess = Preprocess(resize=256, crop=(224, 224))
+    for refuse in (preprocess.check, preprocess.matrices):
+        with pytest.raises(ImageError, match=f"got one of {size[1]} x {size[0]} pixels"):
+            refuse(size)
+    preprocess.check((6000, 8000))
+
+
+def test_a_thin_photo_is_resized_as_the_reference_does():
+    preprocess = Preprocess(resize=64, crop=(64, 64))
+    photo = torch.randint(0, 256, (3, 900, 3), dtype=torch.uint8)  # its long side becomes 19,200 pixels
+    expected = preprocess.reference()(photo)
+    images = photo.float().unsqueeze(0) / 255
+    torch.testing.assert_close(preprocess.bind([(900, 3)], "cpu")(images)[0], expected, atol=1e-5, rtol=1e-5)

@@ -49,12 +49,12 @@ def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool 
         images.append(entry)
         try:
             image = to_tensor(read_photo(photo).rgb, classifier.device)
+            with torch.inference_mode():
+                logits = classifier([image])[0]
         except ImageError as error:
             entry["error"] = {"type": type(error).__name__, "message": str(error)}
-            print_error(str(error))
+            print_error(f"{photo}: {error}" if str(photo) not in str(error) else str(error))
             continue
-        with torch.inference_mode():
-            logits = classifier([image])[0]
         if not bool(logits.isfinite().all()):
             entry["error"] = {"type": "NumericalError", "message": "the network's outputs are not finite"}
             print_error(f"{photo}: the network's outputs are not finite")
