@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_LABELS, TINY_PIXELS, contents
+from helpers import TINY_LABELS, TINY_PIXELS, contents, write_photos
 from hypothesis import settings
 from PIL import Image
 
@@ -78,15 +78,9 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path) -> Path:
     """Write nine photos of several sizes and a file that is none."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(9):
-        pixels = np.roll(TINY_PIXELS, number, 1)[: 30 - number % 3, : 36 - number % 2]
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    (folder / "broken.png").write_bytes(b"nonsense")
-    return folder
+    return write_photos(tmp_path / "photos", 9)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mlperturb.attacks.carlini_wagner import ml_cw
@@ -195,6 +196,16 @@ def find_rank(rank: int, mark: str) -> int:
         if {f"RANK={rank}".encode(), f"MLPERTURB_TEST={mark}".encode()} <= set(environment):
             return int(path.parent.name)
     raise AssertionError(f"no process of rank {rank}")
+
+
+def write_photos(folder: Path, count: int) -> Path:
+    """Write photos of several sizes, named by number, and a file that is none."""
+    folder.mkdir()
+    for number in range(count):
+        pixels = np.roll(TINY_PIXELS, number, 1)[: 30 - number % 3, : 36 - number % 2]
+        Image.fromarray(pixels).save(folder / f"{number:0{len(str(count - 1))}}.png")
+    (folder / "broken.png").write_bytes(b"nonsense")
+    return folder
 
 
 def contents(out: Path) -> tuple[dict[str, bytes], list[dict]]:

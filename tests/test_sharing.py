@@ -9,11 +9,9 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch.distributed as dist
-from helpers import TINY_PIXELS, find_rank, finish, launch, linux
-from PIL import Image
+from helpers import contents, find_rank, finish, launch, linux, write_photos
 
 from mlperturb.checkpoints import load_checkpoint, read_metadata
 from mlperturb.errors import StorageError, UsageError
@@ -115,25 +113,10 @@ def test_a_run_that_says_it_is_shared_and_does_not_say_where_is_refused(monkeypa
 @pytest.fixture
 def photos(tmp_path) -> Path:
     """Write 24 photos and a file that is none."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(24):
-        pixels = np.roll(TINY_PIXELS, number, 1)[: 30 - number % 3, : 36 - number % 2]
-        Image.fromarray(pixels).save(folder / f"{number:02}.png")
-    (folder / "broken.png").write_bytes(b"nonsense")
-    return folder
+    return write_photos(tmp_path / "photos", 24)
 
 
-def contents(out: Path) -> tuple[dict[str, bytes], list[dict], dict]:
-    """Return the PNGs, and the report's records and summary, without their times."""
-    report = json.loads((out / "report.json").read_text())
-    for record in report["images"]:
-        record["cost"].pop("seconds")
-    report["summary"].pop("seconds")
-    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}, report["images"], report["summary"]
-
-
-def attacked(out: Path) -> dict[str, list[str]]:
+def attacked_by(out: Path) -> dict[str, list[str]]:
     """Return the photos that each process attacked."""
     entries = {path.name: map(json.loads, path.read_text().splitlines()) for path in out.glob("journal*.jsonl")}
     return {
@@ -158,7 +141,7 @@ def test_two_processes_one_killed_and_restarted_come_to_the_files_and_report_of_
     assert code == 0 and "going on: " in err and "the exit code is 0 all the same" in err, err
     assert text.count("files in ") == 1  # one process prints
     assert contents(out) == contents(tmp_path / "whole")
-    done = attacked(out)
+    done = attacked_by(out)
     assert done.keys() == {"journal.jsonl", "journal.rank-1.jsonl"} and all(done.values())
     times = Counter(name for names in done.values() for name in names)
     assert len(times) == 24 and set(times.values()) == {1}
@@ -166,7 +149,7 @@ def test_two_processes_one_killed_and_restarted_come_to_the_files_and_report_of_
     (out / "05.adv.png").unlink()
     assert cli(*command, "--out", out)[0] == 1
     assert contents(out) == contents(tmp_path / "whole")
-    again = Counter(name for names in attacked(out).values() for name in names)
+    again = Counter(name for names in attacked_by(out).values() for name in names)
     assert [Path(name).name for name, count in again.items() if count == 2] == ["05.png"]
 
 
