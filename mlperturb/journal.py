@@ -141,7 +141,11 @@ def move_journal(path: Path, new: Path) -> None:
     try:
         remove_journal(new)
         for file in find_journal(path):
-            file.rename(file.with_name(file.name.replace(path.stem, new.stem, 1)))
+            if is_remote(file):
+                write_file(new.with_suffix("") / file.name, file.read_bytes())
+                remove_file(file)
+            else:
+                file.rename(file.with_name(file.name.replace(path.stem, new.stem, 1)))
     except OSError as error:
         raise StorageError(f"cannot rename {path}: {error.strerror or error}") from error
 

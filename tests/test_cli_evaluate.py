@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from helpers import TINY_LABELS as LABELS
@@ -163,3 +164,19 @@ def test_two_processes_come_to_the_tables_of_one(evaluate, table, tiny):
     assert files == {"records.jsonl", "records.rank-1.jsonl"}
     batches = [json.loads(line).get("records", []) for name in files for line in (both / name).read_text().splitlines()]
     assert sum(map(len, batches)) == sum(row["images"] for row in tables[0])
+
+
+def test_an_evaluation_may_lie_at_a_url(cli, evaluate, table, tiny):
+    fsspec.filesystem("memory").store.clear()
+    assert evaluate(*QUICK)[0] == 0
+    data = ["--photos", table.parent / "photos", "--csv", table, "--checkpoint", tiny, "--device", "cpu"]
+    for _ in range(2):  # the second one goes on
+        code, _, err = cli("evaluate", *data, *QUICK, "--out", "memory://bucket/out")
+        assert code == 0, err
+    assert "8 of 8 attacks are done already" in err
+    store = fsspec.filesystem("memory")
+    assert store.cat_file("/bucket/out/tables.json") == (table.parent / "out" / "tables.json").read_bytes()
+    assert not [name for name in store.find("/bucket/out") if name.endswith(".png")]
+    code, _, err = cli("evaluate", *data, *QUICK, "--out", "memory://bucket/out", "--overwrite", "--seed", 4)
+    assert code == 0 and "already" not in err
+    assert not [name for name in store.find("/bucket/out") if ".old" in name]
