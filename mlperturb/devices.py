@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -51,6 +53,18 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # a C library other than glibc
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_M_TOP_PAD, 1 << 26))
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that this process may still take, as far as Linux tells; None elsewhere."""
+    free: list[int] = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):  # of a container; "max" is no number
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free.append(limit - used)
+    return min(free, default=None)
 
 
 def prepare(name: str, seed: int) -> str:

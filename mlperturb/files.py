@@ -6,13 +6,16 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
+from urllib.parse import unquote
 
-from mlperturb.errors import OutputError, StorageError, UsageError
+from mlperturb.errors import MlperturbError, OutputError, StorageError, UsageError
 
 _THIS_NAME_ALONE = {errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ}
 
@@ -30,13 +33,15 @@ def parse_path(text: str | Path) -> Path:
     scheme, found, rest = text.partition("://")
     if not found:
         return Path(text)
+    scheme = scheme.lower()
     if scheme in ("file", "local"):
-        return Path(rest)
+        return Path(unquote(rest.removeprefix("localhost")))
     from upath import UPath
 
     try:
-        path = UPath(text)
-        path.fs  # noqa: B018  # loads the package
+        with warnings.catch_warnings(action="ignore"):  # of schemes that upath does not know itself
+            path = UPath(f"{scheme}://{rest}")
+            path.fs  # noqa: B018  # loads the package
     except (ValueError, ImportError) as error:
         hint = " (pip install 'mlperturb[s3]')" if scheme in ("s3", "s3a") else ""
         raise UsageError(f"cannot open {scheme}:// URLs: {str(error):.200}{hint}") from error
@@ -48,6 +53,24 @@ def parse_path(text: str | Path) -> Path:
 def is_remote(path: Path) -> bool:
     """Say whether a path lies in a store that is not a file system of this machine."""
     return not isinstance(path, Path)
+
+
+@contextlib.contextmanager
+def reaching(path: Path) -> Iterator[None]:
+    """Turn whatever a store's own package raises, at a path that is remote, into one line.
+
+    Raises:
+        StorageError: that says what it was.
+    """
+    try:
+        yield
+    except (MlperturbError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(f"cannot reach {path}: {reason:.200}") from error
 
 
 def file_sha256(path: Path) -> str:
@@ -70,7 +93,8 @@ def is_file_of(path: Path, digest: str | None) -> bool:
 def list_names(folder: Path) -> set[str]:
     """Return the names of what lies in a folder; none if there is no such folder."""
     if is_remote(folder):
-        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        with reaching(folder):
+            return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries}
@@ -88,6 +112,15 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot delete {path}: {error.strerror or error}") from error
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete what a killed process left in a folder that no other one is writing to."""
+    if not is_remote(folder):
+        for name in list_names(folder):
+            if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name):
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlperturb.errors import ImageError, UsageError
-from mlperturb.files import is_remote, write_file
+from mlperturb.files import is_remote, reaching, write_file
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -54,15 +54,16 @@ def find_photos(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]
     folders = []
     for path in paths:
         try:
-            if path.is_dir():
-                folders.append(path)
-                for inside in _list_files(path, recursive=recursive):
-                    if inside.suffix.lower() in EXTENSIONS and not is_output(inside):
-                        found.setdefault(inside)
-            elif path.exists():
-                found.setdefault(path)
-            else:
-                raise UsageError(f"no such file or folder: {path}")
+            with reaching(path):
+                if path.is_dir():
+                    folders.append(path)
+                    for inside in _list_files(path, recursive=recursive):
+                        if inside.suffix.lower() in EXTENSIONS and not is_output(inside):
+                            found.setdefault(inside)
+                elif path.exists():
+                    found.setdefault(path)
+                else:
+                    raise UsageError(f"no such file or folder: {path}")
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
     if not found:

@@ -80,7 +80,7 @@ def plan_outputs(sources: Sequence[Path]) -> list[Job]:
     for source in sources:
         stem = source.stem
         if len(os.fsencode(stem)) > _LONGEST:
-            stem = os.fsencode(stem)[:_LONGEST].decode("utf-8", "ignore")
+            stem = os.fsencode(stem)[:_LONGEST].decode("utf-8", "ignore") or "photo"
         name, number = stem, 1
         while name.casefold() in taken:
             number += 1

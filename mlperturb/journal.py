@@ -116,7 +116,8 @@ def find_journal(path: Path) -> list[Path]:
     """Return the files of a journal, those of every rank; of one at a URL, its objects in the order of their lines."""
     if is_remote(path):
         folder = path.with_suffix("")
-        return [folder / name for name in sorted(list_names(folder))]
+        named = re.compile(r"[0-9]{6}-[0-9]{5}-[0-9]{8}\.json")
+        return [folder / name for name in sorted(list_names(folder)) if named.fullmatch(name)]
     ranked = re.compile(rf"{re.escape(path.stem)}(\.rank-[0-9]+)?{re.escape(path.suffix)}")
     found = [path.with_name(name) for name in list_names(path.parent) if ranked.fullmatch(name)]
     return sorted(found, key=_rank)
@@ -126,8 +127,10 @@ def remove_journal(path: Path) -> None:
     """Delete the journal of every rank, if there is one.
 
     Raises:
+        UsageError: if a run has it open.
         StorageError: if a file cannot be deleted.
     """
+    _refuse_open(path)
     for file in find_journal(path):
         remove_file(file)
 
@@ -136,8 +139,10 @@ def move_journal(path: Path, new: Path) -> None:
     """Rename the journal of every rank; one that is at the new name is replaced.
 
     Raises:
+        UsageError: if a run has it open.
         StorageError: if a file cannot be renamed.
     """
+    _refuse_open(path)
     try:
         remove_journal(new)
         for file in find_journal(path):
@@ -148,6 +153,13 @@ def move_journal(path: Path, new: Path) -> None:
                 file.rename(file.with_name(file.name.replace(path.stem, new.stem, 1)))
     except OSError as error:
         raise StorageError(f"cannot rename {path}: {error.strerror or error}") from error
+
+
+def _refuse_open(path: Path) -> None:
+    for file in find_journal(path):
+        if not is_remote(file) and file.is_file() and not file.is_symlink():
+            with file.open("rb") as stream:
+                _lock(stream, file)
 
 
 class _Files:

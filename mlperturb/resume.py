@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,7 @@ class Ledger:
         self._named = {str(job.source): job for job in jobs}
         self._places: dict[str, tuple[Place, int]] = {}
         self._failed: set[str] = set()
+        self._lists: set[str] = set()  # fingerprints of the photos of each start
         self._read = lru_cache(maxsize=8)(journal.read)  # a line has the records of a batch
         self.reload()
 
@@ -46,6 +47,9 @@ class Ledger:
         """Read where the records are that any process has written since."""
         for place in self._journal.places():
             entry = self._journal.read(place)
+            if "photos" in entry:
+                self._lists.add(entry["photos"])
+                continue
             try:
                 for row, values in enumerate(entry["records"]):
                     job = self._named.get(values["source"])
@@ -57,6 +61,30 @@ class Ledger:
                             self._failed.add(values["source"])
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise StorageError(f"{self._journal.path} has a damaged record; --overwrite starts again") from error
+
+    def begin(self, photos: str, existing: Set[str]) -> None:
+        """Note which photos are attacked, unless they were so before; refuse to replace what is not theirs.
+
+        A run of the same photos may have been killed before its journal knew of a file; what another photo's
+        attack, or somebody else, wrote under the same name is left alone.
+
+        Args:
+            photos: a fingerprint of them.
+            existing: names of the outputs that are there already.
+
+        Raises:
+            UsageError: if one of these is not of the photo that has its name now.
+        """
+        if photos in self._lists:
+            return
+        for job in self._named.values() if existing else ():
+            taken = {job.adversarial, job.map} & existing
+            if taken and str(job.source) not in self._places:
+                raise UsageError(
+                    f"{self._out / min(taken)} exists already and was not made of {job.source}: "
+                    "give another --out, or --overwrite"
+                )
+        self._journal.append({"photos": photos})
 
     def write(self, records: Sequence[Record]) -> None:
         """Add a batch to the journal, with the SHA-256 of its files.

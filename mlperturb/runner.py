@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mlperturb.classifier import Classifier
+from mlperturb.devices import free_memory
 from mlperturb.errors import ImageError
 from mlperturb.images import Photo, read_photo
 from mlperturb.jobs import Job, Settings
@@ -23,6 +24,7 @@ from mlperturb.search import Found, search
 from mlperturb.verdict import describe, facts_of, judge, save
 
 _BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
+_NEEDED = 200  # bytes of memory a padded pixel: on the CPU an attack takes 180
 _ROOM = 16  # times those pixels for a batch of a given size: photos of odd shapes, padded to one, may need any memory
 
 Pair = tuple[Job, Photo]
@@ -261,11 +263,17 @@ class _Attacker:
             yield [], [], lost
 
     def _search(self, part: list[Pair]) -> list[Found | None] | None:
-        """Attack some photos; None if the device ran out of memory."""
+        """Attack some photos; None if the device ran out of memory, or would."""
+        heights, widths = zip(*(photo.rgb.shape[:2] for _, photo in part), strict=True)
+        needed, free = len(part) * max(heights) * max(widths) * _NEEDED, free_memory()
+        if self.classifier.device.type == "cpu" and free is not None and needed > free:
+            return None  # Linux would kill the process
         try:
             requests = [job.request or self.settings.request for job, _ in part]
             return search(self.classifier, [photo for _, photo in part], requests, self.settings)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+                raise
             if self.classifier.device.type == "cuda":
                 torch.cuda.empty_cache()
             return None

@@ -12,8 +12,9 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 from typing import TYPE_CHECKING, TypeVar
 
 from mlperturb.errors import StorageError, UsageError
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 _PATIENCE = 600.0  # seconds, for the other processes to start
 _POLL = 0.1  # seconds
+_QUIET = 30.0  # seconds of waiting before it is said
+_LIFE = 120.0  # seconds without a sign of life after which a process counts as dead
 
 
 class Share:
@@ -38,6 +41,11 @@ class Share:
     def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
         self.rank, self.size, self._store = rank, size, store
         self._start = ""  # the name of this start; every key begins with it
+
+    @property
+    def launched(self) -> bool:
+        """Whether torchrun started this process: it takes any exit code but 0 for a crash, and may start it again."""
+        return self.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
 
     @property
     def first(self) -> bool:
@@ -83,14 +91,47 @@ class Share:
         """Add to a number that all processes share; return what it is now."""
         return more if self._store is None else self._add(name, more)
 
-    def gather(self, *, patience: float = float("inf")) -> bool:
-        """Say that this process has finished; rank 0 waits for the others, and learns whether all came."""
-        arrived = self.count("arrived", 1)
-        deadline = time.monotonic() + patience
-        while self.first and arrived < self.size and time.monotonic() < deadline:
-            time.sleep(_POLL)
-            arrived = self.count("arrived")
-        return arrived >= self.size
+    def gather(self, *, patience: float = float("inf"), warn: Callable[[str], None] = lambda message: None) -> bool:
+        """Say that this process has finished; rank 0 waits for the others, and learns whether all came.
+
+        Args:
+            patience: wait so many seconds at most.
+            warn: told which ones it waits for, after a while.
+
+        Raises:
+            StorageError: if one of the others shows no sign of life any more.
+        """
+        self.tell(f"finished/{self.rank}", "")
+        began, silent = time.monotonic(), True
+        lost = {rank: (-1, began) for rank in range(1, self.size)} if self.first else {}  # the last sign of life, when
+        while lost and time.monotonic() - began < patience:
+            for rank in list(lost):
+                sign = self.count(f"alive/{rank}")
+                if self._get(f"finished/{rank}") is not None:
+                    del lost[rank]
+                elif sign != lost[rank][0]:
+                    lost[rank] = sign, time.monotonic()
+                elif time.monotonic() - lost[rank][1] > _LIFE:
+                    raise StorageError(
+                        f"process {rank} of {self.size} has been silent for {_LIFE:.0f} seconds, and its photos are "
+                        "not done: the same command goes on"
+                    )
+            if lost and silent and time.monotonic() - began > _QUIET:
+                silent = False
+                warn(f"waiting for {len(lost)} of the {self.size} processes to finish")
+            time.sleep(_POLL if lost else 0)
+        return not lost
+
+    def live(self) -> None:
+        """Show signs of life, from a thread, until the process ends."""
+
+        def beat() -> None:
+            with suppress(StorageError):  # the thread that works will hear of it
+                while True:
+                    self.count(f"alive/{self.rank}", 1)
+                    time.sleep(_LIFE / 10)
+
+        Thread(target=beat, name="alive", daemon=True).start()
 
     def _add(self, name: str, more: int) -> int:
         return self._call(lambda store: int(store.add(self._start + name, more)))
@@ -166,8 +207,21 @@ class Share:
 
 
 def is_shared() -> bool:
-    """Say whether this is one of several processes."""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    """Say whether this is one of several processes.
+
+    Raises:
+        UsageError: if the environment says so, and does not say which one, or where they meet.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return False
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UsageError(f"WORLD_SIZE is {size}: expected {', '.join(missing)} too, as torchrun sets them")
+    rank = os.environ["RANK"]
+    if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
+        raise UsageError(f"expected RANK from 0 to WORLD_SIZE - 1, got {rank} of {size}")
+    return True
 
 
 def join() -> Share:
@@ -187,6 +241,7 @@ def join() -> Share:
         raise UsageError(f"cannot meet the other processes of the run: {reason:.200}") from error
     share = Share(rank, size, store)
     share.meet()
+    share.live()
     return share
 
 

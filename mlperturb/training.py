@@ -23,7 +23,7 @@ from mlperturb.checkpoints import (
     save_checkpoint,
 )
 from mlperturb.errors import CheckpointError, DatasetError, OutputError
-from mlperturb.files import write_file
+from mlperturb.files import remove_file, write_file
 from mlperturb.loading import PhotoDataset, augmentation, predict_dataset, to_device
 from mlperturb.losses import calibrate, cross_entropy, eq12_loss
 from mlperturb.metrics import classifier_metrics
@@ -181,8 +181,11 @@ def train(
     state = Path(f"{output}.resume.pt")
     with share.process_group(device):
         fitter = _Fitter(recipe, network, training, preprocess, device, given, share)
-        if resume or share.any_restarted() and state.exists():
+        restarted = share.any_restarted()
+        if resume or restarted and state.exists():
             fitter.load(state)
+        elif share.first and not restarted:
+            remove_file(state)  # of an earlier training: a restart must not take it for its own
         if recipe.head_only:
             fitter.features = _cache_features(fitter)
         for epoch in range(fitter.epoch, recipe.epochs):
@@ -299,6 +302,7 @@ class _Fitter:
             raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
         state = {
             "recipe": asdict(self.recipe),
+            "data": self.training.fingerprint,
             "epoch": self.epoch,
             "network": self.network.state_dict(),
             "averaged": self.averaged.state_dict(),
@@ -317,7 +321,8 @@ class _Fitter:
         """
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            theirs, ours = dict(state["recipe"]), asdict(self.recipe)
+            theirs = {**dict(state["recipe"]), "training set": state["data"]}
+            ours = {**asdict(self.recipe), "training set": self.training.fingerprint}
         except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise CheckpointError(f"cannot resume from {path}: {reason}") from error

@@ -17,6 +17,7 @@ from PIL import Image
 import mlperturb.runner
 from mlperturb.files import file_sha256
 from mlperturb.interrupts import Interrupts
+from mlperturb.journal import Journal
 
 
 def test_a_run_that_is_done_is_not_done_again(cli, command, tmp_path, monkeypatch):
@@ -188,3 +189,60 @@ def test_memory_does_not_grow_with_the_number_of_photos(tiny, tmp_path):
         assert json.loads((tmp_path / f"out-{count}" / "report.json").read_text())["summary"]["success"] == count
         peaks.append(usage.ru_maxrss / 1024)
     assert peaks[1] - peaks[0] < 300, peaks
+
+
+def test_another_photo_of_the_same_name_does_not_replace_what_is_done(cli, command, photos, tmp_path, whole):
+    out, other = tmp_path / "out", tmp_path / "other"
+    cli(*command(out))
+    other.mkdir()
+    Image.fromarray(TINY_PIXELS[::-1].copy()).save(other / "4.png")
+    arguments = command(out)
+    code, _, err = cli(*["attack", other, *arguments[2:]])
+    assert code == 2 and "4.adv.png exists already and was not made of" in err and err.count("\n") == 1
+    assert contents(out) == whole
+    (out / "new.adv.png").write_bytes(b"precious")
+    Image.fromarray(TINY_PIXELS).save(photos / "new.png")
+    code, _, err = cli(*arguments)
+    assert code == 2 and "new.adv.png exists already" in err
+    assert (out / "new.adv.png").read_bytes() == b"precious"
+    (out / "new.adv.png").unlink()
+    assert cli(*arguments)[0] == 1  # one more photo in the folder is no other run
+    assert len(attacked(out)) == 10
+
+
+def test_a_run_that_is_going_on_is_not_overwritten(cli, command, tmp_path, whole):
+    out = tmp_path / "out"
+    cli(*command(out))
+    journal = (out / "journal.jsonl").read_bytes()
+    with Journal(out / "journal.jsonl", json.loads(journal.partition(b"\n")[0])["key"]):
+        code, _, err = cli(*command(out, "--overwrite"))
+        assert code == 2 and "another run is writing" in err
+    assert (out / "journal.jsonl").read_bytes() == journal and contents(out) == whole
+
+
+def test_what_a_killed_run_left_half_written_goes(cli, command, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".0123456789abcdef.tmp").write_bytes(b"half")
+    (tmp_path / "out" / ".mine.tmp").write_bytes(b"whole")
+    cli(*command(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".mine.tmp"]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_a_photo_for_which_there_is_no_memory_is_an_error_of_its_own(cli, command, tmp_path, monkeypatch, error):
+    if error is None:
+        monkeypatch.setattr(mlperturb.runner, "free_memory", lambda: 36 * 30 * 200 - 1)  # the largest photos need more
+    else:
+        search = mlperturb.runner.search
+
+        def fail(classifier, photos, requests, settings):
+            if max(photo.rgb.shape[0] * photo.rgb.shape[1] for photo in photos) == 36 * 30:
+                raise error
+            return search(classifier, photos, requests, settings)
+
+        monkeypatch.setattr(mlperturb.runner, "search", fail)
+    code, _, err = cli(*command(tmp_path / "out"))
+    records = contents(tmp_path / "out")[1]
+    failed = [Path(record["source"]).name for record in records if record["status"] == "failed"]
+    assert code == 1 and "too large for the device's memory" in err
+    assert failed == ["0.png", "6.png"] and [record["status"] for record in records].count("success") == 7

@@ -102,12 +102,52 @@ def test_a_store_that_is_gone_is_told_in_a_line():
 
 
 def test_a_run_that_says_it_is_shared_and_does_not_say_where_is_refused(monkeypatch):
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1")):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "x")):
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(UsageError, match="cannot meet the other processes"):
         join()
     assert local_device("cpu") == "cpu" and local_device("cuda:3") == "cuda:3"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"RANK": ""}, "expected RANK too"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "expected MASTER_ADDR, MASTER_PORT too"),
+        ({"RANK": "2"}, "got 2 of 2"),
+        ({"RANK": "-1"}, "got -1 of 2"),
+        ({"WORLD_SIZE": "-1"}, "got 1 of -1"),
+    ],
+)
+def test_half_an_environment_of_several_processes_is_refused(monkeypatch, cli, changed, message):
+    whole = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (whole | changed).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        join()
+
+
+def test_a_process_that_falls_silent_is_not_waited_for_for_ever(shares, monkeypatch):
+    monkeypatch.setattr("mlperturb.sharing._LIFE", 0.4)
+    monkeypatch.setattr("mlperturb.sharing._QUIET", 0.1)
+    said: list[str] = []
+    with pytest.raises(StorageError, match="process 1 of 2 has been silent"):
+        shares[0].gather(warn=said.append)
+    assert said == ["waiting for 1 of the 2 processes to finish"]
+
+
+def test_a_process_that_lives_is_waited_for(shares, monkeypatch):
+    monkeypatch.setattr("mlperturb.sharing._LIFE", 0.5)
+    shares[1].live()
+
+    def finish_late() -> None:
+        time.sleep(1.2)
+        shares[1].gather()
+
+    thread = threading.Thread(target=finish_late)
+    thread.start()
+    assert shares[0].gather()
+    thread.join()
 
 
 @pytest.fixture
@@ -131,7 +171,7 @@ def test_two_processes_one_killed_and_restarted_come_to_the_files_and_report_of_
     command += ["--device", "cpu"]
     assert cli(*command, "--out", tmp_path / "whole")[0] == 1
     out, mark = tmp_path / "out", str(tmp_path)
-    process = launch([*command, "--out", out], restarts=1, mark=mark)
+    process = launch([*command, "--out", out, "--overwrite"], restarts=1, mark=mark)
     second = out / "journal.rank-1.jsonl"
     deadline = time.monotonic() + 120
     while not (second.exists() and second.read_text().count("\n") >= 2) and time.monotonic() < deadline:

@@ -215,7 +215,7 @@ def test_resuming_on_a_data_set_of_other_labels_is_refused(data, tmp_path):
     output = tmp_path / "m.safetensors"
     _interrupt(RECIPE, data, output)
     other = Dataset(data.paths, ("a", "b", "c"), np.ones((12, 3), dtype=np.int8))
-    with pytest.raises(CheckpointError, match="does not fit this network"):
+    with pytest.raises(CheckpointError, match="another training set"):
         _train(RECIPE, other, output, resume=True)
 
 
@@ -268,3 +268,15 @@ def test_what_the_last_initial_file_did_not_give_learns_at_the_fresh_rate(data, 
     before, after = torch.load(start, weights_only=True), read_tensors(tmp_path / "x.safetensors")
     assert not torch.allclose(after["fc.weight"], before["fc.weight"], atol=1e-3)
     torch.testing.assert_close(after["conv1.0.weight"], before["conv1.0.weight"], atol=1e-6, rtol=0)
+
+
+def test_what_another_data_set_left_is_not_gone_on_with(data, tmp_path):
+    output = tmp_path / "m.safetensors"
+    _train(RECIPE, data, output)
+    other = replace(data, truth=-data.truth)
+    with pytest.raises(CheckpointError, match="another training set"):
+        _train(RECIPE, other, output, resume=True)
+    state = tmp_path / "m.safetensors.resume.pt"
+    state.write_bytes(b"of an earlier training")
+    _train(replace(RECIPE, epochs=0), other, output)
+    assert not state.exists()

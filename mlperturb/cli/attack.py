@@ -167,15 +167,16 @@ def run(
     )
     jobs = plan_outputs(find_photos(paths, recursive=recursive))
     report = report or out / "report.json"
-    share = join()
+    share, existing = join(), frozenset[str]()
+    overwrite = overwrite and not share.any_restarted()  # what was to be replaced is gone: go on
     if share.first:
-        prepare_folder(out, report, jobs, overwrite=overwrite, page=out / "index.html" if html else None)
+        existing = prepare_folder(out, report, jobs, overwrite=overwrite, page=out / "index.html" if html else None)
         renamed = [job for job in jobs if job.adversarial != f"{job.source.stem}.adv.png"]
-        if renamed:
+        if renamed and not quiet:
             first = renamed[0]
             print_note(f"{len(renamed)} photos share another's name; {first.source} becomes {first.adversarial}")
-    if share.size > 1:
-        share.agree(fingerprint([(str(job.source), job.adversarial) for job in jobs]), "photos")
+    photos = fingerprint([(str(job.source), job.adversarial) for job in jobs])
+    share.agree(photos, "photos")
 
     from mlperturb.devices import prepare
 
@@ -194,30 +195,35 @@ def run(
         "margin": settings.margin,
         **{key: value for key, value in settings.options.items() if value is not None},
     }
-    return AttackRun(source, settings, jobs, out, report, described, name, share, html, json, quiet).go()
+    return AttackRun(source, settings, jobs, out, report, described, name, share, html, json, quiet).go(
+        photos, existing
+    )
 
 
-def prepare_folder(out: Path, report: Path, jobs: list[Job], *, overwrite: bool, page: Path | None) -> None:
+def prepare_folder(out: Path, report: Path, jobs: list[Job], *, overwrite: bool, page: Path | None) -> frozenset[str]:
     """Make the output folder; refuse outputs that exist, unless a run goes on there or they may be replaced.
+
+    Returns:
+        The names of outputs that exist, if a run goes on.
 
     Raises:
         UsageError: if the folder cannot be made or written, or something is there already.
         StorageError: if the journal of the run to be replaced cannot be deleted.
     """
-    from mlperturb.files import list_names
+    from mlperturb.files import list_names, reaching
     from mlperturb.journal import find_journal, remove_journal
 
     make_folder(out)
     make_folder(report.parent)
-    if report.is_dir():
-        raise UsageError(f"expected a file for --report, got the folder {report}")
+    with reaching(report):
+        if report.exists() and not report.is_file():
+            raise UsageError(f"expected a file for --report, got {report}, which is none")
+        taken_report = report.is_symlink() or report.exists()
     there, journal = list_names(out), out / JOURNAL
     targets = {name for job in jobs for name in (job.adversarial, job.map)} | ({page.name} if page else set())
     if report.name in targets | {JOURNAL} and same_folder(report.parent, out):
         raise UsageError(f"the report would replace another file of the run: choose another --report than {report}")
-    existing = [out / name for name in sorted(targets & there)] + (
-        [report] if report.is_symlink() or report.exists() else []
-    )
+    existing = [out / name for name in sorted(targets & there)] + ([report] if taken_report else [])
     outputs = {identity(target) for target in existing} - {None}
     taken = [job for job in jobs if job.source in existing or outputs and identity(job.source) in outputs]
     if taken:
@@ -228,6 +234,8 @@ def prepare_folder(out: Path, report: Path, jobs: list[Job], *, overwrite: bool,
         )
     if overwrite:
         remove_journal(journal)
+        return frozenset()
+    return frozenset(targets & there)
 
 
 def identity(path: Path) -> tuple[int, int] | None:

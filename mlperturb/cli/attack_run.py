@@ -19,7 +19,7 @@ from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.options import Source
 from mlperturb.errors import StorageError
-from mlperturb.files import is_remote, writing
+from mlperturb.files import is_remote, remove_temporary, writing
 from mlperturb.interrupts import Interrupts
 from mlperturb.jobs import Job, Settings
 from mlperturb.journal import Journal
@@ -51,20 +51,30 @@ class AttackRun:
     html: bool
     json: bool
     quiet: bool
+    silent: bool = False  # nothing on stdout
     summary: Summary = field(default_factory=Summary)  # of this process's photos
     lock: Lock = field(default_factory=Lock)  # of the summary: photos that are done already are found in threads
 
-    def go(self) -> int:
-        """Attack, report, print; return the exit code."""
+    def go(self, photos: str, existing: frozenset[str]) -> int:
+        """Attack, report, print; return the exit code.
+
+        Args:
+            photos: a fingerprint of the jobs.
+            existing: names of outputs that are there already.
+        """
         started = time.perf_counter()
         classifier, description = self.source.load(self.device)
         key, share = self._key(description["sha256"]), self.share
         with Interrupts() as interrupts, Journal(self.out / JOURNAL, key, rank=share.rank, size=share.size) as journal:
             if journal.torn:
-                print_note(f"the last line of {journal.path} was cut short, and is dropped")
+                self._note(f"the last line of {journal.path} was cut short, and is dropped")
             self.ledger = Ledger(journal, self.jobs, self.out)
+            if share.first:
+                self.ledger.begin(photos, existing)
+            if share.size == 1:
+                remove_temporary(self.out)
             if len(self.ledger) and share.first:
-                print_note(
+                self._note(
                     f"going on: {len(self.ledger)} of {len(self.jobs)} photos are in the journal; "
                     "what changed since is attacked again"
                 )
@@ -75,9 +85,9 @@ class AttackRun:
                 try:
                     run_attack(
                         classifier, self.jobs, self.out, self.settings, self._done, finished=self._finished,
-                        claims=lambda count: share.claims("attack", count), hold=interrupts.hold, warn=print_note,
+                        claims=lambda count: share.claims("attack", count), hold=interrupts.hold, warn=self._note,
                     )  # fmt: skip
-                    share.gather()
+                    share.gather(warn=self._note)
                 except KeyboardInterrupt:
                     stopped = 130
                 except StorageError as error:
@@ -88,8 +98,8 @@ class AttackRun:
                     share.gather(patience=5)  # what the others have in hand is to be in the report
             if not share.first:
                 return stopped or 0
-            if stopped is not None and share.size > 1:  # torchrun may start it again: one result on stdout is enough
-                self.json, self.quiet = False, True
+            if stopped is not None and share.launched:  # it may be started again: one result on stdout is enough
+                self.json, self.silent = False, True
             seconds = time.perf_counter() - started
             if stopped == 3:
                 with suppress(StorageError):  # it has been told already
@@ -97,7 +107,7 @@ class AttackRun:
                 return stopped
             code = self._finish(description, seconds)
         if stopped == 130:
-            print_note(
+            self._note(
                 f"interrupted: {len(self.ledger)} of {len(self.jobs)} photos are done and reported; "
                 "the same command goes on"
             )
@@ -110,6 +120,10 @@ class AttackRun:
         if region is not None and region.mask is not None:
             key["region"] = sha256(region.mask.tobytes()).hexdigest()
         return {**key, "device": self.device.partition(":")[0]}
+
+    def _note(self, message: str) -> None:
+        if not self.quiet:
+            print_note(message)
 
     def _finished(self, job: Job) -> Size | None:
         record = self.ledger.finished(job)
@@ -154,11 +168,11 @@ class AttackRun:
             for part in report_lines(settings, description, self.ledger.records(self.jobs), seconds):
                 print(part, end="")
             print()
-        elif not self.quiet:
+        elif not self.quiet and not self.silent:
             self._print_tables(told, seconds)
         told.errors.print(print_error)
-        if told.summary.exit_code and self.share.size > 1:
-            print_note("the exit code is 0 all the same: torchrun would start the processes again")
+        if told.summary.exit_code and self.share.launched:
+            self._note("the exit code is 0 all the same: torchrun would start the processes again")
             return 0
         return told.summary.exit_code
 

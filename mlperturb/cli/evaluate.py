@@ -184,6 +184,7 @@ class _Run:
             evaluation.make_settings(self.protocol, variant)  # refuses what cannot be, before anything is written
         dataset, share = join(self.parts.values()), self.share
         path, old = self.out / "records.jsonl", self.out / "records.old.jsonl"
+        overwrite = overwrite and not share.any_restarted()  # what was to be replaced is gone: go on
         if overwrite and share.first:
             move_journal(path, old)
         share.agree(dataset.fingerprint, "photos")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -66,7 +69,9 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """Run the command line; an error of ours becomes one line on stderr and exit code 2 (3: the run had to stop)."""
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         _refuse_empty(sys.argv[1:])
         app()
     except MlperturbError as error:
@@ -74,6 +79,8 @@ def main() -> None:
         sys.exit(3 if isinstance(error, StorageError) else 2)
     except KeyboardInterrupt:
         print_error("interrupted")
+        if any(thread.name == "behind" for thread in threading.enumerate()):
+            os._exit(130)  # at once: a thread is writing still
         sys.exit(130)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -83,3 +90,5 @@ def main() -> None:
             raise
         print_error(f"cannot write to stdout: {error.strerror}")
         sys.exit(3)
+    finally:
+        signal.signal(signal.SIGTERM, before)

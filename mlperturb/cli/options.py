@@ -138,7 +138,7 @@ def parse_batch_size(value: str) -> int | None:
     """
     if value == "auto":
         return None
-    if not value.isdecimal() or int(value) < 1:
+    if not (value.isascii() and value.isdecimal()) or int(value) < 1:
         raise UsageError(f"expected --batch-size auto or a number of at least 1, got {value!r}")
     return int(value)
 
