@@ -23,7 +23,7 @@ from mlperturb.checkpoints import (
     save_checkpoint,
 )
 from mlperturb.errors import CheckpointError, DatasetError, OutputError
-from mlperturb.files import remove_file, write_file
+from mlperturb.files import write_file
 from mlperturb.loading import PhotoDataset, augmentation, predict_dataset, to_device
 from mlperturb.losses import calibrate, cross_entropy, eq12_loss
 from mlperturb.metrics import classifier_metrics
@@ -184,8 +184,8 @@ def train(
         restarted = share.any_restarted()
         if resume or restarted and state.exists():
             fitter.load(state)
-        elif share.first and not restarted:
-            remove_file(state)  # of an earlier training: a restart must not take it for its own
+        elif share.size > 1 and share.first and state.exists():
+            state.replace(f"{output}.resume.old.pt")  # of an earlier training: a restart must not take it for its own
         if recipe.head_only:
             fitter.features = _cache_features(fitter)
         for epoch in range(fitter.epoch, recipe.epochs):

@@ -207,10 +207,11 @@ def labelled(photos) -> list[object]:
 def test_two_processes_train_one_network_and_go_on_after_one_is_killed(labelled, tmp_path):
     out, mark = tmp_path / "mine.safetensors", str(tmp_path)
     command = ["train", *labelled, "--arch", "shufflenet_v2_x0_5", "--size", 32, "--batch-size", 4, "--epochs", 8]
-    process = launch([*command, "--device", "cpu", "--out", out], restarts=1, mark=mark)
     state = tmp_path / "mine.safetensors.resume.pt"
+    state.write_bytes(b"of an earlier training")
+    process = launch([*command, "--device", "cpu", "--out", out], restarts=1, mark=mark)
     deadline = time.monotonic() + 120
-    while not state.exists() and time.monotonic() < deadline:
+    while not (state.exists() and state.stat().st_size > 1000) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(find_rank(1, mark), signal.SIGKILL)
     code, text, err = finish(process)
