@@ -1,5 +1,5 @@
 """`python -m mlperturb`."""
 
-from mlperturb.cli.main import main
+from mlperturb.cli.main import run
 
-main()
+run()

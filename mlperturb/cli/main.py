@@ -67,6 +67,15 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
         raise UsageError("an argument is empty: expected a path or a value")
 
 
+def run() -> None:
+    """Run as a process: once it has come to its end, no further signal changes its exit code."""
+    try:
+        main()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def main() -> None:
     """Run the command line; an error of ours becomes one line on stderr and exit code 2 (3: the run had to stop)."""
     before = signal.getsignal(signal.SIGTERM)
