@@ -6,10 +6,12 @@ import pickle
 import resource
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import hostile
 import jsonschema
+import pytest
 from helpers import TINY_LABELS, TINY_PIXELS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -70,13 +72,20 @@ def test_a_folder_of_bad_files_gives_a_record_each_and_nothing_outside_the_outpu
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
 
 
-def test_every_bad_checkpoint_is_refused_in_a_line_or_does_what_it_says_and_runs_no_code(tmp_path, tiny):
-    """Each in a process of its own, in bounded time and memory; no file but in the output folder."""
+@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_bad_checkpoint_is_refused_in_a_line_or_does_what_it_says_and_runs_no_code(tmp_path, tiny, all_of_them):
+    """Each, or two of each kind, in a process of its own, in bounded time and memory; no file but in --out."""
     folder, out, cwd = (tmp_path / name for name in ("bad", "out", "cwd"))
     folder.mkdir()
     cwd.mkdir()
     bad = hostile.build_checkpoints(folder, tiny, tmp_path / "victim")
     assert len(bad) >= 100 and len({one.kind for one in bad.values()}) >= 30
+    if not all_of_them:
+        seen = Counter[str]()
+        for name, one in list(bad.items()):
+            seen[one.kind] += 1
+            if seen[one.kind] > 2:
+                del bad[name]
     Image.fromarray(TINY_PIXELS).save(tmp_path / "photo.png")
     (tmp_path / "names.txt").write_text("\n".join(TINY_LABELS))
     attack = ["attack", tmp_path / "photo.png", "--flip", "any", "--method", "fgs", "--budget", "fast", "--passes", 12]
