@@ -333,7 +333,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     try:
         return tensor.to(dtype)
-    except (RuntimeError, NotImplementedError):  # of packed bits
+    except RuntimeError:  # of packed bits, NotImplementedError too
         return None
 
 

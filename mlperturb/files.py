@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ def is_remote(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def reaching(path: Path) -> Iterator[None]:
+def reaching(path: Path, doing: str = "reach") -> Iterator[None]:
     """Turn whatever a store's own package raises, at a path that is remote, into one line.
 
     Raises:
@@ -70,7 +71,7 @@ def reaching(path: Path) -> Iterator[None]:
         if not is_remote(path):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise StorageError(f"cannot reach {path}: {reason:.200}") from error
+        raise StorageError(f"cannot {doing} {path}: {reason:.200}") from error
 
 
 def file_sha256(path: Path) -> str:
@@ -144,7 +145,8 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
         with tempfile.TemporaryFile() as stream:
             yield stream
             stream.seek(0)
-            _upload(stream, path)
+            with reaching(path, "write"), path.open("wb") as target:
+                shutil.copyfileobj(stream, target)
         return
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # a rank on another machine may have our process id
     try:
@@ -159,12 +161,3 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # gone already if the rename came off
-
-
-def _upload(stream: IO[bytes], path: Path) -> None:
-    try:
-        with path.open("wb") as target:
-            while part := stream.read(1 << 20):
-                target.write(part)
-    except Exception as error:  # each store's package has errors of its own
-        raise StorageError(f"cannot write {path}: {str(error) or type(error).__name__:.200}") from error

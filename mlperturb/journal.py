@@ -172,7 +172,7 @@ class _Files:
         self.resumed = bool(before)
         for file in before:
             _check_key(file, _first_line(file), key)
-        turn = 1 + max((turn for turn, _, _ in self._segments()), default=-1)
+        turn = 1 + max((turn for turn, _ in self._scan()), default=0) if before else 0
         self._turn = _line({"turn": turn}) if turn else b""  # what stands before the first line appended
         if self._own not in before:
             write_file(self._own, _line({"key": key}))
@@ -209,25 +209,22 @@ class _Files:
             raise StorageError(f"cannot write {self._own}: {error.strerror or error}") from error
 
     def places(self) -> Iterator[Place]:
-        for _, file, begin in sorted(self._segments(), key=lambda segment: segment[0]):
-            for offset, line in _whole_lines(file, begin):
-                if line.startswith(b'{"turn":'):
-                    break
-                yield file, offset
+        return (place for _, place in sorted(self._scan(), key=lambda found: found[0]))
 
-    def _segments(self) -> Iterator[tuple[int, Path, int]]:
-        """Find the turns in all files: the number, the file, and where the lines begin."""
+    def _scan(self) -> Iterator[tuple[int, Place]]:
+        """Find what was appended, file by file: the turn, and where the line begins."""
         for file in find_journal(self._path):
-            for offset, line in _whole_lines(file, 0):
-                if offset == 0:
-                    yield 0, file, len(line)
-                elif line.startswith(b'{"turn":'):
-                    yield int(_parse(line, str(file)).get("turn", 0)), file, offset + len(line)
+            turn = 0
+            for offset, line in _whole_lines(file):
+                if line.startswith(b'{"turn":'):
+                    turn = int(_parse(line, str(file)).get("turn", 0))
+                elif offset:  # the first line is the key
+                    yield turn, (file, offset)
 
     def _cut(self) -> None:
         """Drop a last line that has no end."""
         whole = 0
-        for offset, line in _whole_lines(self._own, 0):
+        for offset, line in _whole_lines(self._own):
             whole = offset + len(line)
         if whole < self._stream.seek(0, os.SEEK_END):
             self.torn = True
@@ -272,10 +269,10 @@ def _first_line(file: Path) -> bytes:
         return stream.readline()
 
 
-def _whole_lines(file: Path, begin: int) -> Iterator[tuple[int, bytes]]:
-    """Read the lines that have an end, from a byte on: where each begins, and itself."""
+def _whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Read the lines that have an end: where each begins, and itself."""
+    begin = 0
     with file.open("rb") as stream:
-        stream.seek(begin)
         for line in stream:
             if not line.endswith(b"\n"):
                 return

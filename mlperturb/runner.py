@@ -84,7 +84,8 @@ def run_attack(
     """
     waits, started = Waits(), time.perf_counter()
     limit, pixels = _BATCH.get(classifier.device.type, _BATCH["cpu"])
-    units = _Units(jobs, settings.batch_size or limit)
+    size = settings.batch_size or limit
+    units = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     within = pixels * (_ROOM if settings.batch_size else 1)
     attacker = _Attacker(classifier, settings, warn)
     behind = Behind()
@@ -118,20 +119,6 @@ def run_attack(
     return waits
 
 
-@dataclass(frozen=True)
-class _Units:
-    """The photos, in order, a batch's worth at a time."""
-
-    jobs: Sequence[Job]
-    size: int
-
-    def __len__(self) -> int:
-        return -(-len(self.jobs) // self.size)
-
-    def __getitem__(self, number: int) -> Sequence[Job]:
-        return self.jobs[number * self.size : (number + 1) * self.size]
-
-
 @dataclass
 class _Batch:
     """Photos to attack together, and the records of those that cannot be attacked.
@@ -163,7 +150,7 @@ class _Batch:
 
 
 def _batches(
-    units: _Units,
+    units: Sequence[Sequence[Job]],
     claims: Callable[[int], Iterable[int]],
     finished: Callable[[Job], Size | None],
     settings: Settings,
@@ -181,7 +168,7 @@ def _batches(
             yield None  # the end of a unit
 
     batch = _Batch()
-    for got in ahead(read, items(), window=units.size):
+    for got in ahead(read, items(), window=max(map(len, units), default=1)):
         if got is None:
             yield batch
             batch = _Batch()
@@ -264,14 +251,15 @@ class _Attacker:
 
     def _search(self, part: list[Pair]) -> list[Found | None] | None:
         """Attack some photos; None if the device ran out of memory, or would."""
-        heights, widths = zip(*(photo.rgb.shape[:2] for _, photo in part), strict=True)
-        needed, free = len(part) * max(heights) * max(widths) * _NEEDED, free_memory()
-        if self.classifier.device.type == "cpu" and free is not None and needed > free:
-            return None  # Linux would kill the process
+        if self.classifier.device.type == "cpu":
+            heights, widths = zip(*(photo.rgb.shape[:2] for _, photo in part), strict=True)
+            free = free_memory()
+            if free is not None and len(part) * max(heights) * max(widths) * _NEEDED > free:
+                return None  # Linux would kill the process
         try:
             requests = [job.request or self.settings.request for job, _ in part]
             return search(self.classifier, [photo for _, photo in part], requests, self.settings)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no error of its own
             if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
                 raise
             if self.classifier.device.type == "cuda":

@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from threading import Thread
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
 
 from mlperturb.errors import StorageError, UsageError
@@ -40,7 +41,13 @@ class Share:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
         self.rank, self.size, self._store = rank, size, store
+        self._counts: Counter[str] = Counter()  # where there is no store
+        self._lock = Lock()
         self._start = ""  # the name of this start; every key begins with it
+
+    def exit_code(self, code: int) -> int:
+        """Return the code for a run that came to its end, photos that failed and all; 0 under torchrun."""
+        return 0 if self.launched else code
 
     @property
     def launched(self) -> bool:
@@ -83,13 +90,17 @@ class Share:
         if self._store is None:
             return
         if self.first:
-            self.tell("agreed", value)
-        elif self.ask("agreed") != value:
+            self.tell(f"agreed/{what}", value)
+        elif self.ask(f"agreed/{what}") != value:
             raise UsageError(f"process {self.rank} of {self.size} has other {what} than process 0: expected the same")
 
     def count(self, name: str, more: int = 0) -> int:
         """Add to a number that all processes share; return what it is now."""
-        return more if self._store is None else self._add(name, more)
+        if self._store is not None:
+            return self._add(name, more)
+        with self._lock:
+            self._counts[name] += more
+            return self._counts[name]
 
     def gather(self, *, patience: float = float("inf"), warn: Callable[[str], None] = lambda message: None) -> bool:
         """Say that this process has finished; rank 0 waits for the others, and learns whether all came.

@@ -193,33 +193,11 @@ def train(
             if share.first:
                 fitter.save(state)
                 if report and (epoch + 1) % 2 == 0 and epoch + 1 < recipe.epochs:
-                    report(_validate(fitter, epoch, validation, preprocess, device, recipe))
+                    report(_validate(fitter, epoch, validation))
     if not share.first:
         return None
-    network = fitter.averaged
-    boundary = torch.zeros(len(training.labels))
-    logits = predict_dataset(network, validation, preprocess, device=device, workers=recipe.workers)
-    bias = calibrate(logits, torch.from_numpy(validation.truth), boundary)
-    head = find_head(network)[1]
-    head.bias.data += bias.to(head.bias)
-    metrics = {
-        name: classifier_metrics(
-            predict_dataset(network, dataset, preprocess, device=device, workers=recipe.workers),
-            torch.from_numpy(dataset.truth),
-            boundary,
-            training.labels,
-        )
-        for name, dataset in tests.items()
-    }
-    metadata = Metadata(
-        recipe.architecture,
-        training.labels,
-        (0.5,) * len(training.labels),
-        preprocess.to_dict(),
-        {**(provenance or {}), "recipe": asdict(recipe)},
-        metrics,
-    )
-    save_checkpoint(output, network.state_dict(), metadata)
+    metadata = _calibrate_and_measure(fitter, validation, tests, provenance or {})
+    save_checkpoint(output, fitter.averaged.state_dict(), metadata)
     return metadata
 
 
@@ -372,13 +350,40 @@ class _Fitter:
                 kept.copy_(current[name])
 
 
-def _validate(
-    fitter: _Fitter, epoch: int, validation: Dataset, preprocess: Preprocess, device: str, recipe: Recipe
-) -> Progress:
-    logits = predict_dataset(fitter.averaged, validation, preprocess, device=device, workers=recipe.workers)
-    truth = torch.from_numpy(validation.truth)
-    metrics = classifier_metrics(logits, truth, torch.zeros(logits.shape[1]), validation.labels)
-    return Progress(epoch + 1, recipe.epochs, fitter.steps, fitter.steps, math.nan, metrics)
+def _calibrate_and_measure(
+    fitter: _Fitter, validation: Dataset, tests: dict[str, Dataset], provenance: dict[str, Any]
+) -> Metadata:
+    """Fit the bias of the averaged network's head on `validation`; return what its checkpoint says of it."""
+    recipe, labels = fitter.recipe, fitter.training.labels
+    boundary = torch.zeros(len(labels))
+    bias = calibrate(_predict(fitter, validation), torch.from_numpy(validation.truth), boundary)
+    head = find_head(fitter.averaged)[1]
+    head.bias.data += bias.to(head.bias)
+    metrics = {
+        name: classifier_metrics(_predict(fitter, dataset), torch.from_numpy(dataset.truth), boundary, labels)
+        for name, dataset in tests.items()
+    }
+    return Metadata(
+        recipe.architecture,
+        labels,
+        (0.5,) * len(labels),
+        fitter.preprocess.to_dict(),
+        {**provenance, "recipe": asdict(recipe)},
+        metrics,
+    )
+
+
+def _validate(fitter: _Fitter, epoch: int, validation: Dataset) -> Progress:
+    truth, boundary = torch.from_numpy(validation.truth), torch.zeros(len(validation.labels))
+    metrics = classifier_metrics(_predict(fitter, validation), truth, boundary, validation.labels)
+    return Progress(epoch + 1, fitter.recipe.epochs, fitter.steps, fitter.steps, math.nan, metrics)
+
+
+def _predict(fitter: _Fitter, dataset: Dataset) -> Tensor:
+    """Return the averaged network's logits, (N, L)."""
+    return predict_dataset(
+        fitter.averaged, dataset, fitter.preprocess, device=fitter.device, workers=fitter.recipe.workers
+    )
 
 
 @torch.inference_mode()

@@ -138,22 +138,24 @@ class AttackRun:
 
     def _count(self, records: list[Record]) -> None:
         """Move the bar on, by what all processes have done."""
-        done = self.share.count("done", len(records)) if self.share.size > 1 else None
+        done = self.share.count("done", len(records))
         with self.lock:
             for record in records:
                 self.summary.add(record)
             rate, rmsd = self.summary.success_rate, self.summary.mean_rmsd
             text = f"success {rate:.0%}" if rate is not None else "success -"
             text += f", mean RMSD {rmsd:.2f}" if rmsd is not None else ""
-            self.bar.update(self.task, advance=None if done else len(records), completed=done, description=text)
+            self.bar.update(self.task, completed=done, description=text)
 
     def _finish(self, description: dict[str, Any], seconds: float) -> int:
         """Write the report from the journals of all processes, and print; return the exit code."""
         self.ledger.reload()
-        where = str(self.out) if is_remote(self.out) or is_remote(self.report) else None
         if self.report.parent == self.out:
-            where = "."
-        out = where or os.path.relpath(self.out, self.report.parent)
+            out = "."
+        elif is_remote(self.out) or is_remote(self.report):
+            out = str(self.out)
+        else:
+            out = os.path.relpath(self.out, self.report.parent)
         settings = {**self.described, "cwd": str(Path.cwd()), "out": out}
         told = _Told(self.settings)
         with writing(self.report) as stream:
@@ -171,10 +173,10 @@ class AttackRun:
         elif not self.quiet and not self.silent:
             self._print_tables(told, seconds)
         told.errors.print(print_error)
-        if told.summary.exit_code and self.share.launched:
+        code = self.share.exit_code(told.summary.exit_code)
+        if code != told.summary.exit_code:
             self._note("the exit code is 0 all the same: torchrun would start the processes again")
-            return 0
-        return told.summary.exit_code
+        return code
 
     def _print_tables(self, told: _Told, seconds: float) -> None:
         from mlperturb.tables import image_line, image_table, summary_table
@@ -189,31 +191,6 @@ class AttackRun:
         told.notes.print(print_note)
         page = f", page {printable(str(self.out / 'index.html'))}" if self.html else ""
         stdout.print(f"files in {printable(str(self.out))}, report {printable(str(self.report))}{page}", soft_wrap=True)
-
-
-@dataclass
-class _Told:
-    """What there is to say of records that go by: as much of it as is printed."""
-
-    settings: Settings
-    summary: Summary = field(default_factory=Summary)
-    first: list[Record] = field(default_factory=list)
-    notes: _Lines = field(default_factory=lambda: _Lines())
-    errors: _Lines = field(default_factory=lambda: _Lines())
-
-    def listen(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Pass records on."""
-        for record in records:
-            self.summary.add(record)
-            if len(self.first) <= _SHOWN:
-                self.first.append(record)
-            for note in record.notes:
-                self.notes.add(f"{record.source}: {note}")
-            if record.error:
-                self.errors.add(record.error["message"])
-            elif record.status != "success":
-                self.notes.add(f"{record.source}: {advice(record, self.settings)}")
-            yield record
 
 
 @dataclass
@@ -233,6 +210,31 @@ class _Lines:
             show(line)
         if self.count > _LINES:
             print_note(f"and {self.count - _LINES} more like these: see the report")
+
+
+@dataclass
+class _Told:
+    """What there is to say of records that go by: as much of it as is printed."""
+
+    settings: Settings
+    summary: Summary = field(default_factory=Summary)
+    first: list[Record] = field(default_factory=list)
+    notes: _Lines = field(default_factory=_Lines)
+    errors: _Lines = field(default_factory=_Lines)
+
+    def listen(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Pass records on."""
+        for record in records:
+            self.summary.add(record)
+            if len(self.first) <= _SHOWN:
+                self.first.append(record)
+            for note in record.notes:
+                self.notes.add(f"{record.source}: {note}")
+            if record.error:
+                self.errors.add(record.error["message"])
+            elif record.status != "success":
+                self.notes.add(f"{record.source}: {advice(record, self.settings)}")
+            yield record
 
 
 def advice(record: Record, settings: Settings) -> str:

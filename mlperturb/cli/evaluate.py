@@ -170,7 +170,7 @@ class _Run:
         self._finish("table3", metrics, [classifier_grid(metrics)])
         for path in unread:
             print_error(f"{path}: could not be read or classified, and is left out")
-        return int(bool(unread) and self.share.size == 1)
+        return self.share.exit_code(int(bool(unread)))
 
     def go(self, *, overwrite: bool) -> int:
         """Attack, and write the tables; return the exit code."""
@@ -223,7 +223,7 @@ class _Run:
         self._finish("tables", rows, [evaluation_grid(rows, which) for which in ("float", "saved")], shown)
         for line in failures:
             print_error(line)
-        return int(bool(failures) and share.size == 1)  # torchrun would start the processes again
+        return share.exit_code(int(bool(failures)))
 
     def _drop_old_images(self, old: Path, new: Path) -> None:
         """Delete the images that the replaced run kept and this one did not write again."""
@@ -290,7 +290,4 @@ class _Run:
 
     def _advance(self, count: int, text: str | None = None) -> None:
         """Move the bar on, by what all processes have done."""
-        if self.share.size > 1:
-            self.bar.update(self.task, completed=self.had + self.share.count(self.phase, count), description=text)
-        else:
-            self.bar.update(self.task, advance=count, description=text)
+        self.bar.update(self.task, completed=self.had + self.share.count(self.phase, count), description=text)
