@@ -340,11 +340,23 @@ def test_ml_ddn_holds_all_that_can_hold_where_one_label_is_out_of_reach():
     assert targets.holds(model(outcome.images)).sum(1).tolist() == [4] * 4
 
 
-def test_counting_pushes_the_nearest_violated_constraint_and_leaves_the_others_for_later():
-    weights = count_first(torch.tensor([[0.5, 6.0, -1.0, 0.0], [-1.0, -2.0, -3.0, -4.0], [9.0, 9.0, 40.0, -1.0]]))
-    assert weights[0, 0] == 1 and weights[0, 1] < 1e-2 and weights[0, 2:].tolist() == [1, 1]
-    assert weights[1].tolist() == [1] * 4
-    assert weights[2, :2].tolist() == [1, 1] and weights[2, 2] < 1e-6
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_ml_ddn_holds_all_but_one_of_labels_that_exclude_each_other(seed):
+    # Eight directions that add up to nothing: z_i > 0 for all of them is impossible, for any seven it is possible.
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.linalg.qr(torch.randn(48, 8, generator=generator, dtype=torch.double))[0].T
+    weight = weight - weight.mean(0)
+    images = torch.full((3, 3, 4, 4), 0.5, dtype=torch.double)
+    bias = -0.02 * torch.arange(1, 9, dtype=torch.double) - weight @ images[0].flatten()
+    model, truth = Linear(weight, bias), -torch.ones(3, 8, dtype=torch.double)
+    targets = Targets(mask(3, 8, list(range(8))), mask(3, 8, []), truth, torch.zeros(8, dtype=torch.double))
+    outcome = ml_ddn(Problem.start(model, images, targets), rounding="after", iterations=150)
+    assert targets.holds(model(outcome.images)).sum(1).tolist() == [7] * 3
+
+
+def test_counting_pushes_what_holds_and_the_nearest_others():
+    violations = torch.tensor([[0.5, 6.0, -1.0, 8.0], [-1.0, -2.0, -3.0, -4.0], [9.0, 10.0, 40.0, 50.0]])
+    assert count_first(violations, torch.tensor([2, 2, 1])).tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
 
 
 # --- Rank I and Rank II

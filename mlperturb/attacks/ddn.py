@@ -13,7 +13,8 @@ from mlperturb.targets import Space
 
 Rounding = Literal["inside", "after"]
 
-_SOFTNESS = 0.7  # of counting: how far, in logits, the next constraint may be to be pushed almost as hard
+_NEXT, _LAST = 2, 0.3  # constraints, beside those that hold, pushed where not all can hold; one in the last iterations
+_SPREAD = 5.0  # of the radius there: how often it may grow by its own length, on the way
 _ENOUGH = 40  # iterations that leave time to begin again
 _LEAST = 0.55 / 255  # the largest change of a pixel, at least, before rounding
 _OVERSHOOT = 1.3  # of the first step: logits curve away from their linearisation
@@ -31,7 +32,7 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
     6. x + r is clipped to the pixel range.
     7. mu_j grows while constraint j is violated, and decays while it is slack.
     8. An image that never met its goal in a quarter of the iterations begins again near the photo, and counts
-       constraints first: those nearest to holding are pushed, those far from it, perhaps never to hold, wait.
+       constraints first: those that hold and the next two (at the end, one) are pushed alike; the others wait.
     9. From 2, `iterations` times. Of the lattice points that hold the most constraints, the nearest is kept.
 
     Sources: direction and norm apart, Rony et al. 2019 (DDN); multipliers that follow the violations, as in an
@@ -99,6 +100,7 @@ def descend(
             latent, radius, allowed = latent[keep], radius[keep], allowed[keep]
             done, ever, hard = done[keep], ever[keep], hard[keep]
             multipliers = None if multipliers is None else multipliers[keep]
+        decay = 1 - step / allowed  # (n,)
         perturbed = problem.images + latent
         if lattice and not (fresh and step == 0):
             perturbed = to_lattice(perturbed)
@@ -108,19 +110,19 @@ def descend(
         present = violations.isfinite()
         violations = violations.masked_fill(~present, 0.0)
         multipliers = present.to(latent.dtype) if multipliers is None else multipliers
-        weights = torch.where(hard.unsqueeze(1), count_first(violations.detach()), 1.0) * multipliers
+        pushed = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))
+        weights = torch.where(hard.unsqueeze(1), pushed * present, multipliers)
         losses = (weights * functional.softplus(violations, beta=sharpness)).sum(1)
         gradient = problem.gradient(losses, images)
         met = best.update(problem, goal, images.detach(), logits.detach())
         violations, length = violations.detach(), norms(gradient).clamp(min=1e-30)
 
-        decay = 1 - step / allowed  # (n,)
         first = radius == 0
         done = met & first
         latent = latent - spread(torch.where(first, 1.0, rate * decay * radius) / length) * gradient
         near = torch.where(first.unsqueeze(1), _OVERSHOOT, need * torch.sigmoid(sharpness * violations))
         distance = (near * weights * violations.clamp(min=0)).sum(1) / length
-        growth = torch.where(hard, 2 * grow, grow) * decay
+        growth = torch.where(hard, _SPREAD / allowed, grow) * decay
         larger = torch.maximum(radius * (1 + growth), radius + distance)
         radius = torch.where(met, radius * (1 - shrink * decay), larger).clamp(max=widest)
         if problem.cap is not None:
@@ -142,7 +144,6 @@ def descend(
         hard = hard | restart
         latent = torch.where(spread(restart), 0.1 * latent, latent)
         radius = torch.where(restart, 0.1 * radius, radius)
-        multipliers = torch.where(restart.unsqueeze(1), present.to(multipliers.dtype), multipliers)
 
 
 def lattice_scale(latent: Tensor, gradient: Tensor, needed: Tensor) -> Tensor:
@@ -164,9 +165,14 @@ def lattice_scale(latent: Tensor, gradient: Tensor, needed: Tensor) -> Tensor:
     return torch.exp2(high)
 
 
-def count_first(violations: Tensor) -> Tensor:
-    """Return weights that push the violated constraints nearest to holding, (n, K); 1 for those that hold."""
-    violated = violations > 0
-    slope = torch.sigmoid(violations / _SOFTNESS) * torch.sigmoid(-violations / _SOFTNESS)
-    largest = torch.where(violated, slope, 0.0).amax(1, keepdim=True).clamp(min=1e-12)
-    return torch.where(violated, slope / largest, 1.0)
+def count_first(violations: Tensor, following: Tensor) -> Tensor:
+    """Return which constraints to push where not all can hold, 1 or 0, (n, K): those that hold and the nearest others.
+
+    So the set grows. Constraints that exclude each other, pushed all at once, stop just short of their edges.
+
+    Args:
+        violations: (n, K).
+        following: how many others, (n,).
+    """
+    held = (violations <= 0).sum(1)
+    return (violations.argsort(1).argsort(1) < (held + following).unsqueeze(1)).to(violations.dtype)

@@ -3,6 +3,7 @@
     python tests/benchmarks/frontier.py --voc ../shared/voc --images 24 --cases random,person,extreme --out frontier
 
 The photos, cases and metrics are those of `mlperturb evaluate`; a cap that a method does not use up ends its curve.
+With `--scale-only` the 8-bit search after an attack looks for the least scale and does not go on with ML-DDN's descent.
 Stopped, the same command goes on. Writes frontier.json, .md and .png.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 import matplotlib
 
-from mlperturb import evaluation
+from mlperturb import attacks, evaluation, search
 from mlperturb.cases import Protocol, align, parse_cases, parse_variants
 from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.devices import prepare
@@ -36,7 +37,7 @@ def measure(arguments: argparse.Namespace, method: str, passes: int) -> list[dic
     checkpoint = arguments.checkpoint or bundled_checkpoint()
     classifier, _ = load_checkpoint(checkpoint, device=prepare(arguments.device, arguments.seed))
     dataset = align(read_voc(arguments.voc, arguments.year, arguments.split), classifier.labels)
-    budget = BUDGETS.get(method.partition(":")[0], "balanced")
+    budget = arguments.budget or BUDGETS.get(method.partition(":")[0], "balanced")
     protocol = Protocol(
         parse_cases([arguments.cases], [], [], classifier.labels),
         parse_variants([method], budget),
@@ -47,7 +48,12 @@ def measure(arguments: argparse.Namespace, method: str, passes: int) -> list[dic
         seed=arguments.seed,
     )
     key = {"checkpoint": file_sha256(checkpoint), "data": dataset.fingerprint, "passes": passes, "budget": budget}
-    key |= {"images": arguments.images, "seed": arguments.seed, "method": method}
+    key |= {
+        "images": arguments.images,
+        "seed": arguments.seed,
+        "method": method,
+        "lattice": list(search._LATTICE[budget]),
+    }
     journal = Journal(folder / "records.jsonl", key)
     known = arguments.out / "correct.json"  # the same for every point
     if known.exists() and not journal.resumed:
@@ -89,11 +95,15 @@ def main() -> None:
     parser.add_argument("--cases", default="random,person,extreme")
     parser.add_argument("--methods", default="ml-ddn,ml-cw,ml-dp,rank-2")
     parser.add_argument("--passes", default="10,30,100,300,1000")
+    parser.add_argument("--budget", choices=attacks.BUDGETS, help="Default: balanced; paper for ml-ddn.")
+    parser.add_argument("--scale-only", action="store_true")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    if arguments.scale_only:
+        search._LATTICE |= {budget: (scales, 0) for budget, (scales, _) in search._LATTICE.items()}
 
     rows: list[dict[str, Any]] = []
     columns = ("case", "method", "cap", "passes", "success", "RMSD PNG", "RMSD float", "Hamming(A)")
