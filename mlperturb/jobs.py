@@ -29,6 +29,7 @@ class Settings:
         batch_size: photos at a time; None to choose by device and photo size.
         margin: by how much a logit must clear its threshold during the search, see `Targets`.
         max_rmsd: the largest RMSD allowed, on the 0-255 scale, of the float result and of the PNG; None for no cap.
+        max_linf: by how many grey levels a pixel may change, in the float result and the PNG; None for no bound.
         survive: compressions that the result is to survive: those the attack sees, and those it is checked at.
         region: the part of each photo that may change; None for all of it.
         keep_failed: write the files of a photo even where no label of A flipped.
@@ -42,6 +43,7 @@ class Settings:
     batch_size: int | None = None
     margin: float = 0.01
     max_rmsd: float | None = None
+    max_linf: int | None = None
     survive: tuple[tuple[Purification, ...], tuple[Purification, ...]] = ((), ())
     region: Region | None = None
     keep_failed: bool = False
@@ -57,6 +59,8 @@ class Settings:
             )
         if self.max_rmsd is not None and not 0 < self.max_rmsd < float("inf"):
             raise UsageError(f"expected --max-rmsd above 0, got {self.max_rmsd}")
+        if self.max_linf is not None and not 1 <= self.max_linf <= 255:
+            raise UsageError(f"expected --max-linf from 1 to 255 grey levels, got {self.max_linf}")
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     least = (_STEP / 2 / largest.clamp(min=1e-30) * 1.1).clamp(min=1.0)  # below it everything rounds to the clean photo
     scale = _search_scale(problem, goal, difference, moved, best, least, scales)
     if bool(moved.any()) and iterations:
-        latent, rows = difference * spread(torch.minimum(scale, 1.3 * least)), moved.nonzero().flatten()
+        near = problem.clip(problem.images + difference * spread(torch.minimum(scale, 1.3 * least)))
+        latent, rows = near - problem.images, moved.nonzero().flatten()
         part, aim = problem.select(moved), goal.select(rows)
         descend(part, aim, best, latent[rows], iterations, lattice=True, restarts=False, **_GENTLE)
     return Lattice(best.images, best.met)
@@ -77,7 +78,7 @@ def _search_scale(
         if not bool(active.any()):
             break
         part, rows = problem.select(active), active.nonzero().flatten()
-        images = to_lattice(part.images + spread(scale[rows]) * difference[rows])
+        images = to_lattice(part.clip(part.images + spread(scale[rows]) * difference[rows]))
         met = best.update(part, goal.select(rows), images, part.logits(images))
         high[rows] = torch.where(met, scale[rows], high[rows])
         low[rows] = torch.where(met, low[rows], scale[rows])

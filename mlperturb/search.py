@@ -83,6 +83,7 @@ def search(
         images[rows],
         make_targets(asked, truth, classifier.boundary, margin=settings.margin),
         cap=None if settings.max_rmsd is None else _norm_cap(settings.max_rmsd, sizes, images.device),
+        bound=None if settings.max_linf is None else settings.max_linf / 255,
         region=None if settings.region is None else _region_of(settings.region, sizes, images[rows]),
     )
     problem.meter.forward += 1  # `before`

@@ -281,6 +281,28 @@ def test_a_generous_cap_changes_nothing(name):
     assert torch.equal(capped.met, free.met)
 
 
+@every_attack
+@pytest.mark.parametrize("levels", [1, 4])
+def test_no_pixel_of_a_float_result_or_a_lattice_point_moves_beyond_the_bound(name, levels):
+    images, targets = ragged_targets(NET)
+    images = (images * 255).round() / 255
+    problem = Problem.start(NET, images, targets, bound=levels / 255)
+    outcome = ATTACKS[name](problem)
+    assert float((outcome.images - images).abs().max()) <= levels / 255 * (1 + 1e-9)
+    lattice = quantise(problem, outcome, scales=6, iterations=20)
+    moved = ((lattice.images - images) * 255).round().abs()
+    assert float(moved.max()) == levels or (name.startswith("ml-dp") and float(moved.max()) < levels)
+
+
+@pytest.mark.parametrize("name", ["ml-cw", "ml-dp nnls", "fg", "ml-ddn"])
+def test_a_generous_bound_changes_nothing(name):
+    images, targets = ragged_targets(NET)
+    free = ATTACKS[name](Problem.start(NET, images, targets))
+    bounded = ATTACKS[name](Problem.start(NET, images, targets, bound=1.0))
+    torch.testing.assert_close(bounded.images, free.images, atol=1e-9, rtol=0)
+    assert torch.equal(bounded.met, free.met)
+
+
 @pytest.mark.parametrize("name", ["ml-cw", "rank-1", "ml-dp nnls"])
 def test_a_generous_limit_changes_nothing(name):
     images, targets = ragged_targets(NET)

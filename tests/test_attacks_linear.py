@@ -62,6 +62,21 @@ def nearest_ldp(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
     return -residual[:-1] / residual[-1]
 
 
+def nearest_within(rows: np.ndarray, q: np.ndarray, bound: float) -> np.ndarray:
+    """Return the least r with rows @ r <= q and no entry beyond the bound, by SLSQP."""
+    found = minimize(
+        lambda r: r @ r / 2,
+        np.clip(nearest(rows, q), -bound, bound),
+        jac=lambda r: r,
+        bounds=[(-bound, bound)] * rows.shape[1],
+        constraints={"type": "ineq", "fun": lambda r: q - rows @ r, "jac": lambda r: -rows},
+        method="SLSQP",
+        options={"maxiter": 1000, "ftol": 1e-14},
+    )
+    assert found.success, found.message
+    return found.x
+
+
 def constraints(model: Linear, problem: Problem, row: int) -> tuple[np.ndarray, np.ndarray]:
     """Return P^T and q of one image, P^T r <= q, from the definition."""
     targets, logits = problem.targets, model(problem.images)
@@ -338,6 +353,24 @@ def test_ml_ddn_holds_all_that_can_hold_where_one_label_is_out_of_reach():
     outcome = ml_ddn(Problem.start(model, problem.images, targets), rounding="after", iterations=60)
     assert not bool(outcome.met.any())
     assert targets.holds(model(outcome.images)).sum(1).tolist() == [4] * 4
+
+
+@pytest.mark.parametrize("name", ["ml-ddn", "ml-cw"])
+def test_under_a_bound_on_each_pixel_the_distance_is_that_of_the_quadratic_programme(name):
+    model, problem, targets = make(3, 5, [0, 3], [1, 2, 4], seed=4)
+    free = ml_ddn(problem, rounding="after", iterations=150)
+    bound = 0.6 * float((free.images - problem.images).abs().max())
+    bounded = Problem.start(model, problem.images, targets, bound=bound)
+    if name == "ml-ddn":
+        outcome = ml_ddn(bounded, rounding="after", iterations=300)
+    else:
+        outcome = ml_cw(bounded, schedule=Schedule(searches=8, iterations=200))
+    assert bool(outcome.met.all()) and float((outcome.images - problem.images).abs().max()) <= bound * (1 + 1e-9)
+    for row, distance in enumerate(moved(problem, outcome.images)):
+        rows, q = constraints(model, problem, row)
+        exact = np.linalg.norm(nearest_within(rows, q, bound))
+        assert exact > 1.001 * np.linalg.norm(nearest(rows, q)), "the bound binds"
+        assert exact * (1 - 1e-6) <= distance <= exact * 1.05
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

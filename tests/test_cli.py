@@ -283,6 +283,7 @@ def test_without_keep_nothing_is_kept(attack, photo):
         (["--flip", "cat", "--solver", "nnls"], ["--solver is an option of ml-dp"]),
         (["--flip", "cat", "--method", "rank-1", "--between", "x"], ["unknown --between 'x'"]),
         (["--flip", "cat", "--passes", "9"], ["expected --passes of at least 10, got 9"]),
+        (["--flip", "cat", "--max-linf", "0"], ["expected --max-linf from 1 to 255 grey levels, got 0"]),
         (["--flip", "cat", "--batch-size", "0"], ["expected --batch-size auto or a number of at least 1, got '0'"]),
         (["--flip", "cat", "--device", "tpu9"], ["unknown device 'tpu9'"]),
         (["--flip", "cat", "--device", "cuda:99"], ["cuda:99"]),
@@ -554,6 +555,16 @@ def test_every_method_runs_from_the_command_line(attack, photo, method):
     assert report["settings"]["method"] == method and report["settings"]["passes"] == 24
     assert image["cost"]["forward"] + image["cost"]["backward"] <= 24
     assert (image["ranking"] is not None) == method.startswith("rank")
+
+
+@pytest.mark.parametrize("levels", [2, 3])
+def test_max_linf_bounds_the_change_of_every_pixel(attack, photo, tmp_path, levels):
+    _, _, _, report = attack(photo, "--flip", "cat,dog", "--keep", "rest", "--max-linf", levels, "--budget", "balanced")
+    (image,) = report["images"]
+    assert report["settings"]["max_linf"] == levels
+    assert image["status"] == "success" and image["distortion"]["linf"] == levels
+    changes = read_photo(tmp_path / "out" / "photo.adv.png").rgb.astype(int) - PIXELS
+    assert abs(changes).max() == levels
 
 
 def test_a_photo_on_which_the_attack_fails_is_no_error_but_gets_advice(attack, tmp_path, tiny, photo, monkeypatch):

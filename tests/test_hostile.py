@@ -32,6 +32,7 @@ VALUES = {
     "--method": TEXT | st.sampled_from(["fgs", "rank-2"]),
     "--passes": TEXT | st.integers(-5, 60).map(str),
     "--max-rmsd": TEXT | st.floats().map(str),
+    "--max-linf": TEXT | st.integers().map(str),
     "--batch-size": TEXT | st.integers(-2, 9).map(str),
     "--survive": TEXT | st.sampled_from(["jpeg:75", "jpeg:0-101", "jpeg:5-6"]),
     "--region": TEXT | st.lists(st.integers(-3, 50), min_size=3, max_size=5).map(lambda v: ",".join(map(str, v))),

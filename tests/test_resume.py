@@ -48,7 +48,9 @@ def test_what_changed_is_done_again_and_nothing_else(cli, command, photos, tmp_p
     assert len(records) == 10 and all(record["status"] == "success" for record in records)
 
 
-@pytest.mark.parametrize("more", [("--method", "fgs"), ("--flip", "dog"), ("--max-rmsd", 3), ("--passes", 50)])
+@pytest.mark.parametrize(
+    "more", [("--method", "fgs"), ("--flip", "dog"), ("--max-rmsd", 3), ("--max-linf", 3), ("--passes", 50)]
+)
 def test_other_settings_never_mix_into_a_run(cli, command, tmp_path, more):
     cli(*command(tmp_path / "out"))
     before = contents(tmp_path / "out")

@@ -104,6 +104,7 @@ class Problem:
         rows: their places in the whole batch, (n,), on the CPU.
         meter: the passes spent, shared by all parts of the batch.
         cap: the largest ||x* - x||_2 allowed, in [0, 1] units, (n,); None for no cap.
+        bound: the largest ||x* - x||_infinity allowed, in [0, 1] units; None for no bound.
         region: the pixels that may change, 1 or 0, (n, 1, H, W); None for all. Gradients vanish outside it.
     """
 
@@ -113,6 +114,7 @@ class Problem:
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     meter: Meter = field(default_factory=lambda: Meter(torch.empty(0), torch.empty(0)))
     cap: Tensor | None = None
+    bound: float | None = None
     region: Tensor | None = None
 
     @classmethod
@@ -124,6 +126,7 @@ class Problem:
         *,
         limit: int | None = None,
         cap: Tensor | None = None,
+        bound: float | None = None,
         region: Tensor | None = None,
     ) -> Problem:
         """Return the problem of a whole batch, nothing spent.
@@ -136,7 +139,7 @@ class Problem:
             raise UsageError(f"expected images (N, 3, H, W) with {len(targets.truth)} targets, got {shape}")
         count = len(images)
         meter = Meter(torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long), limit)
-        return cls(model, images, targets, torch.arange(count), meter, cap, region)
+        return cls(model, images, targets, torch.arange(count), meter, cap, bound, region)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -156,6 +159,7 @@ class Problem:
             self.rows[chosen.cpu()],
             self.meter,
             None if self.cap is None else self.cap[chosen],
+            self.bound,
             None if self.region is None else self.region[chosen],
         )
 
@@ -193,6 +197,16 @@ class Problem:
     def within_region(self, values: Tensor) -> Tensor:
         """Return gradients or perturbations, (n, 3, H, W), that are 0 where nothing may change."""
         return values if self.region is None else values * self.region
+
+    def pixel_range(self) -> tuple[Tensor, Tensor]:
+        """Return the least and the largest value that each pixel may take, to be broadcast to (n, 3, H, W)."""
+        if self.bound is None:
+            return self.images.new_zeros(()), self.images.new_ones(())
+        return (self.images - self.bound).clamp(min=0), (self.images + self.bound).clamp(max=1)
+
+    def clip(self, images: Tensor) -> Tensor:
+        """Clip iterates, (n, 3, H, W), to the pixel range and the bound."""
+        return images.clamp(*self.pixel_range())
 
     def within_cap(self, images: Tensor) -> Tensor:
         """Pull iterates, (n, 3, H, W), back toward the clean photos until none lies beyond the cap; differentiable."""

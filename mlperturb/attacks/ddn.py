@@ -29,7 +29,7 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
     3. First time: r = -s g, with s so large that the linearised constraints hold at round(x + r), and a little more.
     4. Later: r moves along -g by a share of ||r||, which a schedule lets decay to zero.
     5. ||r|| is set: less than before if all constraints hold; else more, by a share of the linearised distance.
-    6. x + r is clipped to the pixel range.
+    6. x + r is clipped to the pixel range, and to the bound on ||r||_infinity if there is one.
     7. mu_j grows while constraint j is violated, and decays while it is slack.
     8. An image that never met its goal in a quarter of the iterations begins again near the photo, and counts
        constraints first: those that hold and the next two (at the end, one) are pushed alike; the others wait.
@@ -134,7 +134,7 @@ def descend(
         if lattice:  # below half a grey level nothing would change
             lift = torch.where(met, 1.0, _LEAST / latent.flatten(1).abs().amax(1).clamp(min=1e-30)).clamp(min=1.0)
             latent, radius = spread(lift) * latent, lift * radius
-        latent = (problem.images + latent).clamp(0, 1) - problem.images
+        latent = problem.clip(problem.images + latent) - problem.images
 
         multipliers = multipliers * torch.exp(torch.where(violations > 0, 0.4, -0.1) * decay.unsqueeze(1))
         multipliers = (multipliers / multipliers.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-3) * present

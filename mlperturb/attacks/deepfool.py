@@ -60,9 +60,8 @@ def ml_dp(
         q = -values.detach().masked_fill(~present, 0.0)[kept]
         q = torch.where(q < 0, q * (1 + overshoot), q)
         step = solve_step(matrix[kept].flatten(2), q, present[kept], solver)  # dr, (n, d)
-        perturbed = (images.detach()[kept] + step.view_as(images[kept])).clamp(0, 1)
         problem, goal = problem.select(active), goal.select(kept)
-        perturbed = problem.within_cap(perturbed)
+        perturbed = problem.within_cap(problem.clip(images.detach()[kept] + step.view_as(problem.images)))
     return Outcome(best.images, best.met, whole)
 
 

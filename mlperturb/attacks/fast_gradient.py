@@ -63,7 +63,7 @@ def _one_step(problem: Problem, normalise: Callable[[Tensor], Tensor], grid: int
         if not bool(active.any()):
             return torch.zeros_like(active)
         part, rows = problem.select(active), active.nonzero().flatten()
-        moved = part.within_cap((part.images - spread(epsilon[rows] / 255) * direction[rows]).clamp(0, 1))
+        moved = part.within_cap(part.clip(part.images - spread(epsilon[rows] / 255) * direction[rows]))
         before = best.score[rows], best.norm[rows]
         with torch.no_grad():
             best.update(part, goal.select(rows), moved, part.logits(moved))

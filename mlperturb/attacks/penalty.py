@@ -15,6 +15,8 @@ _CHECK = 25  # least number of iterations between looks at which images are done
 def minimise_penalty(problem: Problem, goal: Goal, schedule: Schedule) -> Outcome:
     """Minimise ||r||_2 + lambda * sum_k max(0, violation_k) over x + r = (tanh(w) + 1) / 2 with Adam.
 
+    Under a bound on ||r||_infinity, tanh spans what is left of each pixel's range.
+
     lambda is an image's own: ten times more on failure until it first succeeds, then bisection between the largest
     that failed (0 at first, which halves it) and the smallest that succeeded. Of all iterates the best is kept, by
     the goal's score, then by the least distortion.
@@ -54,13 +56,15 @@ def _descend(
     reached = torch.zeros(len(problem), dtype=torch.bool, device=start.device)
     place = torch.arange(len(problem), device=start.device)  # of the images still in the batch
     last = start.clone()
-    w = torch.atanh((2 * start - 1) * (1 - 1e-6) / _SPAN)  # a little inside: the clip has no gradient outside
+    pace = 1.0 if problem.bound is None else max(1.0, 0.5 / problem.bound)  # steps as long, in pixels, as unbounded
+    middle, reach = _tanh_range(problem)
+    w = torch.atanh((problem.clip(start) - middle) / reach * (1 - 1e-6))  # a little inside: the clip has no gradient
     mean, square = torch.zeros_like(w), torch.zeros_like(w)
     previous = torch.full_like(weight, torch.inf)
     interval = max(schedule.iterations // 10, _CHECK)
     for step in range(schedule.iterations):
         w.requires_grad_()
-        images = problem.within_cap(((_SPAN * torch.tanh(w) + 1) / 2).clamp(0, 1))
+        images = problem.within_cap(problem.clip(middle + reach * torch.tanh(w)))
         logits = problem.logits(images)
         hinges = goal.violations(logits).clamp(min=0).sum(1)
         # The norm has no gradient at r = 0: a tiny constant under the root gives it the gradient 0 there.
@@ -72,7 +76,7 @@ def _descend(
             reached[place] |= met
         mean = mean.lerp(gradient, 0.1)
         square = square.lerp(gradient.square(), 0.001)
-        rate = schedule.rate(step) / (1 - 0.9 ** (step + 1))
+        rate = pace * schedule.rate(step) / (1 - 0.9 ** (step + 1))
         w = w - rate * mean / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
         last[place] = images.detach()
         keep = None if problem.meter.limit is None else problem.affordable(2)
@@ -84,5 +88,12 @@ def _descend(
             if not bool(keep.any()):
                 break
             problem, goal, place = problem.select(keep), goal.select(keep.nonzero().flatten()), place[keep]
+            middle, reach = _tanh_range(problem)
             w, mean, square, weight, previous = (t[keep] for t in (w, mean, square, weight, previous))
     return reached, last
+
+
+def _tanh_range(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return where tanh = 0 and tanh = 1 (stretched) lie, to be broadcast to (n, 3, H, W)."""
+    low, high = problem.pixel_range()
+    return (low + high) / 2, _SPAN * (high - low) / 2

@@ -67,6 +67,9 @@ def attack(
         float | None,
         typer.Option(min=0, help="Go no further than this RMSD, 0-255 scale, of the float result or the PNG."),
     ] = None,
+    max_linf: Annotated[
+        int | None, typer.Option(metavar="LEVELS", help="Change no pixel by more than so many grey levels, 1 to 255.")
+    ] = None,
     survive: Annotated[
         list[str] | None,
         typer.Option(metavar="jpeg:Q", help="Hold after JPEG compression too: jpeg:75, jpeg:60-95; repeatable."),
@@ -115,7 +118,7 @@ def attack(
     raise typer.Exit(
         run(
             source, paths, request, names, method=method, budget=budget, passes=passes, max_rmsd=max_rmsd,
-            survive=survive, region=region, options=options, out=out, report=report, html=html,
+            max_linf=max_linf, survive=survive, region=region, options=options, out=out, report=report, html=html,
             overwrite=overwrite, recursive=recursive, batch_size=parse_batch_size(batch_size), device=device, seed=seed,
             json=json, quiet=quiet,
         )
@@ -132,6 +135,7 @@ def run(
     budget: str = "balanced",
     passes: int | None = None,
     max_rmsd: float | None = None,
+    max_linf: int | None = None,
     survive: list[str] | None = None,
     region: str | None = None,
     options: dict[str, str | None] | None = None,
@@ -161,6 +165,7 @@ def run(
         passes,
         batch_size,
         max_rmsd=max_rmsd,
+        max_linf=max_linf,
         survive=parse_survival(survive or ()),
         region=None if region is None else parse_region(region),
         options=options or {},
@@ -189,6 +194,7 @@ def run(
         "device": name if share.size == 1 else name.partition(":")[0],
         "passes": passes,
         "max_rmsd": max_rmsd,
+        "max_linf": max_linf,
         "survive": survive or [],
         "region": region,
         "batch_size": batch_size or "auto",

@@ -260,6 +260,8 @@ def advice(record: Record, settings: Settings) -> str:
         hints.append("more --passes")
     elif settings.max_rmsd is not None:
         hints.append("a larger --max-rmsd")
+    elif settings.max_linf is not None:
+        hints.append("a larger --max-linf")
     elif settings.budget != "paper":
         hints.append("--budget " + ("balanced" if settings.budget == "fast" else "paper"))
     written = "" if record.files["adversarial"] else ", and no label flipped: no file written"
