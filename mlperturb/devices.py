@@ -55,8 +55,13 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_M_TOP_PAD, 1 << 26))
 
 
-def free_memory() -> int | None:
-    """Return the bytes of memory that this process may still take, as far as Linux tells; None elsewhere."""
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes of a device's memory that this process may still take, as far as can be told; None elsewhere."""
+    if device.type == "cuda":
+        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch has it, and may use it
+        return torch.cuda.mem_get_info(device)[0] + spare
+    if device.type != "cpu":
+        return None
     free: list[int] = []
     with suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -73,6 +78,7 @@ def prepare(name: str, seed: int) -> str:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False  # a file found in TF32 need not hold in float32, on another device
     if device == "cpu":
         keep_freed_memory()
     return device

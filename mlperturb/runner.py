@@ -251,11 +251,10 @@ class _Attacker:
 
     def _search(self, part: list[Pair]) -> list[Found | None] | None:
         """Attack some photos; None if the device ran out of memory, or would."""
-        if self.classifier.device.type == "cpu":
-            heights, widths = zip(*(photo.rgb.shape[:2] for _, photo in part), strict=True)
-            free = free_memory()
-            if free is not None and len(part) * max(heights) * max(widths) * _NEEDED > free:
-                return None  # Linux would kill the process
+        heights, widths = zip(*(photo.rgb.shape[:2] for _, photo in part), strict=True)
+        free = free_memory(self.classifier.device)
+        if free is not None and len(part) * max(heights) * max(widths) * _NEEDED > free:
+            return None  # on the CPU, Linux would kill the process
         try:
             requests = [job.request or self.settings.request for job, _ in part]
             return search(self.classifier, [photo for _, photo in part], requests, self.settings)

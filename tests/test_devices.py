@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mlperturb import devices
-from mlperturb.devices import prepare, resolve_device
+from mlperturb.devices import free_memory, prepare, resolve_device
 from mlperturb.errors import UsageError
 
 
@@ -48,16 +48,17 @@ def test_an_unknown_device_lists_the_known_ones(name):
 
 def test_preparing_seeds_torch_and_asks_for_determinism(monkeypatch):
     monkeypatch.setattr(devices, "keep_freed_memory", lambda: True)
-    benchmark = torch.backends.cudnn.benchmark
+    benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
     try:
         assert prepare("cpu", 7) == "cpu"
         first = torch.rand(3)
         prepare("cpu", 7)
         assert torch.equal(torch.rand(3), first)
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.allow_tf32
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
 
 
 @pytest.mark.parametrize(("platform", "library"), [("darwin", None), ("linux", object())])
@@ -79,3 +80,13 @@ def test_glibc_is_told_to_keep_what_is_freed(monkeypatch):
     monkeypatch.setattr(devices.ctypes, "CDLL", lambda _: Glibc())
     assert devices.keep_freed_memory() is True
     assert {option for option, _ in Glibc.calls} == {-1, -2, -4}
+
+
+def test_free_memory_is_that_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert free_memory(torch.device("cuda:1")) == 1200
+    assert free_memory(torch.device("mps")) is None
+    here = free_memory(torch.device("cpu"))
+    assert here is None or here > 2**20

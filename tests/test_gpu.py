@@ -8,7 +8,7 @@ from helpers import ATTACKS, make_net, ragged_targets
 
 from mlperturb.attacks.common import Problem
 from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
-from mlperturb.devices import prepare
+from mlperturb.devices import free_memory, prepare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,3 +46,10 @@ def test_a_run_on_cuda_succeeds_on_the_portrait(tmp_path, monkeypatch, capsys):
         main()
     assert stop.value.code == 0
     assert "success" in capsys.readouterr().out
+
+
+def test_the_free_memory_of_the_gpu_is_told():
+    device = torch.device("cuda")
+    taken = torch.empty(1 << 26, dtype=torch.uint8, device=device)
+    free = free_memory(device)
+    assert free is not None and 0 < free <= torch.cuda.get_device_properties(device).total_memory - len(taken)
