@@ -65,7 +65,7 @@ def main() -> None:
         print(f"| {count} | {absent} | {rows[-1]['constraints']} | {bound}{'' if proven else ' (bound)'} |", flush=True)
     mean = sum(row["photos"] * row["most"] for row in rows) / sum(row["photos"] for row in rows)
     print(f"mean over photos: {mean:.1f}")
-    save_rows(arguments.json, rows)
+    save_rows(arguments, rows)
 
 
 if __name__ == "__main__":
