@@ -585,6 +585,12 @@ def test_a_photo_on_which_the_attack_fails_is_no_error_but_gets_advice(attack, t
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["journal.jsonl", "report.json"]
 
 
+def test_a_photo_that_the_caps_leave_no_room_for_gets_advice_on_them(cli, tiny, photo, tmp_path):
+    code, _, stderr = cli("attack", photo, "--flip", "cat", "--max-rmsd", 0.001, "--max-linf", 3, "--checkpoint", tiny,
+                          "--out", tmp_path / "out")  # fmt: skip
+    assert code == 0 and "try a larger --max-rmsd or a larger --max-linf" in stderr
+
+
 def test_options_of_a_method_are_taken_and_reported(attack, photo):
     settings = attack(photo, "--flip", "cat", "--method", "ml-dp", "--solver", "pinv", "--space", "probability")[3][
         "settings"

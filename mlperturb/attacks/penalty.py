@@ -74,10 +74,10 @@ def _descend(
         met = best.update(problem, goal, images.detach(), logits.detach())
         if step >= schedule.iterations // 2 or not schedule.warm:
             reached[place] |= met
-        mean = mean.lerp(gradient, 0.1)
-        square = square.lerp(gradient.square(), 0.001)
+        mean.lerp_(gradient, 0.1)
+        square.lerp_(gradient.square(), 0.001)
         rate = pace * schedule.rate(step) / (1 - 0.9 ** (step + 1))
-        w = w - rate * mean / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        w = w.addcdiv(mean, (square / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-8), value=-rate)
         last[place] = images.detach()
         keep = None if problem.meter.limit is None else problem.affordable(2)
         if (step + 1) % interval == 0:

@@ -253,15 +253,13 @@ def advice(record: Record, settings: Settings) -> str:
             f"the ranking holds, but {missing} of {constraints['total']} decisions do not "
             "(ranking attacks do not see thresholds); try --between threshold"
         )
-    hints = []
+    hints, caps = [], {"--max-rmsd": settings.max_rmsd, "--max-linf": settings.max_linf}
     if settings.method in ("fgs", "fg", "ml-dp"):
         hints.append(f"--method {DEFAULT_METHOD}")
     if settings.passes is not None:
         hints.append("more --passes")
-    elif settings.max_rmsd is not None:
-        hints.append("a larger --max-rmsd")
-    elif settings.max_linf is not None:
-        hints.append("a larger --max-linf")
+    elif set(caps.values()) != {None}:
+        hints += [f"a larger {option}" for option, value in caps.items() if value is not None]
     elif settings.budget != "paper":
         hints.append("--budget " + ("balanced" if settings.budget == "fast" else "paper"))
     written = "" if record.files["adversarial"] else ", and no label flipped: no file written"
