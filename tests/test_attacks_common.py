@@ -303,6 +303,17 @@ def test_a_generous_bound_changes_nothing(name):
     assert torch.equal(bounded.met, free.met)
 
 
+def test_a_problem_runs_short_once_any_of_its_images_has_spent_the_limit():
+    images, targets = ragged_targets(NET)
+    problem = Problem.start(NET, images, targets, limit=5)
+    assert not problem.runs_short(5) and problem.runs_short(6)
+    problem.meter.forward[3] = 2
+    assert problem.runs_short(4) and problem.affordable(4).tolist() == [row != 3 for row in range(len(images))]
+    others = torch.arange(len(images)) != 3
+    assert not problem.select(others).runs_short(5)
+    assert not Problem.start(NET, images, targets).runs_short(10**9)
+
+
 @pytest.mark.parametrize("name", ["ml-cw", "rank-1", "ml-dp nnls"])
 def test_a_generous_limit_changes_nothing(name):
     images, targets = ragged_targets(NET)

@@ -218,9 +218,16 @@ class Problem:
 
     def affordable(self, passes: int | Tensor) -> Tensor:
         """Say which images may spend so many more calls of the model, (n,), on the images' device."""
+        return self._affordable(passes).to(self.images.device)
+
+    def runs_short(self, passes: int) -> bool:
+        """Say whether some image may not spend so many more calls; unlike `affordable`, never waits for the device."""
+        return not bool(self._affordable(passes).all())
+
+    def _affordable(self, passes: int | Tensor) -> Tensor:
         spent = (self.meter.forward + self.meter.backward)[self.rows]
         limit = torch.iinfo(torch.long).max if self.meter.limit is None else self.meter.limit
-        return (spent + self.cost * passes <= limit).to(self.images.device)
+        return spent + self.cost * passes <= limit
 
     def iterations_left(self, iterations: int) -> Tensor:
         """Return how many iterations of two calls each image may still have, (n,), at most so many."""

@@ -92,8 +92,8 @@ def descend(
     done = torch.zeros_like(radius, dtype=torch.bool)  # clean photos that meet the goal
     ever, hard = done, done  # images that met the goal at some time; those that count constraints first
     for step in range(iterations):
-        keep = problem.affordable(2) & ~done
-        if (problem.meter.limit is not None or step == 1) and not bool(keep.all()):
+        if (step == 1 and bool(done.any())) or problem.runs_short(2):
+            keep = problem.affordable(2) & ~done
             if not bool(keep.any()):
                 return
             problem, goal = problem.select(keep), goal.select(keep.nonzero().flatten())

@@ -79,7 +79,7 @@ def _descend(
         rate = pace * schedule.rate(step) / (1 - 0.9 ** (step + 1))
         w = w.addcdiv(mean, (square / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-8), value=-rate)
         last[place] = images.detach()
-        keep = None if problem.meter.limit is None else problem.affordable(2)
+        keep = problem.affordable(2) if problem.runs_short(2) else None
         if (step + 1) % interval == 0:
             improving = losses.detach() < previous * (1 - schedule.patience)
             previous = losses.detach()
