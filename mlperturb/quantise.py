@@ -59,8 +59,7 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     least = (_STEP / 2 / largest.clamp(min=1e-30) * 1.1).clamp(min=1.0)  # below it everything rounds to the clean photo
     scale = _search_scale(problem, goal, difference, moved, best, least, scales)
     if bool(moved.any()) and iterations:
-        near = problem.clip(problem.images + difference * spread(torch.minimum(scale, 1.3 * least)))
-        latent, rows = near - problem.images, moved.nonzero().flatten()
+        latent, rows = difference * spread(torch.minimum(scale, 1.3 * least)), moved.nonzero().flatten()
         part, aim = problem.select(moved), goal.select(rows)
         descend(part, aim, best, latent[rows], iterations, lattice=True, restarts=False, **_GENTLE)
     return Lattice(best.images, best.met)

@@ -23,7 +23,7 @@ from mlperturb.regions import Region
 from mlperturb.survival import SurvivingModel, repeat_targets
 from mlperturb.targets import Targets, decide, make_targets
 
-_LATTICE = {"fast": (6, 20), "balanced": (8, 40), "paper": (10, 100)}  # scales and iterations of `quantise`
+LATTICE = {"fast": (6, 20), "balanced": (8, 40), "paper": (10, 100)}  # scales and iterations of `quantise`
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _search(
     """Attack a batch, then find the 8-bit photos; no image spends more than `settings.passes`."""
     method = find_method(settings.method)
     tuning = method.tuning(settings.budget, **settings.options)
-    scales, iterations = _LATTICE[settings.budget]
+    scales, iterations = LATTICE[settings.budget]
     seen, checked = settings.survive
     after = 1 + len(checked)  # decisions on the PNG as read back, and compressed
     if settings.passes is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -198,15 +199,16 @@ class Problem:
         """Return gradients or perturbations, (n, 3, H, W), that are 0 where nothing may change."""
         return values if self.region is None else values * self.region
 
+    @cached_property
     def pixel_range(self) -> tuple[Tensor, Tensor]:
-        """Return the least and the largest value that each pixel may take, to be broadcast to (n, 3, H, W)."""
+        """The least and the largest value that each pixel may take, to be broadcast to (n, 3, H, W)."""
         if self.bound is None:
             return self.images.new_zeros(()), self.images.new_ones(())
         return (self.images - self.bound).clamp(min=0), (self.images + self.bound).clamp(max=1)
 
     def clip(self, images: Tensor) -> Tensor:
         """Clip iterates, (n, 3, H, W), to the pixel range and the bound."""
-        return images.clamp(*self.pixel_range())
+        return images.clamp(*self.pixel_range)
 
     def within_cap(self, images: Tensor) -> Tensor:
         """Pull iterates, (n, 3, H, W), back toward the clean photos until none lies beyond the cap; differentiable."""

@@ -14,7 +14,7 @@ from mlperturb.targets import Space
 Rounding = Literal["inside", "after"]
 
 _NEXT, _LAST = 2, 0.3  # constraints, beside those that hold, pushed where not all can hold; one in the last iterations
-_SPREAD = 5.0  # of the radius there: how often it may grow by its own length, on the way
+_GROWTH = 5.0  # of the radius there: how often it may grow by its own length, on the way
 _ENOUGH = 40  # iterations that leave time to begin again
 _LEAST = 0.55 / 255  # the largest change of a pixel, at least, before rounding
 _OVERSHOOT = 1.3  # of the first step: logits curve away from their linearisation
@@ -84,7 +84,9 @@ def descend(
         sharpness: of the softplus, which still pulls a little on constraints that hold but are near their edge.
     """
     fresh = latent is None
-    latent = torch.zeros_like(problem.images) if latent is None else latent
+    latent = (
+        torch.zeros_like(problem.images) if latent is None else problem.clip(problem.images + latent) - problem.images
+    )
     radius = norms(latent)  # (n,)
     widest = latent[0].numel() ** 0.5  # no perturbation of pixels in [0, 1] is longer
     allowed = problem.iterations_left(iterations)
@@ -111,7 +113,7 @@ def descend(
         violations = violations.masked_fill(~present, 0.0)
         multipliers = present.to(latent.dtype) if multipliers is None else multipliers
         pushed = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))
-        weights = torch.where(hard.unsqueeze(1), pushed * present, multipliers)
+        weights = torch.where(hard.unsqueeze(1), pushed & present, multipliers)
         losses = (weights * functional.softplus(violations, beta=sharpness)).sum(1)
         gradient = problem.gradient(losses, images)
         met = best.update(problem, goal, images.detach(), logits.detach())
@@ -122,7 +124,7 @@ def descend(
         latent = latent - spread(torch.where(first, 1.0, rate * decay * radius) / length) * gradient
         near = torch.where(first.unsqueeze(1), _OVERSHOOT, need * torch.sigmoid(sharpness * violations))
         distance = (near * weights * violations.clamp(min=0)).sum(1) / length
-        growth = torch.where(hard, _SPREAD / allowed, grow) * decay
+        growth = torch.where(hard, _GROWTH / allowed, grow) * decay
         larger = torch.maximum(radius * (1 + growth), radius + distance)
         radius = torch.where(met, radius * (1 - shrink * decay), larger).clamp(max=widest)
         if problem.cap is not None:
@@ -166,7 +168,7 @@ def lattice_scale(latent: Tensor, gradient: Tensor, needed: Tensor) -> Tensor:
 
 
 def count_first(violations: Tensor, following: Tensor) -> Tensor:
-    """Return which constraints to push where not all can hold, 1 or 0, (n, K): those that hold and the nearest others.
+    """Return which constraints to push where not all can hold, boolean, (n, K): those that hold and the nearest others.
 
     So the set grows. Constraints that exclude each other, pushed all at once, stop just short of their edges.
 
@@ -175,4 +177,4 @@ def count_first(violations: Tensor, following: Tensor) -> Tensor:
         following: how many others, (n,).
     """
     held = (violations <= 0).sum(1)
-    return (violations.argsort(1).argsort(1) < (held + following).unsqueeze(1)).to(violations.dtype)
+    return violations.argsort(1).argsort(1) < (held + following).unsqueeze(1)

@@ -58,7 +58,7 @@ def _descend(
     last = start.clone()
     pace = 1.0 if problem.bound is None else max(1.0, 0.5 / problem.bound)  # steps as long, in pixels, as unbounded
     middle, reach = _tanh_range(problem)
-    w = torch.atanh((problem.clip(start) - middle) / reach * (1 - 1e-6))  # a little inside: the clip has no gradient
+    w = torch.atanh((start - middle) / reach * (1 - 1e-6))  # a little inside: the clip has no gradient outside
     mean, square = torch.zeros_like(w), torch.zeros_like(w)
     previous = torch.full_like(weight, torch.inf)
     interval = max(schedule.iterations // 10, _CHECK)
@@ -95,5 +95,5 @@ def _descend(
 
 def _tanh_range(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return where tanh = 0 and tanh = 1 (stretched) lie, to be broadcast to (n, 3, H, W)."""
-    low, high = problem.pixel_range()
+    low, high = problem.pixel_range
     return (low + high) / 2, _SPAN * (high - low) / 2

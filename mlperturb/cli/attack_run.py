@@ -253,13 +253,14 @@ def advice(record: Record, settings: Settings) -> str:
             f"the ranking holds, but {missing} of {constraints['total']} decisions do not "
             "(ranking attacks do not see thresholds); try --between threshold"
         )
-    hints, caps = [], {"--max-rmsd": settings.max_rmsd, "--max-linf": settings.max_linf}
+    both = (("--max-rmsd", settings.max_rmsd), ("--max-linf", settings.max_linf))
+    hints, caps = [], [option for option, value in both if value is not None]
     if settings.method in ("fgs", "fg", "ml-dp"):
         hints.append(f"--method {DEFAULT_METHOD}")
     if settings.passes is not None:
         hints.append("more --passes")
-    elif set(caps.values()) != {None}:
-        hints += [f"a larger {option}" for option, value in caps.items() if value is not None]
+    elif caps:
+        hints += [f"a larger {option}" for option in caps]
     elif settings.budget != "paper":
         hints.append("--budget " + ("balanced" if settings.budget == "fast" else "paper"))
     written = "" if record.files["adversarial"] else ", and no label flipped: no file written"

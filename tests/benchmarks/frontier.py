@@ -52,7 +52,7 @@ def measure(arguments: argparse.Namespace, method: str, passes: int) -> list[dic
         "images": arguments.images,
         "seed": arguments.seed,
         "method": method,
-        "lattice": list(search._LATTICE[budget]),
+        "lattice": list(search.LATTICE[budget]),
     }
     journal = Journal(folder / "records.jsonl", key)
     known = arguments.out / "correct.json"  # the same for every point
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.scale_only:
-        search._LATTICE |= {budget: (scales, 0) for budget, (scales, _) in search._LATTICE.items()}
+        search.LATTICE |= {budget: (scales, 0) for budget, (scales, _) in search.LATTICE.items()}
 
     rows: list[dict[str, Any]] = []
     columns = ("case", "method", "cap", "passes", "success", "RMSD PNG", "RMSD float", "Hamming(A)")

@@ -57,7 +57,7 @@ def main() -> None:
     names = np.array(batches[0].model.classifier.labels)
 
     rows = []
-    print("| photos | present, to be absent | constraints | at most, at once |\n|---:|---|---:|---:|")
+    print("| photos | to be absent | constraints | at most, at once |\n|---:|---|---:|---:|")
     for pattern, count in zip(*np.unique(signs, axis=0, return_counts=True), strict=True):
         bound, proven = most_met(weight, bias, pattern)
         absent = ", ".join(names[pattern < 0])
