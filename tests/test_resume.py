@@ -123,6 +123,40 @@ def test_killed_at_any_moment_a_run_comes_to_the_files_and_records_of_an_undistu
     assert len(sources) == len(set(sources)) == 9  # nothing that the journal had was attacked again
 
 
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("exec('signal.raise_signal(signal.SIGTERM)', globals())", id="a text is executed"),
+        pytest.param("type('Made', (), {'member': Member()})", id="a class is made"),
+        pytest.param("signal.raise_signal(signal.SIGTERM)", id="a function runs"),
+    ],
+)
+def test_a_signal_is_told_by_130_whatever_it_breaks(command, tmp_path, moment):
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""
+import signal, sys
+import mlperturb.cli.attack_run
+from mlperturb.cli.main import run
+
+class Member:
+    def __set_name__(self, *_):
+        signal.raise_signal(signal.SIGTERM)
+
+def make_bar(quiet):
+    {moment}
+    raise AssertionError("no signal came")
+
+mlperturb.cli.attack_run.make_bar = make_bar
+sys.argv = ["mlperturb", *{command(tmp_path / "out")!r}]
+run()
+"""
+    )
+    started = [sys.executable, "-m", program.stem]
+    done = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+
+
 def test_a_first_signal_waits_for_what_is_held_and_a_second_does_not():
     reached = []
     with Interrupts() as interrupts:

@@ -68,12 +68,16 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
 
 
 def run() -> None:
-    """Run as a process: once it has come to its end, no further signal changes its exit code."""
+    """Run as a process: once `main` has come to its end, no signal changes its exit code, be it past or to come."""
     try:
         main()
+    except KeyboardInterrupt:  # in the last lines of `main`
+        sys.exit(130)
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        # If an interrupt broke the last `exec` of a text (`dataclass` makes its methods so), CPython exits by SIGINT.
+        exec("")
 
 
 def main() -> None:
@@ -86,7 +90,9 @@ def main() -> None:
     except MlperturbError as error:
         print_error(str(error))
         sys.exit(3 if isinstance(error, StorageError) else 2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if KeyboardInterrupt not in (type(error), type(error.__cause__)):  # Python 3.11 wraps it if it breaks a class
+            raise
         print_error("interrupted")
         if any(thread.name == "behind" for thread in threading.enumerate()):
             os._exit(130)  # at once: a thread is writing still
