@@ -74,6 +74,7 @@ class Protocol:
         images: photos a case, at most.
         budget: a name of `attacks.BUDGETS`.
         max_rmsd: the cap on RMSD that all methods share, 0-255 scale; None for none.
+        max_linf: the bound on every pixel that all methods share, in grey levels; None for none.
         passes: a cap on the passes of each photo; None for none.
         batch_size: photos at a time; None to choose.
         seed: of the sample of photos and of the Random case's labels.
@@ -85,6 +86,7 @@ class Protocol:
     images: int = 1000
     budget: str = "balanced"
     max_rmsd: float | None = None
+    max_linf: int | None = None
     passes: int | None = None
     batch_size: int | None = None
     seed: int = 0

@@ -143,7 +143,7 @@ def load_checkpoint(
     elif architecture is None or labels is None:
         raise CheckpointError("plain weights need both --arch and --labels")
     else:
-        _check_architecture(architecture)
+        check_architecture(architecture)
         thresholds = (0.5,) * len(labels)
         metadata = Metadata(architecture, tuple(labels), thresholds, default_preprocess(architecture).to_dict())
     network = build_network(metadata.architecture, len(metadata.labels), meta=True)
@@ -166,7 +166,7 @@ def build_network(architecture: str, outputs: int, *, meta: bool = False) -> nn.
     import torch
     from torchvision import models
 
-    _check_architecture(architecture)
+    check_architecture(architecture)
     options: dict[str, Any] = {"num_classes": outputs}
     if architecture in ("inception_v3", "googlenet"):
         options |= {"aux_logits": False, "transform_input": False, "init_weights": False}
@@ -175,7 +175,12 @@ def build_network(architecture: str, outputs: int, *, meta: bool = False) -> nn.
     return network
 
 
-def _check_architecture(architecture: str) -> None:
+def check_architecture(architecture: str) -> None:
+    """Refuse a name that no torchvision classification model has.
+
+    Raises:
+        CheckpointError: that names the nearest ones.
+    """
     from torchvision import models
 
     known = models.list_models(module=models)

@@ -357,7 +357,7 @@ def make_settings(protocol: Protocol, variant: Variant) -> Settings:
     """
     return Settings(
         variant.method, protocol.budget, Request(flip=(0,)), protocol.passes, protocol.batch_size,
-        max_rmsd=protocol.max_rmsd, keep_failed=True, options=variant.options,
+        max_rmsd=protocol.max_rmsd, max_linf=protocol.max_linf, keep_failed=True, options=variant.options,
     )  # fmt: skip
 
 

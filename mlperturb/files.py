@@ -32,11 +32,9 @@ def parse_path(text: str | Path) -> Path:
     if isinstance(text, Path):  # a default value
         return text
     scheme, found, rest = text.partition("://")
-    if not found:
-        return Path(text)
     scheme = scheme.lower()
-    if scheme in ("file", "local"):
-        return Path(unquote(rest.removeprefix("localhost")))
+    if not found or scheme in ("file", "local"):
+        return parse_local(text)
     from upath import UPath
 
     try:
@@ -49,6 +47,22 @@ def parse_path(text: str | Path) -> Path:
     except Exception as error:  # whatever a store's own package raises: no credentials, no network
         raise UsageError(f"cannot reach {text}: {str(error) or type(error).__name__:.200}") from error
     return cast(Path, path)
+
+
+def parse_local(text: str | Path) -> Path:
+    """Return the path of this machine that a text names; it may be a `file://` URL.
+
+    Raises:
+        UsageError: if it is another URL.
+    """
+    if isinstance(text, Path):
+        return text
+    scheme, found, rest = text.partition("://")
+    if not found:
+        return Path(text)
+    if scheme.lower() not in ("file", "local"):
+        raise UsageError(f"expected a path of this machine, got {text}")
+    return Path(unquote(rest.removeprefix("localhost")))
 
 
 def is_remote(path: Path) -> bool:

@@ -434,6 +434,31 @@ def test_a_file_that_is_no_checkpoint_is_refused(attack, photo, tmp_path):
     refused(attack(photo, "--flip", "cat", "--checkpoint", tmp_path), "no such checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("labels", ["--checkpoint"]),
+        ("labels", ["--arch", "resnet18", "--labels"]),
+        ("evaluate", ["--year", "2007", "--voc"]),
+        ("evaluate", ["--photos", ".", "--csv"]),
+        ("train", ["--year", "2007", "--voc", ".", "--out"]),
+        ("train", ["--year", "2007", "--voc", ".", "--out", "mine.safetensors", "--init"]),
+        ("demo", ["--out"]),
+    ],
+)
+def test_a_url_where_only_a_path_will_do_is_refused_as_it_was_given(cli, command, options):
+    url = "s3://bucket/name.safetensors"
+    refused(cli(command, *options, url), f"expected a path of this machine, got {url}")
+
+
+def test_labels_of_an_unknown_architecture_are_not_shown(cli, tiny, tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    plain = ("labels", "--checkpoint", tiny, "--labels", tmp_path / "names.txt", "--arch")
+    refused(cli(*plain, "resnet81"), "unknown architecture 'resnet81': did you mean resnet")
+    code, stdout, _ = cli(*plain, "resnet18")
+    assert code == 0 and "architecture: resnet18" in stdout
+
+
 def test_the_labels_are_those_of_the_checkpoint(attack, photo):
     refused(attack(photo, "--flip", "person"), "unknown label 'person'", "cat")
     refused(attack(photo, "--flip", "cats", "--checkpoint", bundled_checkpoint()), "unknown label 'cats'", "cat")

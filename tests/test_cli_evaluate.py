@@ -107,6 +107,7 @@ def test_a_photo_that_cannot_be_read_is_left_out_and_said(evaluate, table):
         (("--batch-size", "x", "--cases", "random"), "--batch-size"),
         (("--passes", "3", "--cases", "random"), "--passes of at least"),
         (("--max-rmsd", "inf", "--cases", "random"), "--max-rmsd above 0"),
+        (("--max-linf", "0", "--cases", "random"), "--max-linf from 1 to 255 grey levels, got 0"),
         (("--split", "test"), "--split goes with --voc"),
         (("--year", "2007"), "--year and --voc go together"),
         (("--clean", "--cases", "random"), "--clean attacks nothing"),

@@ -232,6 +232,17 @@ def test_the_cap_on_rmsd_holds_for_every_method_and_both_results(classifier, dat
     assert 0.6 < max(reached) <= 0.7
 
 
+def test_the_bound_on_a_pixel_holds_for_every_method_and_both_results(classifier, data, tmp_path):
+    cases = parse_cases(["extreme"], [], [], classifier.labels)
+    protocol = Protocol(cases, parse_variants(["all"], "fast"), images=3, budget="fast", passes=60, max_linf=2)
+    with Journal(tmp_path / "j.jsonl", {}) as journal:
+        run(classifier, data, protocol, journal)
+        records = [record for entry in journal.entries() for record in entry.get("records", ())]
+    assert len(records) == 3 * len(METHODS)
+    assert max(record["distortion"]["linf"] for record in records) == 2
+    assert max(record["distortion_float"]["linf"] for record in records) <= 2 + 1e-5
+
+
 def test_kept_images_are_the_ones_the_records_describe(classifier, data, tmp_path):
     with Journal(tmp_path / "j.jsonl", {}) as journal:
         run(classifier, data, make_protocol(images=2, keep_images=True), journal)

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from mlperturb.cli import attack, predict
-from mlperturb.cli.options import Device, find_source
+from mlperturb.cli.options import HERE, Device, find_source
 from mlperturb.errors import UsageError
 from mlperturb.labels import parse_request
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the PNGs and report.json.")] = Path("mlperturb-demo"),
+    out: Annotated[Path, typer.Option(**HERE, help="Folder for the PNGs and report.json.")] = Path("mlperturb-demo"),
     device: Device = "auto",
 ) -> None:
     """Attack the public-domain portrait that ships inside Matplotlib: flip `person`, keep the rest."""

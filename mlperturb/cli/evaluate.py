@@ -68,6 +68,9 @@ def evaluate(
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Photos a case, at most.")] = 1000,
     max_rmsd: Annotated[float, typer.Option(help="The cap that all methods share; 0 for none.", min=0)] = 10.0,
+    max_linf: Annotated[
+        int | None, typer.Option(help="The bound on every pixel's change that all methods share, in grey levels.")
+    ] = None,
     budget: Annotated[str, typer.Option(help=f"How long to search: {', '.join(BUDGETS)}.")] = "balanced",
     passes: Passes = None,
     checkpoint: Checkpoint = None,
@@ -105,7 +108,7 @@ def evaluate(
     protocol = Protocol(
         () if clean else parse_cases(cases or (), reduce or (), augment or (), source.labels),
         parse_variants(methods or ["all"], budget),
-        images, budget, max_rmsd or None, passes, parse_batch_size(batch_size), seed, keep_images,
+        images, budget, max_rmsd or None, max_linf, passes, parse_batch_size(batch_size), seed, keep_images,
     )  # fmt: skip
     if voc is not None:
         parts = read_splits(voc, [name for value in year or () for name in value.split(",")], split or "test")
@@ -249,6 +252,7 @@ class _Run:
             "images": protocol.images,
             "budget": protocol.budget,
             "max_rmsd": protocol.max_rmsd,
+            "max_linf": protocol.max_linf,
             "passes": protocol.passes,
             "batch_size": protocol.batch_size,
             "seed": protocol.seed,

@@ -12,11 +12,12 @@ from mlperturb.text import printable
 
 def labels(checkpoint: Checkpoint = None, arch: Arch = None, labels: Labels = None, json: Json = False) -> None:
     """Show the label names, thresholds and metadata of a checkpoint."""
-    from mlperturb.checkpoints import read_metadata
+    from mlperturb.checkpoints import check_architecture, read_metadata
     from mlperturb.report import to_json
 
     source = find_source(checkpoint, arch, labels)
-    if source.names is not None:
+    if source.architecture is not None:
+        check_architecture(source.architecture)
         thresholds, details = (0.5,) * len(source.labels), {"architecture": source.architecture}
     else:
         metadata = read_metadata(source.path)

@@ -11,22 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlperturb.errors import CheckpointError, UsageError
-from mlperturb.files import is_remote, parse_path
+from mlperturb.files import is_remote, parse_local, parse_path
 
 if TYPE_CHECKING:
     from mlperturb.classifier import Classifier
 
 ANYWHERE: dict[str, Any] = {"parser": parse_path, "metavar": "PATH"}  # a path of this machine, or a URL
+HERE: dict[str, Any] = {"parser": parse_local, "metavar": "PATH"}  # a path of this machine
 
 Paths = Annotated[
     list[Path], typer.Argument(**ANYWHERE, help="Photos, folders of photos, or URLs of either.", show_default=False)
 ]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Search folders to their depths.")]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="A .safetensors of ours, or plain weights with --arch and --labels.")
+    Path | None, typer.Option(**HERE, help="A .safetensors of ours, or plain weights with --arch and --labels.")
 ]
 Arch = Annotated[str | None, typer.Option(help="Torchvision architecture of plain weights.")]
-Labels = Annotated[Path | None, typer.Option(help="Label names of plain weights, one a line.")]
+Labels = Annotated[Path | None, typer.Option(**HERE, help="Label names of plain weights, one a line.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
 Passes = Annotated[
@@ -37,12 +38,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs th
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
 
-Voc = Annotated[Path | None, typer.Option(help="A VOCdevkit folder.")]
+Voc = Annotated[Path | None, typer.Option(**HERE, help="A VOCdevkit folder.")]
 Year = Annotated[list[str] | None, typer.Option(help="Year of the VOCdevkit; repeatable, comma-separated.")]
 PhotoFolder = Annotated[
     Path | None, typer.Option(**ANYWHERE, help="In place of --voc: a folder of photos, with --csv.")
 ]
-LabelTable = Annotated[Path | None, typer.Option(help="Table `image,LABEL,...`: 1, 0, or -1 for difficult.")]
+LabelTable = Annotated[Path | None, typer.Option(**HERE, help="Table `image,LABEL,...`: 1, 0, or -1 for difficult.")]
 
 
 def check_data(voc: Path | None, year: list[str] | None, photos: Path | None, csv: Path | None) -> None:

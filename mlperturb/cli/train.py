@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlperturb.cli.options import LabelTable, PhotoFolder, Voc, Year, check_data
+from mlperturb.cli.options import HERE, LabelTable, PhotoFolder, Voc, Year, check_data
 from mlperturb.errors import UsageError
+from mlperturb.files import parse_local
 
 if TYPE_CHECKING:
     from mlperturb.training import Progress
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
+    out: Annotated[Path, typer.Option(**HERE, help="The checkpoint to write, .safetensors.")],
     voc: Voc = None,
     year: Year = None,
     train_split: Annotated[str, typer.Option(help="SPLIT of every year, or YEAR:SPLIT,... of several.")] = "train",
@@ -29,7 +29,7 @@ def train(
     test_split: Annotated[str | None, typer.Option(help="Measured, tuned nothing on.")] = None,
     photos: PhotoFolder = None,
     csv: LabelTable = None,
-    test_csv: Annotated[Path | None, typer.Option(help="Like --csv, of the photos to measure on.")] = None,
+    test_csv: Annotated[Path | None, typer.Option(**HERE, help="Like --csv, of the photos to measure on.")] = None,
     arch: Annotated[str, typer.Option(help="Any torchvision classification model.")] = "mobilenet_v2",
     init: Annotated[
         list[str] | None,
@@ -58,10 +58,9 @@ def train(
 ) -> None:
     """Train a multi-label classifier with the paper's ranking loss, calibrate it, and measure it."""
     check_data(voc, year, photos, csv)
-    if re.match(r"[a-z0-9]{2,}:/", str(out)):  # a URL, its slashes merged; no drive letter
-        raise UsageError(f"expected a path of this machine for --out, got {out}")
     if out.suffix != ".safetensors":
         raise UsageError(f"expected --out to end in .safetensors, got {out}")
+    files = [parse_local(name) for name in init or () if name != "torchvision"]
 
     from mlperturb.devices import prepare
     from mlperturb.sharing import join as join_run
@@ -89,7 +88,6 @@ def train(
         arch, epochs, batch_size, lr, fresh_rate, 1e-2, instance_weight, calibration_weight, head_only, size,
         train_size, average, seed, workers,
     )  # fmt: skip
-    files = [Path(name) for name in init or () if name != "torchvision"]
     provenance = {
         "command": shlex.join(["mlperturb", *sys.argv[1:]]),
         "source": source,

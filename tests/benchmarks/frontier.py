@@ -43,8 +43,8 @@ def measure(arguments: argparse.Namespace, method: str, passes: int) -> list[dic
         parse_variants([method], budget),
         arguments.images,
         budget,
-        10.0,
-        passes,
+        max_rmsd=10.0,
+        passes=passes,
         seed=arguments.seed,
     )
     key = {"checkpoint": file_sha256(checkpoint), "data": dataset.fingerprint, "passes": passes, "budget": budget}
