@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+Handlers = dict[int, Any]  # of signals, as `signal.getsignal` returns them
+
+
+def handle(handler: Callable[[int, FrameType | None], None]) -> Handlers:
+    """Handle SIGINT and SIGTERM, but for one that is ignored (SIGINT in a script's background); return what did."""
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def restore(before: Handlers) -> None:
+    """Put back what `handle` returned."""
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Interrupts:
@@ -15,17 +30,15 @@ class Interrupts:
     def __init__(self) -> None:
         self._held = False
         self._waiting = 0
-        self._before: dict[int, object] = {}
+        self._before: Handlers = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._arrive)
+            self._before = handle(self._arrive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        restore(self._before)
 
     def _arrive(self, number: int, frame: FrameType | None) -> None:
         self._waiting += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from mlperturb.preprocess import Preprocess
 settings.register_profile("mlperturb", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("mlperturb")
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background ignores it, and so would all we start
 
 
 @pytest.fixture(autouse=True)

@@ -157,6 +157,29 @@ run()
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
 
 
+def test_a_signal_while_a_library_loads_ends_the_process_without_an_exception_inside_of_it(command, tmp_path):
+    (tmp_path / "library.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)")
+    (tmp_path / "program.py").write_text(
+        f"""
+import sys
+import mlperturb.cli.attack
+from mlperturb.cli.main import run
+
+def find_source(*_):
+    try:
+        import library
+    finally:
+        print("the library went on")
+
+mlperturb.cli.attack.find_source = find_source
+sys.argv = ["mlperturb", *{command(tmp_path / "out")!r}]
+run()
+"""
+    )
+    done = subprocess.run([sys.executable, "-m", "program"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "mlperturb: error: interrupted\n")
+
+
 def test_a_first_signal_waits_for_what_is_held_and_a_second_does_not():
     reached = []
     with Interrupts() as interrupts:
@@ -171,6 +194,17 @@ def test_a_first_signal_waits_for_what_is_held_and_a_second_does_not():
         os.kill(os.getpid(), signal.SIGINT)
         reached.append(3)
     assert reached == [1, 2]
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_out_of_memory_halves_the_batch_is_said_once_and_every_photo_comes_out(cli, command, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from types import FrameType
 from typing import Annotated
 
 try:
@@ -25,6 +26,7 @@ try:
     from mlperturb.cli.predict import predict
     from mlperturb.cli.train import train
     from mlperturb.errors import MlperturbError, StorageError, UsageError
+    from mlperturb.interrupts import handle, restore
 except KeyboardInterrupt:  # while the libraries load, in the first tenths of a second
     sys.exit(130)
 
@@ -67,6 +69,16 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
         raise UsageError("an argument is empty: expected a path or a value")
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; but while a library loads end the process: torch aborts if it is broken there."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            print_error("interrupted")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def run() -> None:
     """Run as a process: once `main` has come to its end, no signal changes its exit code, be it past or to come."""
     try:
@@ -82,9 +94,8 @@ def run() -> None:
 
 def main() -> None:
     """Run the command line; an error of ours becomes one line on stderr and exit code 2 (3: the run had to stop)."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = handle(_interrupt)
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         _refuse_empty(sys.argv[1:])
         app()
     except MlperturbError as error:
@@ -106,4 +117,4 @@ def main() -> None:
         print_error(f"cannot write to stdout: {error.strerror}")
         sys.exit(3)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore(before)
