@@ -117,7 +117,7 @@ def test_a_photo_that_cannot_be_read_is_left_out_and_said(evaluate, table):
 def test_bad_arguments_get_one_line_and_leave_nothing(evaluate, table, arguments, message):
     code, stdout, stderr = evaluate(*arguments)
     assert (code, stdout) == (2, "") and message in stderr and stderr.count("\n") == 1
-    assert not (table.parent / "out" / "records.jsonl").exists()
+    assert not (table.parent / "out").exists()
 
 
 def test_labels_that_are_not_the_classifiers_are_refused(evaluate, table):

@@ -69,7 +69,8 @@ def evaluate(
     images: Annotated[int, typer.Option(min=1, help="Photos a case, at most.")] = 1000,
     max_rmsd: Annotated[float, typer.Option(help="The cap that all methods share; 0 for none.", min=0)] = 10.0,
     max_linf: Annotated[
-        int | None, typer.Option(help="The bound on every pixel's change that all methods share, in grey levels.")
+        int | None,
+        typer.Option(metavar="LEVELS", help="The bound on a pixel's change that all share, in grey levels, 1 to 255."),
     ] = None,
     budget: Annotated[str, typer.Option(help=f"How long to search: {', '.join(BUDGETS)}.")] = "balanced",
     passes: Passes = None,
@@ -101,6 +102,7 @@ def evaluate(
     source = find_source(checkpoint, arch, labels)
 
     from mlperturb.cases import Protocol, align, parse_cases, parse_variants
+    from mlperturb.evaluation import make_settings
     from mlperturb.voc import read_csv, read_splits
 
     if cases is None and not reduce and not augment:
@@ -110,6 +112,8 @@ def evaluate(
         parse_variants(methods or ["all"], budget),
         images, budget, max_rmsd or None, max_linf, passes, parse_batch_size(batch_size), seed, keep_images,
     )  # fmt: skip
+    for variant in () if clean else protocol.variants:
+        make_settings(protocol, variant)  # refuses what cannot be, before anything is read or written
     if voc is not None:
         parts = read_splits(voc, [name for value in year or () for name in value.split(",")], split or "test")
     else:
@@ -183,8 +187,6 @@ class _Run:
         from mlperturb.tables import evaluation_grid, to_csv
         from mlperturb.voc import join
 
-        for variant in self.protocol.variants:
-            evaluation.make_settings(self.protocol, variant)  # refuses what cannot be, before anything is written
         dataset, share = join(self.parts.values()), self.share
         path, old = self.out / "records.jsonl", self.out / "records.old.jsonl"
         overwrite = overwrite and not share.any_restarted()  # what was to be replaced is gone: go on
