@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 from mlperturb.errors import MlperturbError, OutputError, StorageError, UsageError
 
+_OURS = (None, "file", "local")  # schemes of paths of this machine
 _THIS_NAME_ALONE = {errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ}
 
 
@@ -31,9 +32,8 @@ def parse_path(text: str | Path) -> Path:
     """
     if isinstance(text, Path):  # a default value
         return text
-    scheme, found, rest = text.partition("://")
-    scheme = scheme.lower()
-    if not found or scheme in ("file", "local"):
+    scheme, rest = _split(text)
+    if scheme in _OURS:
         return parse_local(text)
     from upath import UPath
 
@@ -55,14 +55,18 @@ def parse_local(text: str | Path) -> Path:
     Raises:
         UsageError: if it is another URL.
     """
-    if isinstance(text, Path):
+    if isinstance(text, Path):  # a default value
         return text
-    scheme, found, rest = text.partition("://")
-    if not found:
-        return Path(text)
-    if scheme.lower() not in ("file", "local"):
+    scheme, rest = _split(text)
+    if scheme not in _OURS:
         raise UsageError(f"expected a path of this machine, got {text}")
-    return Path(unquote(rest.removeprefix("localhost")))
+    return Path(text) if scheme is None else Path(unquote(rest.removeprefix("localhost")))
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """Return the scheme of a URL, in lower case, and what follows it; None and the text of a plain path."""
+    scheme, found, rest = text.partition("://")
+    return (scheme.lower(), rest) if found else (None, text)
 
 
 def is_remote(path: Path) -> bool:

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-Handlers = dict[int, Any]  # of signals, as `signal.getsignal` returns them
+Before = dict[int, Any]  # what handled each signal, as `signal.getsignal` returns it
 
 
-def handle(handler: Callable[[int, FrameType | None], None]) -> Handlers:
+def handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Before:
     """Handle SIGINT and SIGTERM, but for one that is ignored (SIGINT in a script's background); return what did."""
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
 
 
-def restore(before: Handlers) -> None:
+def restore(before: Before) -> None:
     """Put back what `handle` returned."""
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -30,7 +30,7 @@ class Interrupts:
     def __init__(self) -> None:
         self._held = False
         self._waiting = 0
-        self._before: Handlers = {}
+        self._before: Before = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():

@@ -301,9 +301,8 @@ def test_what_a_killed_run_left_half_written_goes(cli, command, tmp_path):
 @pytest.mark.parametrize("error", [None, RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
 def test_a_photo_for_which_there_is_no_memory_is_an_error_of_its_own(cli, command, tmp_path, monkeypatch, error):
     if error is None:
-        monkeypatch.setattr(
-            mlperturb.runner, "free_memory", lambda device: 36 * 30 * 200 - 1
-        )  # the largest photos need more
+        free = 36 * 30 * 200 - 1  # the largest photos need more
+        monkeypatch.setattr(mlperturb.runner, "free_memory", lambda device: free)
     else:
         search = mlperturb.runner.search
 

@@ -86,8 +86,7 @@ def run() -> None:
     except KeyboardInterrupt:  # in the last lines of `main`
         sys.exit(130)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        handle(signal.SIG_IGN)
         # If an interrupt broke the last `exec` of a text (`dataclass` makes its methods so), CPython exits by SIGINT.
         exec("")
 
