@@ -17,6 +17,7 @@ from mlperturb.images import Pixels, read_photo
 from mlperturb.preprocess import to_tensor
 from mlperturb.purify import Purification
 from mlperturb.report import find_output, find_photo
+from mlperturb.targets import present
 
 SCHEMA = "mlperturb.jpeg-defence/1"
 CRITERIA = {  # by whether every photo is at hand
@@ -149,7 +150,7 @@ class _Tally:
         """Count what purification `number` did to one photo."""
         defended, size = views.defended[number], views.size[1 + number]
         flip, keep = views.asked
-        png, after = views.adversarial >= boundary, defended >= boundary
+        png, after = present(views.adversarial, boundary), present(defended, boundary)
         flipped, held = flip & (png != views.truth), keep & (png == views.truth)
         back = after == views.truth
         self.images += 1
@@ -160,7 +161,7 @@ class _Tally:
         self.shift += torch.sigmoid(defended.double()) - torch.sigmoid(views.adversarial.double())
         if views.control is not None:
             self.controls += 1
-            self.clean[0] += int((((views.control[number] >= boundary) != views.truth) & (flip | keep)).sum())
+            self.clean[0] += int(((present(views.control[number], boundary) != views.truth) & (flip | keep)).sum())
             self.clean[1] += int((flip | keep).sum())
         if size is not None:
             self.bytes.append(size)
@@ -217,7 +218,7 @@ def _look(classifier: Classifier, one: Attacked, purifications: Sequence[Purific
     if one.truth is not None:
         truth = torch.tensor([one.truth[label] for label in classifier.labels])
     else:
-        truth = (logits[0] >= classifier.boundary.cpu()) ^ flip
+        truth = present(logits[0], classifier.boundary.cpu()) ^ flip
     return Views(
         truth,
         (flip, keep),

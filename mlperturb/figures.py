@@ -20,7 +20,9 @@ from matplotlib.ticker import MaxNLocator
 from mlperturb.errors import UsageError
 from mlperturb.files import write_file
 from mlperturb.images import Pixels, read_photo
+from mlperturb.labels import present_labels
 from mlperturb.report import find_output, find_photo, thresholds_of
+from mlperturb.shown import choose_labels
 from mlperturb.text import printable, shorten
 
 Format = Literal["png", "pdf", "svg"]
@@ -76,7 +78,7 @@ def draw_case(report: dict[str, Any], image: dict[str, Any], folder: Path) -> Fi
     photo = find_photo(image, folder, report["settings"])
     if photo is not None:
         pictures.append((f"photo: {_listed(present)}", read_photo(photo).rgb))
-    now = [label for label in after if after[label] >= thresholds[label]]
+    now = present_labels(after, thresholds)
     largest = f"perturbation, largest {image['distortion']['linf']:.0f} of 255"
     title = f"{printable(report['settings']['method'])}, {image['status']}: {_listed(now)}"
     for kind, words in (("adversarial", title), ("map", largest)):
@@ -96,24 +98,20 @@ def draw_case(report: dict[str, Any], image: dict[str, Any], folder: Path) -> Fi
 
 
 def _draw_bars(axes: Axes, image: dict[str, Any], thresholds: dict[str, float]) -> None:
-    """Draw the probabilities before and after: of A those that moved most, of B those nearest to being present."""
-    before, after = image["probabilities"]["before"], image["probabilities"]["after"]
-    others = [label for label in before if label not in image["flip"]]
-    kept = set(image["keep"])
-    order = sorted(others, key=lambda label: (label in kept, max(before[label], after[label])), reverse=True)
-    flipped = sorted(image["flip"], key=lambda label: -abs(after[label] - before[label]))
-    shown = [*flipped, *order][:_BARS]
+    """Draw the probabilities before and after of the labels that matter most."""
+    shown = choose_labels(image, thresholds, _BARS)
     places = np.arange(len(shown))
-    colours = [_RED if label in image["flip"] else _BLUE if label in kept else _GREY for label in shown]
-    axes.barh(places - 0.2, [before[label] for label in shown], 0.36, color=colours, alpha=0.4)
-    axes.barh(places + 0.2, [after[label] for label in shown], 0.36, color=colours)
-    for place, label in zip(places, shown, strict=True):
-        axes.plot([thresholds[label]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=0.8)
+    colours = [{"flip": _RED, "keep": _BLUE, "free": _GREY}[one.group] for one in shown]
+    axes.barh(places - 0.2, [one.before for one in shown], 0.36, color=colours, alpha=0.4)
+    axes.barh(places + 0.2, [one.after or 0.0 for one in shown], 0.36, color=colours)
+    for place, one in zip(places, shown, strict=True):
+        axes.plot([one.threshold] * 2, [place - 0.45, place + 0.45], color="black", linewidth=0.8)
     axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="before (pale), after")
-    axes.set_yticks(places, [shorten(printable(label), 16) for label in shown])
+    axes.set_yticks(places, [shorten(printable(one.label), 16) for one in shown])
     for tick, colour in zip(axes.get_yticklabels(), colours, strict=True):
         tick.set_color(colour)
-    more = f"; {len(before) - len(shown)} more" if len(before) > len(shown) else ""
+    hidden = len(image["probabilities"]["before"]) - len(shown)
+    more = f"; {hidden} more" if hidden else ""
     axes.set_title(f"A red, B blue, threshold black{more}", fontsize=7)
 
 
@@ -174,8 +172,9 @@ def draw_jpeg_histogram(result: dict[str, Any]) -> Figure:
     flips: Counter[str] = Counter()
     for image in images:
         now = image["probabilities"]["adversarial"]
+        there = set(present_labels(now, thresholds))
         flips.update(dict.fromkeys(image["flip"], 0))
-        flips.update(label for label in image["flip"] if (now[label] >= thresholds[label]) != image["truth"][label])
+        flips.update(label for label in image["flip"] if (label in there) != image["truth"][label])
     label = flips.most_common(1)[0][0] if flips else next(iter(thresholds))
     series: dict[str, list[float]] = {"clean": [], "adversarial PNG": [], best: []}
     for image in images:

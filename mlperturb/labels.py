@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlperturb.errors import LabelError, UsageError
@@ -28,6 +28,11 @@ class Request:
     remove: tuple[int, ...] = ()
     keep_rest: bool = False
     any_label: bool = False
+
+
+def present_labels(probabilities: Mapping[str, float], thresholds: Mapping[str, float]) -> list[str]:
+    """Return the labels that are present, f_j >= t_j, in the order of `probabilities`."""
+    return [label for label, value in probabilities.items() if value >= thresholds[label]]
 
 
 _WORDS = {"all": "--flip", "any": "--flip", "rest": "--keep"}

@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from mlperturb.labels import present_labels
 from mlperturb.report import Record
 from mlperturb.text import printable
 
@@ -81,11 +82,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
 def prediction_table(probabilities: dict[str, float], thresholds: dict[str, float]) -> Table:
     """Show the labels present and the next three."""
     ranked = sorted(probabilities, key=lambda label: -probabilities[label])
-    count = sum(probabilities[label] >= thresholds[label] for label in ranked)
     table = _table("label", "probability", "")
-    present = [label for label in ranked if probabilities[label] >= thresholds[label]]
-    absent = [label for label in ranked if probabilities[label] < thresholds[label]]
-    for label in [*present, *absent[: max(3, 5 - count)]]:
+    present = present_labels({label: probabilities[label] for label in ranked}, thresholds)
+    absent = [label for label in ranked if label not in present]
+    for label in [*present, *absent[: max(3, 5 - len(present))]]:
         table.add_row(clean(label), f"{probabilities[label]:.3f}", "present" if label in present else "")
     return table
 

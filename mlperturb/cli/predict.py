@@ -40,6 +40,7 @@ def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool 
     from mlperturb.preprocess import to_tensor
     from mlperturb.report import to_json
     from mlperturb.tables import clean, prediction_table
+    from mlperturb.targets import present
 
     classifier, description = source.load(prepare(device, 0))
     images: list[dict[str, Any]] = []
@@ -61,8 +62,8 @@ def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool 
             continue
         values = torch.sigmoid(logits.double().cpu()).tolist()
         entry["probabilities"] = dict(zip(classifier.labels, values, strict=True))
-        present = (logits >= classifier.boundary).tolist()
-        entry["labels"] = [label for label, there in zip(classifier.labels, present, strict=True) if there]
+        there = present(logits, classifier.boundary).tolist()
+        entry["labels"] = [label for label, is_there in zip(classifier.labels, there, strict=True) if is_there]
         if not json:
             out.print(clean(str(photo)), soft_wrap=True)
             out.print(prediction_table(entry["probabilities"], thresholds))

@@ -23,10 +23,11 @@ from mlperturb.errors import ImageError
 from mlperturb.files import is_remote, write_file
 from mlperturb.images import read_photo
 from mlperturb.report import find_output, find_photo, thresholds_of
+from mlperturb.shown import choose_labels
 from mlperturb.text import printable
 
 _SIDE = 360  # pixels of a thumbnail's longer side
-_BARS = 8  # labels of B, or of neither set, that a card shows beside all of A
+_BARS = 8  # labels of B, or of neither set, that a card shows beside those of A
 
 
 def write_gallery(
@@ -98,7 +99,7 @@ def _cards(
             "name": printable(Path(image["source"]).name),
             "thumbnails": thumbnails,
             "links": {kind: _link(pictures[kind], page) for kind in ("adversarial", "map") if kind in thumbnails},
-            "bars": _bars(image, thresholds),
+            "bars": choose_labels(image, thresholds, len(image["flip"]) + _BARS),
             "rmsd": image["distortion"]["rmsd"] if image["distortion"] else None,
         }
         done(missing)
@@ -125,26 +126,3 @@ def _link(path: Path | None, page: Path) -> str:
     assert path is not None
     name = path.name if is_remote(path) else os.path.relpath(path.resolve(), page.resolve())
     return "./" + quote(name.encode("utf-8", "surrogateescape"))
-
-
-def _bars(image: dict[str, Any], thresholds: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the labels of A, and the others that come nearest to being present, or that do not hold."""
-    probabilities = image["probabilities"]
-    if not probabilities:
-        return []
-    before, after = probabilities["before"], probabilities["after"] or {}
-    violated = set((image["constraints"] or {"violated": ()})["violated"])
-    kept = set(image["keep"])
-    others = [label for label in before if label not in image["flip"]]
-    others.sort(key=lambda label: (label in violated, max(before[label], after.get(label, 0.0))), reverse=True)
-    return [
-        {
-            "label": label,
-            "set": "flip" if label in image["flip"] else "keep" if label in kept else "free",
-            "before": before[label],
-            "after": after.get(label),
-            "threshold": thresholds[label],
-            "violated": label in violated,
-        }
-        for label in [*image["flip"], *others[:_BARS]]
-    ]
