@@ -143,16 +143,23 @@ def _decode(path: Path, data: bytes) -> Photo:
             notes.append("animated: only the first frame is taken")
             image.seek(0)
         image.load()
-        mode = image.mode
-        transparency = "transparency" in image.info
-        upright = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            notes.append(f"{'floating-point' if image.mode.startswith('F') else '16-bit'}: scaled to 8 bits")
+        rgb, alpha = convert_image(image)
+    return Photo(rgb, alpha, sha256(data).hexdigest(), tuple(notes))
+
+
+def convert_image(image: Image.Image) -> tuple[Pixels, Pixels | None]:
+    """Return the pixels of a PIL image, upright, (H, W, 3), and its alpha channel, (H, W), if it has one."""
+    mode = image.mode
+    transparency = "transparency" in image.info
+    upright = ImageOps.exif_transpose(image)
     if mode.startswith(("I", "F")):
-        notes.append(f"{'floating-point' if mode.startswith('F') else '16-bit'}: scaled to 8 bits")
-        return Photo(_scale_grey(np.asarray(upright)), None, sha256(data).hexdigest(), tuple(notes))
+        return _scale_grey(np.asarray(upright)), None
     if "A" in mode.upper() and mode != "LAB" or transparency:
         rgba = np.asarray(upright.convert("RGBA"))
-        return Photo(rgba[..., :3].copy(), rgba[..., 3].copy(), sha256(data).hexdigest(), tuple(notes))
-    return Photo(np.array(upright.convert("RGB")), None, sha256(data).hexdigest(), tuple(notes))
+        return rgba[..., :3].copy(), rgba[..., 3].copy()
+    return np.array(upright.convert("RGB")), None
 
 
 def _scale_grey(grey: npt.NDArray[np.generic]) -> Pixels:

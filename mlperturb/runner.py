@@ -13,19 +13,14 @@ from pathlib import Path
 import torch
 
 from mlperturb.classifier import Classifier
-from mlperturb.devices import free_memory
 from mlperturb.errors import ImageError
 from mlperturb.images import Photo, read_photo
 from mlperturb.jobs import Job, Settings
 from mlperturb.pipeline import Behind, ahead, count_workers
 from mlperturb.preprocess import Preprocess, Size
 from mlperturb.report import Record
-from mlperturb.search import Found, search
+from mlperturb.search import Found, Searcher, fits
 from mlperturb.verdict import describe, facts_of, judge, save
-
-_BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
-_NEEDED = 200  # bytes of memory a padded pixel: on the CPU an attack takes 180
-_ROOM = 16  # times those pixels for a batch of a given size: photos of odd shapes, padded to one, may need any memory
 
 Pair = tuple[Job, Photo]
 
@@ -83,11 +78,8 @@ def run_attack(
         StorageError: if nothing can be written to `out` any more.
     """
     waits, started = Waits(), time.perf_counter()
-    limit, pixels = _BATCH.get(classifier.device.type, _BATCH["cpu"])
-    size = settings.batch_size or limit
-    units = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-    within = pixels * (_ROOM if settings.batch_size else 1)
-    attacker = _Attacker(classifier, settings, warn)
+    searcher = Searcher(classifier, settings, warn)
+    units = [jobs[start : start + searcher.together] for start in range(0, len(jobs), searcher.together)]
     behind = Behind()
     behind.submit(partial(torch.set_num_threads, torch.get_num_threads()))  # the same sums as in this thread
     encoders = ThreadPoolExecutor(count_workers(), "encode")
@@ -102,8 +94,8 @@ def run_attack(
         done(records + lost)
 
     try:
-        for batch in _timed(_batches(units, claims, finished, settings, classifier.preprocess, within), waits):
-            for pairs, found, lost in attacker.attack(batch):
+        for batch in _timed(_batches(units, claims, finished, settings, classifier.preprocess, searcher.pixels), waits):
+            for pairs, found, lost in _attack(searcher, batch):
                 before = time.perf_counter()
                 behind.submit(partial(write, pairs, found, lost))
                 waits.writing += time.perf_counter() - before
@@ -135,8 +127,7 @@ class _Batch:
 
     def takes(self, size: Size, pixels: float) -> bool:
         """Say whether one more photo leaves it within so many pixels, padded to the largest."""
-        heights, widths = zip(*self.sizes, size, strict=True)
-        return not self.sizes or (len(self.sizes) + 1) * max(heights) * max(widths) <= pixels
+        return fits([*self.sizes, size], pixels)
 
     def pairs(self) -> list[Pair]:
         """Return all photos, read again if they are finished: the batch is formed as it was. Empty if none is left."""
@@ -212,55 +203,21 @@ def _timed(batches: Iterator[_Batch], waits: Waits) -> Iterator[_Batch]:
         yield batch
 
 
-@dataclass
-class _Attacker:
-    """Searches batches, in parts once the device's memory has not taken one."""
-
-    classifier: Classifier
-    settings: Settings
-    warn: Callable[[str], None]
-    most: int | None = None  # photos that the memory takes at a time; None while it took every batch
-
-    def attack(self, batch: _Batch) -> Iterator[tuple[list[Pair], list[Found], list[Record]]]:
-        """Search a batch; yield what was found, part by part, with the records of what was not."""
-        pairs, lost, wanted = batch.pairs(), batch.lost, batch.wanted()
-        while pairs:
-            part = pairs[: self.most]
-            found = self._search(part)
-            if found is None and len(part) > 1:
-                if self.most is None:
-                    self.warn("the device ran out of memory: going on with smaller batches")
-                self.most = (len(part) + 1) // 2
-                continue
-            pairs = pairs[len(part) :]
-            if found is None:
-                job, photo = part[0]
-                if job.source not in wanted:
-                    continue
+def _attack(searcher: Searcher, batch: _Batch) -> Iterator[tuple[list[Pair], list[Found], list[Record]]]:
+    """Search a batch; yield what was found, part by part, with the records of what was not."""
+    pairs, lost, wanted = batch.pairs(), batch.lost, batch.wanted()
+    requests = [job.request or searcher.settings.request for job, _ in pairs]
+    for start, stop, found in searcher.parts([photo for _, photo in pairs], requests):
+        if found is None:
+            for job, photo in [pair for pair in pairs[start:stop] if pair[0].source in wanted]:
                 error = {"type": "MemoryError", "message": f"{job.source}: too large for the device's memory"}
                 lost.append(Record(**facts_of(job, photo), status="failed", error=error))
-                continue
-            unusable = {"type": "NumericalError", "message": "the network's outputs are not finite"}
-            both = [(pair, one) for pair, one in zip(part, found, strict=True) if pair[0].source in wanted]
-            lost += [Record(**facts_of(*pair), status="failed", error=unusable) for pair, one in both if one is None]
-            good = [(pair, one) for pair, one in both if one is not None]
-            yield [pair for pair, _ in good], [one for _, one in good], lost
-            lost = []
-        if lost:
-            yield [], [], lost
-
-    def _search(self, part: list[Pair]) -> list[Found | None] | None:
-        """Attack some photos; None if the device ran out of memory, or would."""
-        heights, widths = zip(*(photo.rgb.shape[:2] for _, photo in part), strict=True)
-        free = free_memory(self.classifier.device)
-        if free is not None and len(part) * max(heights) * max(widths) * _NEEDED > free:
-            return None  # on the CPU, Linux would kill the process
-        try:
-            requests = [job.request or self.settings.request for job, _ in part]
-            return search(self.classifier, [photo for _, photo in part], requests, self.settings)
-        except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no error of its own
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
-                raise
-            if self.classifier.device.type == "cuda":
-                torch.cuda.empty_cache()
-            return None
+            continue
+        unusable = {"type": "NumericalError", "message": "the network's outputs are not finite"}
+        both = [(pair, one) for pair, one in zip(pairs[start:stop], found, strict=True) if pair[0].source in wanted]
+        lost += [Record(**facts_of(*pair), status="failed", error=unusable) for pair, one in both if one is None]
+        good = [(pair, one) for pair, one in both if one is not None]
+        yield [pair for pair, _ in good], [one for _, one in good], lost
+        lost = []
+    if lost:
+        yield [], [], lost

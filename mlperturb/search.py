@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from mlperturb.attacks.problem import Problem, observe
 from mlperturb.attacks.quantise import quantise
 from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
 from mlperturb.classifier import Classifier
+from mlperturb.devices import free_memory
 from mlperturb.images import Photo, Pixels
 from mlperturb.jobs import Settings
 from mlperturb.labels import Request
@@ -24,6 +25,10 @@ from mlperturb.preprocess import Size, pad_batch, to_tensor
 from mlperturb.regions import Region
 from mlperturb.survival import SurvivingModel, repeat_targets
 from mlperturb.targets import Targets, decide, make_targets
+
+_BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
+_NEEDED = 200  # bytes of memory a padded pixel: on the CPU an attack takes 180
+_ROOM = 16  # times those pixels for a batch of a given size: photos of odd shapes, padded to one, may need any memory
 
 LATTICE = {"fast": (6, 20), "balanced": (8, 40), "paper": (10, 100)}  # scales and iterations of `quantise`
 
@@ -97,6 +102,83 @@ def search(
     for row, result in zip(usable, results, strict=True):
         found[row] = replace(result, seconds=share)
     return found
+
+
+@dataclass
+class Searcher:
+    """Searches photos, as many at a time as the device takes.
+
+    Attributes:
+        classifier: to attack.
+        settings: what to do.
+        warn: told, once, that the device ran out of memory and smaller batches go on.
+        most: photos that the memory takes at a time; None while it took every batch.
+    """
+
+    classifier: Classifier
+    settings: Settings
+    warn: Callable[[str], None] = lambda message: None
+    most: int | None = None
+
+    @property
+    def together(self) -> int:
+        """How many photos a batch may have."""
+        return self.settings.batch_size or _BATCH.get(self.classifier.device.type, _BATCH["cpu"])[0]
+
+    @property
+    def pixels(self) -> int:
+        """How many pixels a batch may have, every photo padded to the largest."""
+        pixels = _BATCH.get(self.classifier.device.type, _BATCH["cpu"])[1]
+        return pixels * (_ROOM if self.settings.batch_size else 1)
+
+    def group(self, sizes: Sequence[Size]) -> Iterator[tuple[int, int]]:
+        """Yield where the batches of photos of these (height, width), in order, begin and end."""
+        start = 0
+        for stop in range(1, len(sizes) + 1):
+            full = stop - start >= self.together
+            if stop == len(sizes) or full or not fits(sizes[start : stop + 1], self.pixels):
+                yield start, stop
+                start = stop
+
+    def parts(
+        self, photos: Sequence[Photo], requests: Sequence[Request]
+    ) -> Iterator[tuple[int, int, list[Found | None] | None]]:
+        """Search a batch; yield, part by part, where it begins and ends, and what was found.
+
+        A part of a single photo for which the device has not enough memory has None.
+        """
+        start = 0
+        while start < len(photos):
+            stop = min(start + (self.most or len(photos)), len(photos))
+            found = self._search(photos[start:stop], requests[start:stop])
+            if found is None and stop - start > 1:
+                if self.most is None:
+                    self.warn("the device ran out of memory: going on with smaller batches")
+                self.most = (stop - start + 1) // 2
+                continue
+            yield start, stop, found
+            start = stop
+
+    def _search(self, photos: Sequence[Photo], requests: Sequence[Request]) -> list[Found | None] | None:
+        """Attack some photos; None if the device ran out of memory, or would."""
+        heights, widths = zip(*(photo.rgb.shape[:2] for photo in photos), strict=True)
+        free = free_memory(self.classifier.device)
+        if free is not None and len(photos) * max(heights) * max(widths) * _NEEDED > free:
+            return None  # on the CPU, Linux would kill the process
+        try:
+            return search(self.classifier, photos, requests, self.settings)
+        except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no error of its own
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+                raise
+            if self.classifier.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return None
+
+
+def fits(sizes: Sequence[Size], pixels: float) -> bool:
+    """Say whether photos of these (height, width), padded to the largest, have at most so many pixels."""
+    heights, widths = zip(*sizes, strict=True)
+    return len(sizes) == 1 or len(sizes) * max(heights) * max(widths) <= pixels
 
 
 def _norm_cap(rmsd: float, sizes: Sequence[Size], device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +75,21 @@ def judge(
     }
     if isinstance(saved, Exception):
         return Record(**facts, status="failed", cost=cost, error=describe(saved))
-    written = saved is not photo.rgb
-    after = _logits(classifier, saved) if written else found.before.unsqueeze(0)
-    held = asked.holds(after)
-    survival = {one.name: _survives(classifier, saved, one, asked) for one in settings.survive[1]}
-    cost["forward"] += written + len(survival)
-    flipped = bool((held & asked.flip).any()) or not bool(asked.flip.any())
-    everywhere = bool(held.all()) and not any(result["violated"] for result in survival.values())
-    status: Status = "success" if everywhere else "partial" if flipped else "failed"
+    known = found.before.unsqueeze(0) if saved is photo.rgb else None
+    seen = look(classifier, saved, asked, settings.survive[1], known)
+    cost["forward"] += seen.passes
     facts |= {
-        "status": status,
-        "constraints": _held(labels, held, asked),
-        "survival": survival or None,
-        "ranking": found.goal.describe(after),
+        "status": seen.status,
+        "constraints": _held(labels, seen.held, asked),
+        "survival": {name: _held(labels, held, asked) for name, held in seen.survival.items()} or None,
+        "ranking": found.goal.describe(seen.logits),
         "cost": cost,
     }
-    if status == "failed" and not settings.keep_failed:
+    if seen.status == "failed" and not settings.keep_failed:
         for name in (job.adversarial, job.map):
             remove_file(out / name)
         return Record(**{**facts, "survival": None})
-    probabilities["after"] = _probabilities(labels, after[0])
+    probabilities["after"] = _probabilities(labels, seen.logits[0])
     return Record(
         **facts,
         distortion=distortion(torch.from_numpy(saved.astype(np.int16) - photo.rgb)),
@@ -117,6 +113,50 @@ def describe(error: Exception) -> dict[str, str]:
     return {"type": type(error).__name__, "message": str(error)}
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a classifier decides on the pixels of an adversarial photo.
+
+    Attributes:
+        logits: (1, L), on the CPU.
+        held: which constraints hold, (1, L).
+        survival: which hold once the photo is compressed, by the compression's name.
+        status: whether all hold, compressed too; else whether a label of A flipped.
+        passes: forward passes spent.
+    """
+
+    logits: Tensor
+    held: Tensor
+    survival: dict[str, Tensor]
+    status: Status
+    passes: int
+
+
+def look(
+    classifier: Classifier,
+    rgb: Pixels,
+    targets: Targets,
+    checked: Sequence[Purification] = (),
+    known: Tensor | None = None,
+) -> Seen:
+    """Decide on the pixels of one adversarial photo, (H, W, 3).
+
+    Args:
+        classifier: that was attacked.
+        rgb: the pixels.
+        targets: what was asked, one row, without a margin.
+        checked: compressions that the result is to survive.
+        known: the logits of these pixels, (1, L), where they are known.
+    """
+    logits = _logits(classifier, rgb) if known is None else known
+    held = targets.holds(logits)
+    survival = {one.name: targets.holds(_logits(classifier, one.apply(rgb)[0])) for one in checked}
+    flipped = bool((held & targets.flip).any()) or not bool(targets.flip.any())
+    everywhere = all(bool(one.all()) for one in (held, *survival.values()))
+    status: Status = "success" if everywhere else "partial" if flipped else "failed"
+    return Seen(logits, held, survival, status, (known is None) + len(survival))
+
+
 @torch.no_grad()
 def _logits(classifier: Classifier, rgb: Pixels) -> Tensor:
     """Return the logits of one photo, (H, W, 3), on the CPU, (1, L)."""
@@ -130,11 +170,6 @@ def _held(labels: Sequence[str], held: Tensor, targets: Targets) -> dict[str, An
         "total": int(targets.constrained.sum()),
         "violated": _chosen(labels, ~held[0]),
     }
-
-
-def _survives(classifier: Classifier, rgb: Pixels, purification: Purification, targets: Targets) -> dict[str, Any]:
-    """Say which constraints hold on a photo, (H, W, 3), once it is compressed."""
-    return _held(classifier.labels, targets.holds(_logits(classifier, purification.apply(rgb)[0])), targets)
 
 
 def _chosen(labels: Sequence[str], mask: Tensor) -> list[str]:
