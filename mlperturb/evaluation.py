@@ -33,7 +33,7 @@ from mlperturb.metrics import (
     ranking_loss,
 )
 from mlperturb.preprocess import Size, to_tensor
-from mlperturb.report import Record
+from mlperturb.record import Record
 from mlperturb.runner import run_attack
 from mlperturb.sharing import Share
 from mlperturb.targets import Targets, decide

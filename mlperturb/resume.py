@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from mlperturb.errors import StorageError, UsageError
 from mlperturb.files import file_sha256, is_file_of
 from mlperturb.jobs import Job
 from mlperturb.journal import Journal, Place
-from mlperturb.metrics import Distortion
 from mlperturb.preprocess import Size
-from mlperturb.report import Record
+from mlperturb.record import Record
 
 
 class Ledger:
@@ -54,7 +52,7 @@ class Ledger:
                 for row, values in enumerate(entry["records"]):
                     job = self._named.get(values["source"])
                     if job is not None:
-                        _check_names(_to_record(values), entry["hashes"], job)
+                        _check_names(Record.from_dict(values), entry["hashes"], job)
                         self._places[values["source"]] = (place, row)
                         self._failed.discard(values["source"])
                         if values["error"] is not None:
@@ -122,7 +120,7 @@ class Ledger:
             return None
         place, row = held
         entry = self._read(place)
-        return _to_record(entry["records"][row]), entry["hashes"]
+        return Record.from_dict(entry["records"][row]), entry["hashes"]
 
 
 def size_of(record: Record) -> Size:
@@ -139,9 +137,3 @@ def _check_names(record: Record, hashes: dict[str, str], job: Job) -> None:
         )
     if not hashes.keys() >= set(names):
         raise KeyError(names)
-
-
-def _to_record(values: dict[str, Any]) -> Record:
-    """Make a record of its JSON."""
-    sizes = {name: Distortion(**values[name]) for name in ("distortion", "distortion_float") if values[name]}
-    return Record(**{**values, **sizes})

@@ -19,9 +19,9 @@ from mlperturb.images import Photo, read_photo
 from mlperturb.jobs import Job, Settings
 from mlperturb.pipeline import Behind, ahead, count_workers
 from mlperturb.preprocess import Preprocess, Size
-from mlperturb.report import Record
+from mlperturb.record import NOT_FINITE, Failure, Record
 from mlperturb.search import Found, search
-from mlperturb.verdict import describe, facts_of, judge, save
+from mlperturb.verdict import facts_of, judge, save
 
 _BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
 _NEEDED = 200  # bytes of memory a padded pixel: on the CPU an attack takes 180
@@ -190,14 +190,14 @@ def _read(job: Job, settings: Settings, preprocess: Preprocess) -> Photo | Recor
     try:
         photo = read_photo(job.source)
     except ImageError as error:
-        return Record(source=str(job.source), error=describe(error))
+        return Record(source=str(job.source), error=Failure.of(error))
     try:
         preprocess.check(photo.rgb.shape[:2])
         if settings.region:
             settings.region.inside(*photo.rgb.shape[:2])
     except ImageError as error:
         named = ImageError(f"{job.source}: {error}")
-        return Record(**facts_of(job, photo), status="failed", error=describe(named))
+        return Record(**facts_of(job, photo), status="failed", error=Failure.of(named))
     return photo
 
 
@@ -237,12 +237,11 @@ class _Attacker:
                 job, photo = part[0]
                 if job.source not in wanted:
                     continue
-                error = {"type": "MemoryError", "message": f"{job.source}: too large for the device's memory"}
+                error = Failure("MemoryError", f"{job.source}: too large for the device's memory")
                 lost.append(Record(**facts_of(job, photo), status="failed", error=error))
                 continue
-            unusable = {"type": "NumericalError", "message": "the network's outputs are not finite"}
             both = [(pair, one) for pair, one in zip(part, found, strict=True) if pair[0].source in wanted]
-            lost += [Record(**facts_of(*pair), status="failed", error=unusable) for pair, one in both if one is None]
+            lost += [Record(**facts_of(*pair), status="failed", error=NOT_FINITE) for pair, one in both if one is None]
             good = [(pair, one) for pair, one in both if one is not None]
             yield [pair for pair, _ in good], [one for _, one in good], lost
             lost = []

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mlperturb.report import Record
+from mlperturb.record import Record
 from mlperturb.text import printable
 
 

@@ -20,7 +20,7 @@ from mlperturb.jobs import Job, Settings
 from mlperturb.metrics import distortion, kendall_tau
 from mlperturb.preprocess import to_tensor
 from mlperturb.purify import Purification
-from mlperturb.report import Record, Status
+from mlperturb.record import Failure, Record, Status
 from mlperturb.search import Found
 from mlperturb.targets import Targets
 
@@ -75,7 +75,7 @@ def judge(
         "probabilities": probabilities,
     }
     if isinstance(saved, Exception):
-        return Record(**facts, status="failed", cost=cost, error=describe(saved))
+        return Record(**facts, status="failed", cost=cost, error=Failure.of(saved))
     written = saved is not photo.rgb
     after = _logits(classifier, saved) if written else found.before.unsqueeze(0)
     held = bare.holds(after)
@@ -112,11 +112,6 @@ def facts_of(job: Job, photo: Photo) -> dict[str, Any]:
         "height": photo.rgb.shape[0],
         "notes": list(photo.notes),
     }
-
-
-def describe(error: Exception) -> dict[str, str]:
-    """Return an error as a record has it."""
-    return {"type": type(error).__name__, "message": str(error)}
 
 
 @torch.no_grad()

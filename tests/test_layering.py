@@ -36,6 +36,7 @@ ORDER = [
     "losses",
     "loading",
     "training",
+    "record",
     "report",
     "jobs",
     "resume",

@@ -19,7 +19,8 @@ from mlperturb.jobs import MIN_PASSES, Settings, plan_outputs
 from mlperturb.labels import parse_request
 from mlperturb.metrics import Distortion
 from mlperturb.preprocess import Preprocess
-from mlperturb.report import Record, Summary, read_schema, report_lines, to_json
+from mlperturb.record import Failure, Record, Summary
+from mlperturb.report import read_schema, report_lines, to_json
 from mlperturb.runner import run_attack
 
 LABELS = ("cat", "dog", "cow", "hen")
@@ -220,7 +221,7 @@ def test_an_unreadable_photo_is_recorded_and_the_others_are_done(classifier, pho
     unreadable = [name for name, record in records.items() if record.status == "unreadable"]
     assert sorted(unreadable) == ["0.jpg", "b2.png", "z.gif"]
     for name in unreadable:
-        assert records[name].error["type"] == "ImageError" and name in records[name].error["message"]
+        assert records[name].error.type == "ImageError" and name in records[name].error.message
         assert records[name].files == {"adversarial": None, "map": None}
     assert [records[name].status for name in ("a.png", "b.png", "c.bmp")] == ["success"] * 3
     assert exit_code(list(records.values())) == 1
@@ -247,7 +248,7 @@ def test_a_network_that_gives_nan_is_an_error_of_that_photo(classifier, photos, 
     for name, record in records.items():
         if always or name == "b-dark.png":
             assert record.status == "failed"
-            assert record.error == {"type": "NumericalError", "message": "the network's outputs are not finite"}
+            assert record.error == Failure("NumericalError", "the network's outputs are not finite")
             assert record.files["adversarial"] is None and record.probabilities is None
             assert not (out / f"{Path(name).stem}.adv.png").exists()
         else:
@@ -345,7 +346,7 @@ def test_a_file_that_cannot_be_written_is_an_error_of_that_photo(classifier, pho
     monkeypatch.setattr(mlperturb.verdict, "write_png", write)
     records, _ = attack(classifier, photos)
     assert records["b.png"].status == "failed"
-    assert records["b.png"].error["type"] == "OutputError"
+    assert records["b.png"].error.type == "OutputError"
     assert records["a.png"].status == records["c.bmp"].status == "success"
     assert exit_code(list(records.values())) == 1
     check_schema(records.values())
@@ -379,7 +380,7 @@ def record(status: str, rmsd: float | None = None, *, forward: int = 3, error: b
         status=status,
         distortion=None if rmsd is None else Distortion(rmsd, 2 * rmsd, 3.0),
         cost={"forward": forward, "backward": 2, "seconds": 0.5},
-        error={"type": "ImageError", "message": "x"} if error else None,
+        error=Failure("ImageError", "x") if error else None,
     )
 
 

@@ -23,7 +23,8 @@ from mlperturb.files import is_remote, remove_temporary, writing
 from mlperturb.interrupts import Interrupts
 from mlperturb.jobs import Job, Settings
 from mlperturb.journal import Journal
-from mlperturb.report import Record, Summary, report_lines
+from mlperturb.record import Record, Summary
+from mlperturb.report import report_lines
 from mlperturb.resume import Ledger, size_of
 from mlperturb.runner import run_attack
 from mlperturb.sharing import Share
@@ -231,7 +232,7 @@ class _Told:
             for note in record.notes:
                 self.notes.add(f"{record.source}: {note}")
             if record.error:
-                self.errors.add(record.error["message"])
+                self.errors.add(record.error.message)
             elif record.status != "success":
                 self.notes.add(f"{record.source}: {advice(record, self.settings)}")
             yield record
