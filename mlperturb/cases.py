@@ -113,7 +113,7 @@ def parse_cases(
         elif name == "sheep":
             cases.append(Case(name, "augment", find_label(name, labels)))
         else:
-            raise UsageError(f"unknown case {name!r}: expected random, extreme, person, sheep; or --reduce, --augment")
+            raise UsageError(f"unknown case {name!r}: expected random, extreme, person, sheep; or `reduce`, `augment`")
     named: tuple[tuple[Kind, Iterable[str]], ...] = (("reduce", reduce), ("augment", augment))
     for kind, values in named:
         for number in (find_label(name, labels) for name in split_names(values, labels)):

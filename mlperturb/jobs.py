@@ -52,15 +52,15 @@ class Settings:
     def __post_init__(self) -> None:
         find_method(self.method).tuning(self.budget, **self.options)
         if self.passes is not None and self.passes < MIN_PASSES:
-            raise UsageError(f"expected --passes of at least {MIN_PASSES}, got {self.passes}")
+            raise UsageError(f"expected `passes` of at least {MIN_PASSES}, got {self.passes}")
         if self.passes is not None and self.passes < 5 * (1 + len(self.survive[0])) + len(self.survive[1]):
             raise UsageError(
-                f"expected more --passes than {self.passes}: each quality to survive takes some of its own"
+                f"expected more `passes` than {self.passes}: each quality to survive takes some of its own"
             )
         if self.max_rmsd is not None and not 0 < self.max_rmsd < float("inf"):
-            raise UsageError(f"expected --max-rmsd above 0, got {self.max_rmsd}")
+            raise UsageError(f"expected `rmsd` above 0, got {self.max_rmsd}")
         if self.max_linf is not None and not 1 <= self.max_linf <= 255:
-            raise UsageError(f"expected --max-linf from 1 to 255 grey levels, got {self.max_linf}")
+            raise UsageError(f"expected `linf` from 1 to 255 grey levels, got {self.max_linf}")
 
 
 @dataclass(frozen=True)

@@ -364,13 +364,13 @@ def test_photos_of_one_name_get_numbered_outputs():
 
 def test_settings_that_cannot_be_carried_out_are_refused():
     request = parse_request(LABELS, flip=["cat"])
-    with pytest.raises(UsageError, match="expected --passes of at least"):
+    with pytest.raises(UsageError, match="expected `passes` of at least"):
         Settings("ml-cw", "fast", request, passes=MIN_PASSES - 1)
     with pytest.raises(UsageError, match="unknown method"):
         Settings("nothing", "fast", request)
     with pytest.raises(UsageError, match="unknown budget"):
         Settings("ml-cw", "nothing", request)
-    with pytest.raises(UsageError, match="--solver is an option of ml-dp"):
+    with pytest.raises(UsageError, match="`solver` is an option of ml-dp"):
         Settings("ml-cw", "fast", request, options={"solver": "nnls"})
 
 
