@@ -91,7 +91,7 @@ class Record:
         """
         missing = {field.name for field in fields(cls)} - values.keys()
         if missing:
-            raise KeyError(*sorted(missing))
+            raise KeyError(min(missing))
         kinds: dict[str, type[Distortion] | type[Failure]] = {
             "distortion": Distortion,
             "distortion_float": Distortion,

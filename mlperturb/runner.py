@@ -16,11 +16,12 @@ from mlperturb.classifier import Classifier
 from mlperturb.devices import free_memory
 from mlperturb.errors import ImageError
 from mlperturb.images import Photo, read_photo
-from mlperturb.jobs import Job, Settings
+from mlperturb.jobs import Job
 from mlperturb.pipeline import Behind, ahead, count_workers
 from mlperturb.preprocess import Preprocess, Size
 from mlperturb.record import NOT_FINITE, Failure, Record
 from mlperturb.search import Found, search
+from mlperturb.settings import Settings
 from mlperturb.verdict import facts_of, judge, save
 
 _BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels

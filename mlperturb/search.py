@@ -14,12 +14,12 @@ from mlperturb.attacks.common import MAX_COMPARED, Outcome, Problem, nearest_lab
 from mlperturb.attacks.ranking import RankingGoal
 from mlperturb.classifier import Classifier
 from mlperturb.images import Photo, Pixels
-from mlperturb.jobs import Settings
 from mlperturb.labels import Request
 from mlperturb.metrics import Distortion, distortion
 from mlperturb.preprocess import Size, pad_batch, to_tensor
 from mlperturb.quantise import quantise
 from mlperturb.regions import Region
+from mlperturb.settings import Settings
 from mlperturb.survival import SurvivingModel, repeat_targets
 from mlperturb.targets import Targets, decide, make_targets
 
@@ -82,8 +82,8 @@ def search(
         model.select(rows),
         images[rows],
         make_targets(asked, truth, classifier.boundary, margin=settings.margin),
-        cap=None if settings.max_rmsd is None else _norm_cap(settings.max_rmsd, sizes, images.device),
-        bound=None if settings.max_linf is None else settings.max_linf / 255,
+        cap=None if settings.limits.rmsd is None else _norm_cap(settings.limits.rmsd, sizes, images.device),
+        bound=None if settings.limits.linf is None else settings.limits.linf / 255,
         region=None if settings.region is None else _region_of(settings.region, sizes, images[rows]),
     )
     problem.meter.forward += 1  # `before`
@@ -110,17 +110,17 @@ def _region_of(region: Region, sizes: Sequence[Size], images: Tensor) -> Tensor:
 def _search(
     problem: Problem, sizes: Sequence[Size], requests: Sequence[Request], before: Tensor, settings: Settings
 ) -> list[Found]:
-    """Attack a batch, then find the 8-bit photos; no image spends more than `settings.passes`."""
+    """Attack a batch, then find the 8-bit photos; no image spends more than `settings.limits.passes`."""
     method = find_method(settings.method)
     tuning = method.tuning(settings.budget, **settings.options)
     scales, iterations = LATTICE[settings.budget]
     seen, checked = settings.survive
     after = 1 + len(checked)  # decisions on the PNG as read back, and compressed
-    if settings.passes is not None:
-        reserved = min(scales + 2 * iterations + 1, settings.passes // 3)
+    if settings.limits.passes is not None:
+        reserved = min(scales + 2 * iterations + 1, settings.limits.passes // 3)
         if tuning.get("rounding") == "inside":
             reserved = 0
-        problem.meter.limit = settings.passes - after - (1 + len(seen)) - reserved  # the float result's decision
+        problem.meter.limit = settings.limits.passes - after - (1 + len(seen)) - reserved  # the float result's decision
     if any(request.any_label for request in requests):
         problem = _resolve_any(problem, requests)
     asked = problem
@@ -130,8 +130,8 @@ def _search(
     outcome = method.load()(problem, **tuning)
     with torch.no_grad():
         logits = problem.logits(outcome.images)
-    if settings.passes is not None:
-        problem.meter.limit = settings.passes - after
+    if settings.limits.passes is not None:
+        problem.meter.limit = settings.limits.passes - after
     lattice = quantise(problem, outcome, scales=scales, iterations=iterations)
     met = replace(problem.targets, margin=0.0).holds(logits).all(1)
     pixels = (lattice.images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -163,7 +163,7 @@ def _distortion(outcome: Outcome, problem: Problem, row: int, size: Size) -> Dis
 
 
 def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Problem:
-    """Turn `--flip any` into A = the label nearest to its threshold."""
+    """Turn `flip` any into A = the label nearest to its threshold."""
     targets = problem.targets
     fixed = torch.zeros_like(targets.flip)
     for row, request in enumerate(requests):

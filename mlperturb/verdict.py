@@ -16,12 +16,13 @@ from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError, OutputError, StorageError
 from mlperturb.files import remove_file
 from mlperturb.images import Photo, Pixels, magnify, read_pixels, write_png
-from mlperturb.jobs import Job, Settings
+from mlperturb.jobs import Job
 from mlperturb.metrics import distortion, kendall_tau
 from mlperturb.preprocess import to_tensor
 from mlperturb.purify import Purification
 from mlperturb.record import Failure, Record, Status
 from mlperturb.search import Found
+from mlperturb.settings import Settings
 from mlperturb.targets import Targets
 
 
