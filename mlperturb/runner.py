@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -89,35 +89,60 @@ def run_attack(
     units = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     within = pixels * (_ROOM if settings.batch_size else 1)
     attacker = _Attacker(classifier, settings, warn)
-    behind = Behind()
-    behind.submit(partial(torch.set_num_threads, torch.get_num_threads()))  # the same sums as in this thread
-    encoders = ThreadPoolExecutor(count_workers(), "encode")
-
-    def write(pairs: list[Pair], found: list[Found], lost: list[Record]) -> None:
-        tasks = [encoders.submit(save, *pair, one, out, settings) for pair, one in zip(pairs, found, strict=True)]
-        saved = [task.result() for task in tasks]
-        records = [
-            judge(classifier, *pair, one, pixels, out, settings)
-            for pair, one, pixels in zip(pairs, found, saved, strict=True)
-        ]
-        done(records + lost)
-
+    writer = _Writer(classifier, out, settings, done, waits)
     try:
         for batch in _timed(_batches(units, claims, finished, settings, classifier.preprocess, within), waits):
             for pairs, found, lost in attacker.attack(batch):
-                before = time.perf_counter()
-                behind.submit(partial(write, pairs, found, lost))
-                waits.writing += time.perf_counter() - before
+                writer.submit(pairs, found, lost)
     finally:
-        before = time.perf_counter()
-        with hold():
-            try:
-                behind.finish()
-            finally:
-                encoders.shutdown()  # nothing is written once this function has come to its end
-        waits.writing += time.perf_counter() - before
+        with _waiting(waits), hold():
+            writer.finish()
         waits.total = time.perf_counter() - started
     return waits
+
+
+@contextmanager
+def _waiting(waits: Waits) -> Iterator[None]:
+    """Count how long what stands inside takes as time spent on waiting for files."""
+    before = time.perf_counter()
+    try:
+        yield
+    finally:
+        waits.writing += time.perf_counter() - before
+
+
+class _Writer:
+    """Writes, reads back and judges what was found, in threads behind the thread that attacks."""
+
+    def __init__(
+        self, classifier: Classifier, out: Path, settings: Settings, done: Callable[[list[Record]], None], waits: Waits
+    ) -> None:
+        self._classifier, self._out, self._settings, self._done, self._waits = classifier, out, settings, done, waits
+        self._behind = Behind()
+        self._behind.submit(partial(torch.set_num_threads, torch.get_num_threads()))  # the same sums as in this thread
+        self._encoders = ThreadPoolExecutor(count_workers(), "encode")
+
+    def submit(self, pairs: list[Pair], found: list[Found], lost: list[Record]) -> None:
+        """Write photos, once the batch before is written, and hand their records on with those of the lost."""
+        with _waiting(self._waits):
+            self._behind.submit(partial(self._write, pairs, found, lost))
+
+    def finish(self) -> None:
+        """Wait until all is written: nothing is written afterwards."""
+        try:
+            self._behind.finish()
+        finally:
+            self._encoders.shutdown()
+
+    def _write(self, pairs: list[Pair], found: list[Found], lost: list[Record]) -> None:
+        out, settings = self._out, self._settings
+        tasks = [self._encoders.submit(save, *pair, one, out, settings) for pair, one in zip(pairs, found, strict=True)]
+        saved = [task.result() for task in tasks]
+        records = [
+            judge(self._classifier, *pair, one, pixels, out, settings)
+            for pair, one, pixels in zip(pairs, found, saved, strict=True)
+        ]
+        self._done(records + lost)
 
 
 @dataclass
