@@ -22,9 +22,10 @@ from mlperturb.images import Photo, Pixels, convert_image, read_photo
 from mlperturb.limits import Limits
 from mlperturb.metrics import distortion
 from mlperturb.preprocess import to_tensor
+from mlperturb.record import Status
 from mlperturb.search import Found, Searcher
 from mlperturb.settings import Settings, Words, read_settings
-from mlperturb.verdict import Status, look
+from mlperturb.verdict import look
 
 if TYPE_CHECKING:
     from mlperturb.labels import Request

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mlperturb.attacks.methods import METHODS, find_method
 from mlperturb.errors import UsageError
 from mlperturb.labels import Request, find_label, split_names
+from mlperturb.limits import Limits
 from mlperturb.voc import Dataset
 
 Kind = Literal["random", "extreme", "reduce", "augment"]
@@ -73,9 +74,7 @@ class Protocol:
         variants: the methods.
         images: photos a case, at most.
         budget: a name of `attacks.BUDGETS`.
-        max_rmsd: the cap on RMSD that all methods share, 0-255 scale; None for none.
-        max_linf: the bound on every pixel that all methods share, in grey levels; None for none.
-        passes: a cap on the passes of each photo; None for none.
+        limits: on passes and distortion, that all methods share.
         batch_size: photos at a time; None to choose.
         seed: of the sample of photos and of the Random case's labels.
         keep_images: keep the PNGs, in folders by case and method.
@@ -85,9 +84,7 @@ class Protocol:
     variants: tuple[Variant, ...]
     images: int = 1000
     budget: str = "balanced"
-    max_rmsd: float | None = None
-    max_linf: int | None = None
-    passes: int | None = None
+    limits: Limits = Limits()
     batch_size: int | None = None
     seed: int = 0
     keep_images: bool = False
@@ -113,7 +110,7 @@ def parse_cases(
         elif name == "sheep":
             cases.append(Case(name, "augment", find_label(name, labels)))
         else:
-            raise UsageError(f"unknown case {name!r}: expected random, extreme, person, sheep; or --reduce, --augment")
+            raise UsageError(f"unknown case {name!r}: expected random, extreme, person, sheep; or `reduce`, `augment`")
     named: tuple[tuple[Kind, Iterable[str]], ...] = (("reduce", reduce), ("augment", augment))
     for kind, values in named:
         for number in (find_label(name, labels) for name in split_names(values, labels)):

@@ -73,7 +73,8 @@ def read_metadata(path: Path) -> Metadata:
     values = header.get("__metadata__")
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} holds no mlperturb metadata: expected format {FORMAT}; for plain weights give --arch and --labels"
+            f"{path} holds no mlperturb metadata: expected format {FORMAT}; "
+            "for plain weights give `architecture` and `labels`"
         )
     try:
         labels = tuple(_list(_parse(values["labels"])))
@@ -138,10 +139,10 @@ def load_checkpoint(
 
     if architecture is None and labels is None:
         if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path} is no .safetensors file: for plain weights give --arch and --labels")
+            raise CheckpointError(f"{path} is no .safetensors file: for plain weights give `architecture` and `labels`")
         metadata = read_metadata(path)
     elif architecture is None or labels is None:
-        raise CheckpointError("plain weights need both --arch and --labels")
+        raise CheckpointError("plain weights need both `architecture` and `labels`")
     else:
         check_architecture(architecture)
         thresholds = (0.5,) * len(labels)

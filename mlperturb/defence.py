@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mlperturb.errors import ImageError
 from mlperturb.images import Pixels, read_photo
 from mlperturb.preprocess import to_tensor
 from mlperturb.purify import Purification
+from mlperturb.record import Failure
 from mlperturb.report import find_output, find_photo
 from mlperturb.targets import present
 
@@ -111,7 +112,7 @@ def sweep(
         try:
             views = _look(classifier, one, purifications)
         except ImageError as error:
-            entry["error"] = {"type": type(error).__name__, "message": str(error)}
+            entry["error"] = asdict(Failure.of(error))
             if done:
                 done(str(error))
             continue

@@ -4,47 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mlperturb.cases import Case, Protocol, Variant, choose
+from mlperturb.cases import Protocol, Variant, choose
 from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError, StorageError, UsageError
-from mlperturb.files import file_sha256, is_remote, remove_file
+from mlperturb.evaluation_records import slug
+from mlperturb.evaluation_statistics import tabulate
+from mlperturb.files import is_remote, remove_file
 from mlperturb.images import read_photo
-from mlperturb.jobs import Job, Settings, plan_outputs
-from mlperturb.journal import Journal, find_journal
+from mlperturb.jobs import Job, plan_outputs
+from mlperturb.journal import Journal
 from mlperturb.labels import Request
-from mlperturb.metrics import (
-    auc,
-    average_precision,
-    instance_f1,
-    instance_hamming,
-    kendall_tau,
-    ranking_loss,
-)
 from mlperturb.preprocess import Size, to_tensor
-from mlperturb.report import Record
+from mlperturb.record import Record
+from mlperturb.resume import Ledger, Part, size_of
 from mlperturb.runner import run_attack
+from mlperturb.settings import Settings
 from mlperturb.sharing import Share
-from mlperturb.targets import Targets, decide
+from mlperturb.targets import decide
 from mlperturb.voc import Dataset
 
-METRICS = ("rmsd", "hamming_a", "hamming_b", "f1", "ranking_loss", "map", "auc", "kendall_tau")
-_NEEDED = {field.name for field in fields(Record)}  # of every record in a journal
-_RESAMPLES = 1000
 _BATCH = 32  # photos decided on together, before any attack
-
-Figures = dict[str, npt.NDArray[np.float64]]  # of N photos, (N,) each
 
 
 @torch.inference_mode()
@@ -77,7 +67,7 @@ def run(
     share: Share | None = None,
     scanned: Callable[[int], None] | None = None,
     planned: Callable[[int, int], None] | None = None,
-    done: Callable[[Case, Variant, list[Record]], None] | None = None,
+    done: Callable[[Part, int], None] | None = None,
     hold: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[dict[str, Any]]:
     """Attack every case with every method, going on from the journal, and return the rows of the tables.
@@ -91,7 +81,7 @@ def run(
         share: what this process does of it; all if None.
         scanned: told how many more photos have been decided on, while X is being found.
         planned: told how many attacks there are and how many of them the journal has.
-        done: told of every finished batch, in a thread of its own.
+        done: told of every finished batch, its case and method and how many photos it has, in a thread of its own.
         hold: entered while what is attacked is being written.
 
     Returns:
@@ -102,161 +92,76 @@ def run(
         StorageError: if nothing can be written any more, or the journal is damaged.
     """
     share = share or Share()
-    row_of = {str(path): row for row, path in enumerate(dataset.paths)}
     correct = _find_correct(classifier, dataset, journal, share, scanned)
-    chosen = {case: choose(case, dataset, correct, protocol) for case in protocol.cases}
-    if not any(chosen.values()):
-        raise UsageError(f"of the {len(correct)} photos that the classifier gets right, none has the labels for a case")
-    finished = _finished(journal, dataset)
-    plan = [
-        (case, variant, _jobs(dataset, chosen[case]), finished.get((case.name, variant.name), {}))
-        for case in protocol.cases
-        for variant in protocol.variants
-    ]
+    parts = _plan(dataset, correct, protocol, journal.path.parent / "images")
+    ledger = Ledger(journal, [part for _, part in parts], dataset.paths)
     if planned:
-        planned(sum(len(jobs) for _, _, jobs, _ in plan), sum(len(known) for _, _, _, known in plan))
-    images = journal.path.parent / "images"
-    for case, variant, jobs, known in plan:
-        if len(known) == len(jobs):
+        planned(sum(len(part.jobs) for _, part in parts), len(ledger))
+    for variant, part in parts:
+        if ledger.is_done(part):
             continue
-        folder = images / _slug(case.name) / _slug(variant.name)
-        _make_folder(folder, journal.path.parent)
-
-        def keep(records: list[Record], case: Case = case, variant: Variant = variant, folder: Path = folder) -> None:
-            """Make a finished batch durable, then drop its files unless they are to be kept."""
-            entry = {"case": case.name, "method": variant.name, "rows": [row_of[record.source] for record in records]}
-            journal.append({**entry, "records": [asdict(record) for record in records]})
-            if not protocol.keep_images:
-                for name in [name for record in records for name in record.files.values() if name]:
-                    remove_file(folder / name)
-            if done:
-                done(case, variant, records)
-
-        def sizes(job: Job, known: dict[str, Size] = known) -> Size | None:
-            return known.get(str(job.source))
-
-        def claims(count: int, name: str = f"{case.name}/{variant.name}") -> Iterator[int]:
-            return share.claims(name, count)
-
+        _make_folder(part.folder, journal.path.parent)
         run_attack(
-            classifier, jobs, folder, make_settings(protocol, variant), keep, finished=sizes, claims=claims, hold=hold
+            classifier,
+            part.jobs,
+            part.folder,
+            make_settings(protocol, variant),
+            partial(_keep, ledger, part, protocol, done),
+            finished=partial(_size_of_finished, ledger, part),
+            claims=partial(share.claims, f"{part.case}/{part.method}"),
+            hold=hold,
         )
     share.gather()
     if not share.first:
         return []
-    if not protocol.keep_images and not is_remote(images):
-        for place in sorted(images.rglob("*"), reverse=True) + [images]:
-            if place.is_dir() and not any(place.iterdir()):
-                place.rmdir()
+    if not protocol.keep_images:
+        _remove_empty_folders(journal.path.parent / "images")
     return tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu())
 
 
-def tabulate(journal: Journal, protocol: Protocol, labels: Sequence[str], boundary: Tensor) -> list[dict[str, Any]]:
-    """Read the journal, a batch at a time, and return a row for each case and method that has records.
+def _plan(dataset: Dataset, correct: Sequence[int], protocol: Protocol, images: Path) -> list[tuple[Variant, Part]]:
+    """Return what is attacked: a part for each case and method.
 
     Raises:
-        StorageError: if the journal is damaged.
+        UsageError: if no case fits a photo.
     """
-    gathered: dict[tuple[str, str], list[Figures]] = {}
-    for entry in _batches(journal):
-        try:
-            figures = measure(entry["records"], labels, boundary)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StorageError(
-                f"{journal.path} has a damaged record ({error!r:.80}); --overwrite starts again"
-            ) from error
-        figures["row"] = np.array(entry["rows"], dtype=np.float64)
-        gathered.setdefault((entry["case"], entry["method"]), []).append(figures)
+    chosen = {case: choose(case, dataset, correct, protocol) for case in protocol.cases}
+    if not any(chosen.values()):
+        raise UsageError(f"of the {len(correct)} photos that the classifier gets right, none has the labels for a case")
     return [
-        make_row(case.name, variant.name, gathered[case.name, variant.name])
+        (
+            variant,
+            Part(_jobs(dataset, chosen[case]), images / slug(case.name) / slug(variant.name), case.name, variant.name),
+        )
         for case in protocol.cases
         for variant in protocol.variants
-        if (case.name, variant.name) in gathered
     ]
 
 
-def failures(journal: Journal) -> list[str]:
-    """Return a line for each photo that could not be read or attacked, its latest attempt counting."""
-    latest: dict[tuple[str, str, int], str | None] = {}
-    lines: list[str] = []
-    for entry in journal.entries():
-        lines += [f"{name}: could not be read, and is left out" for name in entry.get("unreadable", ())]
-    for entry in _batches(journal):
-        for row, record in zip(entry["rows"], entry["records"], strict=True):
-            error = record.get("error")
-            message = f"{entry['case']}, {entry['method']}: {error['message']}" if error else None
-            latest[entry["case"], entry["method"], row] = message
-    return lines + [message for message in latest.values() if message]
+def _keep(
+    ledger: Ledger, part: Part, protocol: Protocol, done: Callable[[Part, int], None] | None, records: list[Record]
+) -> None:
+    """Make a finished batch durable, then drop its files unless they are to be kept."""
+    ledger.write(records, part)
+    if not protocol.keep_images:
+        for name in [name for record in records for name in record.files.values() if name]:
+            remove_file(part.folder / name)
+    if done:
+        done(part, len(records))
 
 
-def measure(records: Sequence[dict[str, Any]], labels: Sequence[str], boundary: Tensor) -> Figures:
-    """Return the figures of each of N records: `success`, `success_float`, `passes`, `error`, and `METRICS` by result.
-
-    The results are `float` and `saved`; the truth that they are compared with is y*. A figure that a photo has none
-    of is NaN: Hamming(B) without B; ranking loss, mAP and AUC where no label is relevant, or all are.
-    """
-    figures: Figures = {
-        "success": np.array([record["status"] == "success" for record in records], dtype=np.float64),
-        "success_float": np.array([bool(record["success_float"]) for record in records], dtype=np.float64),
-        "passes": np.array([r["cost"]["forward"] + r["cost"]["backward"] for r in records], dtype=np.float64),
-        "error": np.array([record["error"] is not None for record in records], dtype=np.float64),
-    }
-
-    def table(values: Iterable[Iterable[float]]) -> Tensor:
-        return torch.tensor([list(row) for row in values], dtype=torch.double).view(-1, len(labels))
-
-    for name, when, distortion in (("float", "float", "distortion_float"), ("saved", "after", "distortion")):
-        rows = [n for n, r in enumerate(records) if r[distortion] and (r["probabilities"] or {}).get(when)]
-        had = [records[row] for row in rows]
-        scores = table([r["probabilities"][when][label] for label in labels] for r in had)
-        truth = table([1.0 if r["truth"][label] else -1.0 for label in labels] for r in had)
-        flip, keep = (table([label in r[which] for label in labels] for r in had).bool() for which in ("flip", "keep"))
-        targets = Targets(flip, keep, truth, boundary)
-        decisions, desired = decide(scores, torch.sigmoid(boundary.double())), targets.desired
-        values = {
-            "rmsd": torch.tensor([r[distortion]["rmsd"] for r in had], dtype=torch.double),
-            "hamming_a": instance_hamming(decisions, desired * flip),
-            "hamming_b": instance_hamming(decisions, desired * keep),
-            "f1": instance_f1(decisions, desired),
-            "ranking_loss": ranking_loss(scores, desired),
-            "map": average_precision(scores, desired),
-            "auc": auc(scores, desired),
-            "kendall_tau": kendall_tau(scores, targets.ranks),
-        }
-        for metric, value in values.items():
-            figures[f"{name}.{metric}"] = np.full(len(records), np.nan)
-            figures[f"{name}.{metric}"][rows] = value.numpy()
-    return figures
+def _size_of_finished(ledger: Ledger, part: Part, job: Job) -> Size | None:
+    record = ledger.finished(job, part)
+    return None if record is None else size_of(record)
 
 
-def make_row(case: str, method: str, figures: Sequence[Figures]) -> dict[str, Any]:
-    """Average the figures of a case and method; `intervals` holds 95% bootstrap intervals over the photos."""
-    joined = {name: np.concatenate([part[name] for part in figures]) for name in figures[0]}
-    if "row" in joined:  # in the order of the data set; of two attempts at a photo the later one counts
-        last = {row: place for place, row in enumerate(joined["row"].tolist())}
-        order = [last[row] for row in sorted(last)]
-        joined = {name: values[order] for name, values in joined.items()}
-    row: dict[str, Any] = {"case": case, "method": method, "images": len(joined["success"])}
-    intervals: dict[str, Any] = {}
-    for name, source in (("success_rate", "success"), ("success_rate_float", "success_float"), ("passes", "passes")):
-        row[name], intervals[name] = _mean(joined[source])
-    for which in ("float", "saved"):
-        pairs = {metric: _mean(joined[f"{which}.{metric}"]) for metric in METRICS}
-        row[which] = {metric: mean for metric, (mean, _) in pairs.items()}
-        intervals[which] = {metric: interval for metric, (_, interval) in pairs.items()}
-    counts = {"ranked_images": int((~np.isnan(joined["saved.auc"])).sum()), "errors": int(joined["error"].sum())}
-    return {**row, **counts, "intervals": intervals}
-
-
-def _mean(values: npt.NDArray[np.float64]) -> tuple[float | None, list[float] | None]:
-    """Return the mean of what is not NaN and its 95% bootstrap interval, percentile method."""
-    known = values[~np.isnan(values)]
-    if not len(known):
-        return None, None
-    generator = np.random.default_rng(0)
-    means = [known[generator.integers(len(known), size=len(known))].mean() for _ in range(_RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(known.mean()), [float(low), float(high)]
+def _remove_empty_folders(folder: Path) -> None:
+    """Remove a folder and those inside it, but for the ones that hold a file."""
+    if is_remote(folder):
+        return
+    for place in sorted(folder.rglob("*"), reverse=True) + [folder]:
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
 
 
 def _find_correct(
@@ -297,43 +202,6 @@ def _find_correct(
     return correct
 
 
-def _batches(journal: Journal) -> Iterator[dict[str, Any]]:
-    """Read the finished batches: `case`, `method`, and for each photo its row of the data set and its record."""
-    for entry in journal.entries():
-        if "records" not in entry:
-            continue
-        parts = [entry.get("rows"), entry["records"]]
-        whole = all(isinstance(part, list) for part in parts) and entry.keys() >= {"case", "method"}
-        if not whole or not all(isinstance(record, dict) and record.keys() >= _NEEDED for record in entry["records"]):
-            raise StorageError(f"{journal.path} has a damaged batch; --overwrite starts again")
-        yield entry
-
-
-def _finished(journal: Journal, dataset: Dataset) -> dict[tuple[str, str], dict[str, Size]]:
-    """Return the photos that need no further attack, by case and method, and their (height, width).
-
-    Raises:
-        UsageError: if one of them is not the photo that it was.
-    """
-    found: dict[tuple[str, str], dict[str, Size]] = {}
-    known: dict[int, str] = {}
-    for entry in _batches(journal):
-        if not all(isinstance(row, int) and 0 <= row < len(dataset) for row in entry["rows"]):
-            raise StorageError(f"{journal.path} has a damaged batch: a row outside the data; --overwrite starts again")
-        for row, record in zip(entry["rows"], entry["records"], strict=True):
-            path = dataset.paths[row]
-            if record.get("error"):
-                continue
-            if known.setdefault(row, record.get("sha256")) != record.get("sha256") or not path.is_file():
-                raise UsageError(f"{path} changed while {journal.path} was written: give --overwrite or another --out")
-            sizes = found.setdefault((entry["case"], entry["method"]), {})
-            sizes[str(path)] = (record["height"], record["width"])
-    for row, digest in known.items():
-        if file_sha256(dataset.paths[row]) != digest:
-            raise UsageError(f"{dataset.paths[row]} changed since {journal.path} was written: give another --out")
-    return found
-
-
 def _make_folder(folder: Path, out: Path) -> None:
     """Make a folder inside the output folder, which must be there still.
 
@@ -356,30 +224,11 @@ def make_settings(protocol: Protocol, variant: Variant) -> Settings:
         UsageError: if they cannot be carried out.
     """
     return Settings(
-        variant.method, protocol.budget, Request(flip=(0,)), protocol.passes, protocol.batch_size,
-        max_rmsd=protocol.max_rmsd, max_linf=protocol.max_linf, keep_failed=True, options=variant.options,
+        variant.method, protocol.budget, Request(flip=(0,)), protocol.limits, protocol.batch_size,
+        keep_failed=True, options=variant.options,
     )  # fmt: skip
 
 
 def _jobs(dataset: Dataset, chosen: dict[int, Request]) -> list[Job]:
     planned = plan_outputs([dataset.paths[row] for row in chosen])
     return [replace(job, request=request) for job, request in zip(planned, chosen.values(), strict=True)]
-
-
-def kept_images(path: Path) -> set[str]:
-    """Return the image files that the records of a journal's file name, relative to its folder."""
-    names: set[str] = set()
-    lines = [line for file in find_journal(path) for line in file.read_text("utf-8", "replace").splitlines()]
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            folder = f"images/{_slug(entry['case'])}/{_slug(entry['method'])}"
-            files = [name for record in entry["records"] for name in record["files"].values() if name]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # not of a batch, or damaged
-        names |= {f"{folder}/{name}" for name in files if Path(name).name == name}
-    return names
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.=-]", "_", name)

@@ -292,21 +292,21 @@ def _lock(stream: IO[bytes], path: Path) -> None:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UsageError(f"another run is writing {path}: give another --out") from error
+            raise UsageError(f"another run is writing {path}: give another `out`") from error
 
 
 def _check_key(path: Path, line: bytes, key: dict[str, Any]) -> None:
     try:
         found = _parse(line if line.endswith(b"\n") else b"", str(path))["key"]
     except (StorageError, KeyError) as error:
-        raise UsageError(f"{path} is no journal of a run: give another --out") from error
+        raise UsageError(f"{path} is no journal of a run: give another `out`") from error
     if not isinstance(found, dict):
-        raise UsageError(f"{path} is no journal of a run: give another --out")
+        raise UsageError(f"{path} is no journal of a run: give another `out`")
     changed = sorted(name for name in key.keys() | found.keys() if key.get(name) != found.get(name))
     if changed:
         raise UsageError(
             f"{path} was written with another {', '.join(changed)}: expected the same to go on; "
-            "give another --out, or --overwrite to start again"
+            "give another `out`, or `overwrite` to start again"
         )
 
 
@@ -318,7 +318,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise StorageError(f"{where}: damaged, not JSON; --overwrite starts again") from error
+        raise StorageError(f"{where}: damaged, not JSON; `overwrite` starts again") from error
     if not isinstance(entry, dict):
-        raise StorageError(f"{where}: damaged, expected a JSON object; --overwrite starts again")
+        raise StorageError(f"{where}: damaged, expected a JSON object; `overwrite` starts again")
     return entry

@@ -93,7 +93,7 @@ def parse_purifications(
         UsageError: if a name or setting is unknown, or there is none.
     """
     if subsampling not in SUBSAMPLING:
-        raise UsageError(f"expected --subsampling {', '.join(SUBSAMPLING)}, got {subsampling!r}")
+        raise UsageError(f"expected `subsampling` {', '.join(SUBSAMPLING)}, got {subsampling!r}")
     found: list[Purification] = []
     for name in split_names(names):
         kind, colon, text = name.partition(":")
@@ -120,7 +120,7 @@ def parse_qualities(values: Iterable[str]) -> tuple[int, ...]:
     """
     names = split_names(values)
     if not names or not all(re.fullmatch(r"\d{1,3}", name) and 1 <= int(name) <= 100 for name in names):
-        raise UsageError(f"expected --quality of 1 to 100, comma-separated, got {', '.join(names)!r}")
+        raise UsageError(f"expected `qualities` of 1 to 100, comma-separated, got {', '.join(names)!r}")
     return tuple(dict.fromkeys(map(int, names)))
 
 
@@ -139,7 +139,7 @@ def parse_survival(values: Iterable[str]) -> tuple[tuple[Purification, ...], tup
         match = re.fullmatch(r"jpeg:(\d{1,3})(?:-(\d{1,3}))?", name)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= low <= high <= 100:
-            raise UsageError(f"expected --survive jpeg:QUALITY or jpeg:LOW-HIGH, 1 to 100, got {name!r}")
+            raise UsageError(f"expected `survive` jpeg:QUALITY or jpeg:LOW-HIGH, 1 to 100, got {name!r}")
         steps = min(4, high - low + 1)
         for number in range(steps):
             quality = round(low + (high - low) * number / max(steps - 1, 1))

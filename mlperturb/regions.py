@@ -29,14 +29,14 @@ class Region:
         if self.mask is not None:
             if self.mask.shape != (height, width):
                 mine = f"{self.mask.shape[1]} x {self.mask.shape[0]}"
-                raise ImageError(f"the --region mask is {mine} pixels, expected the photo's {width} x {height}")
+                raise ImageError(f"the mask of the region is {mine} pixels, expected the photo's {width} x {height}")
             return self.mask
         assert self.rectangle is not None
         left, top, wide, high = self.rectangle
         allowed = np.zeros((height, width), dtype=np.bool_)
         allowed[top : top + high, left : left + wide] = True
         if not allowed.any():
-            raise ImageError(f"the --region at {left},{top} lies outside the photo of {width} x {height} pixels")
+            raise ImageError(f"the region at {left},{top} lies outside the photo of {width} x {height} pixels")
         return allowed
 
 
@@ -50,17 +50,17 @@ def parse_region(text: str) -> Region:
     if numbers:
         left, top, wide, high = map(int, numbers.groups())
         if not wide or not high:
-            raise UsageError(f"expected a --region of at least one pixel, got {text}")
+            raise UsageError(f"expected a `region` of at least one pixel, got {text}")
         return Region(rectangle=(left, top, wide, high))
     if len(text) > 4000 or not Path(text).is_file():
-        raise UsageError(f"expected --region x,y,w,h in pixels or a mask image, got {text[:100]!r}")
+        raise UsageError(f"expected `region` x,y,w,h in pixels or a mask image, got {text[:100]!r}")
     try:
         image = read_photo(Path(text))
         mask = image.rgb.max(axis=2) > 0
         if image.alpha is not None:
             mask &= image.alpha > 0
     except ImageError as error:
-        raise UsageError(f"cannot read the --region mask: {error}") from error
+        raise UsageError(f"cannot read the `region` mask: {error}") from error
     if not mask.any():
-        raise UsageError(f"the --region mask {text} is black: nothing may change")
+        raise UsageError(f"the `region` mask {text} is black: nothing may change")
     return Region(mask=mask)

@@ -1,124 +1,23 @@
-"""Records of images -> `report.json`, its summary and the exit code."""
+"""Records of images -> `report.json`, and a report read again."""
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from textwrap import indent
-from typing import Any, Literal, get_args
+from typing import Any
 
 from mlperturb import __version__
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.files import is_file_of, is_remote, parse_path
-from mlperturb.metrics import Distortion
+from mlperturb.record import Record, Summary
 from mlperturb.text import printable
 
 SCHEMA = "mlperturb.report/1"
-
-Status = Literal["success", "partial", "failed", "unreadable"]
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image of a report, as the JSON has it; see `schemas/report-1.json`.
-
-    Attributes:
-        source: the photo's path, as given.
-        sha256: of the photo's file.
-        width: in pixels, upright.
-        height: in pixels, upright.
-        status: `success` if every constraint holds on the PNG as read back, and after the compressions to survive,
-            `partial` if some label of A flipped, `failed` if none did (no file is written), `unreadable` if the photo
-            could not be decoded.
-        truth: y, the classifier's decisions on the photo.
-        flip: A.
-        keep: B.
-        probabilities: `before` of the photo, `float` of the attack's float result, `after` of the PNG as read back.
-        constraints: `held`, `total` and the labels `violated`.
-        distortion: of the PNG, on the 0-255 scale.
-        distortion_float: of the attack's float result.
-        success_float: whether every constraint holds on the float result.
-        survival: by compression that the attack was to survive, the constraints `held`, `total` and `violated`; None
-            if there was none.
-        ranking: for a ranking attack, whether its constraints hold on the PNG, and Kendall's tau_b.
-        cost: passes and seconds.
-        files: names relative to the report's folder.
-        notes: what was done to the photo on reading.
-        error: its type and message.
-    """
-
-    source: str
-    sha256: str | None = None
-    width: int | None = None
-    height: int | None = None
-    status: Status = "unreadable"
-    truth: dict[str, bool] | None = None
-    flip: list[str] = field(default_factory=list)
-    keep: list[str] = field(default_factory=list)
-    probabilities: dict[str, dict[str, float] | None] | None = None
-    constraints: dict[str, Any] | None = None
-    distortion: Distortion | None = None
-    distortion_float: Distortion | None = None
-    success_float: bool | None = None
-    survival: dict[str, dict[str, Any]] | None = None
-    ranking: dict[str, Any] | None = None
-    cost: dict[str, float] = field(default_factory=lambda: {"forward": 0, "backward": 0, "seconds": 0.0})
-    files: dict[str, str | None] = field(default_factory=lambda: {"adversarial": None, "map": None})
-    notes: list[str] = field(default_factory=list)
-    error: dict[str, str] | None = None
-
-
-@dataclass
-class Summary:
-    """Counts of statuses and costs, and the RMSD of the successes: what is kept of records that have gone by."""
-
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(get_args(Status), 0))
-    errors: int = 0
-    sizes: list[float] = field(default_factory=list)
-    forward: int = 0
-    backward: int = 0
-
-    def add(self, record: Record) -> None:
-        """Count a record."""
-        self.counts[record.status] += 1
-        self.errors += record.error is not None
-        self.forward += int(record.cost["forward"])
-        self.backward += int(record.cost["backward"])
-        if record.status == "success" and record.distortion is not None:
-            self.sizes.append(record.distortion.rmsd)
-
-    @property
-    def success_rate(self) -> float | None:
-        """The share of the photos that could be read; None if there was none."""
-        attacked = sum(self.counts.values()) - self.counts["unreadable"]
-        return self.counts["success"] / attacked if attacked else None
-
-    @property
-    def mean_rmsd(self) -> float | None:
-        """Of the successes; None if there was none."""
-        return statistics.fmean(self.sizes) if self.sizes else None
-
-    @property
-    def exit_code(self) -> int:
-        """0 if every image was processed, 1 if one could not be read, classified or written."""
-        return int(self.errors > 0)
-
-    def to_dict(self, seconds: float) -> dict[str, Any]:
-        """Return the `summary` of a report."""
-        return {
-            "images": sum(self.counts.values()),
-            **self.counts,
-            "success_rate": self.success_rate,
-            "rmsd": {"mean": self.mean_rmsd, "median": statistics.median(self.sizes) if self.sizes else None},
-            "forward": self.forward,
-            "backward": self.backward,
-            "seconds": round(seconds, 3),
-        }
 
 
 def report_lines(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,13 @@ import torch
 from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError
 from mlperturb.images import Photo, read_photo
-from mlperturb.jobs import Job, Settings
+from mlperturb.jobs import Job
 from mlperturb.pipeline import Behind, ahead, count_workers
 from mlperturb.preprocess import Preprocess, Size
-from mlperturb.report import Record
+from mlperturb.record import NOT_FINITE, Failure, Record
 from mlperturb.search import Found, Searcher, fits
-from mlperturb.verdict import describe, facts_of, judge, save
+from mlperturb.settings import Settings
+from mlperturb.verdict import facts_of, judge, save
 
 Pair = tuple[Job, Photo]
 
@@ -80,35 +81,60 @@ def run_attack(
     waits, started = Waits(), time.perf_counter()
     searcher = Searcher(classifier, settings, warn)
     units = [jobs[start : start + searcher.together] for start in range(0, len(jobs), searcher.together)]
-    behind = Behind()
-    behind.submit(partial(torch.set_num_threads, torch.get_num_threads()))  # the same sums as in this thread
-    encoders = ThreadPoolExecutor(count_workers(), "encode")
-
-    def write(pairs: list[Pair], found: list[Found], lost: list[Record]) -> None:
-        tasks = [encoders.submit(save, *pair, one, out, settings) for pair, one in zip(pairs, found, strict=True)]
-        saved = [task.result() for task in tasks]
-        records = [
-            judge(classifier, *pair, one, pixels, out, settings)
-            for pair, one, pixels in zip(pairs, found, saved, strict=True)
-        ]
-        done(records + lost)
-
+    writer = _Writer(classifier, out, settings, done, waits)
     try:
         for batch in _timed(_batches(units, claims, finished, settings, classifier.preprocess, searcher.pixels), waits):
             for pairs, found, lost in _attack(searcher, batch):
-                before = time.perf_counter()
-                behind.submit(partial(write, pairs, found, lost))
-                waits.writing += time.perf_counter() - before
+                writer.submit(pairs, found, lost)
     finally:
-        before = time.perf_counter()
-        with hold():
-            try:
-                behind.finish()
-            finally:
-                encoders.shutdown()  # nothing is written once this function has come to its end
-        waits.writing += time.perf_counter() - before
+        with _waiting(waits), hold():
+            writer.finish()
         waits.total = time.perf_counter() - started
     return waits
+
+
+@contextmanager
+def _waiting(waits: Waits) -> Iterator[None]:
+    """Count how long what stands inside takes as time spent on waiting for files."""
+    before = time.perf_counter()
+    try:
+        yield
+    finally:
+        waits.writing += time.perf_counter() - before
+
+
+class _Writer:
+    """Writes, reads back and judges what was found, in threads behind the thread that attacks."""
+
+    def __init__(
+        self, classifier: Classifier, out: Path, settings: Settings, done: Callable[[list[Record]], None], waits: Waits
+    ) -> None:
+        self._classifier, self._out, self._settings, self._done, self._waits = classifier, out, settings, done, waits
+        self._behind = Behind()
+        self._behind.submit(partial(torch.set_num_threads, torch.get_num_threads()))  # the same sums as in this thread
+        self._encoders = ThreadPoolExecutor(count_workers(), "encode")
+
+    def submit(self, pairs: list[Pair], found: list[Found], lost: list[Record]) -> None:
+        """Write photos, once the batch before is written, and hand their records on with those of the lost."""
+        with _waiting(self._waits):
+            self._behind.submit(partial(self._write, pairs, found, lost))
+
+    def finish(self) -> None:
+        """Wait until all is written: nothing is written afterwards."""
+        try:
+            self._behind.finish()
+        finally:
+            self._encoders.shutdown()
+
+    def _write(self, pairs: list[Pair], found: list[Found], lost: list[Record]) -> None:
+        out, settings = self._out, self._settings
+        tasks = [self._encoders.submit(save, *pair, one, out, settings) for pair, one in zip(pairs, found, strict=True)]
+        saved = [task.result() for task in tasks]
+        records = [
+            judge(self._classifier, *pair, one, pixels, out, settings)
+            for pair, one, pixels in zip(pairs, found, saved, strict=True)
+        ]
+        self._done(records + lost)
 
 
 @dataclass
@@ -181,14 +207,14 @@ def _read(job: Job, settings: Settings, preprocess: Preprocess) -> Photo | Recor
     try:
         photo = read_photo(job.source)
     except ImageError as error:
-        return Record(source=str(job.source), error=describe(error))
+        return Record(source=str(job.source), error=Failure.of(error))
     try:
         preprocess.check(photo.rgb.shape[:2])
         if settings.region:
             settings.region.inside(*photo.rgb.shape[:2])
     except ImageError as error:
         named = ImageError(f"{job.source}: {error}")
-        return Record(**facts_of(job, photo), status="failed", error=describe(named))
+        return Record(**facts_of(job, photo), status="failed", error=Failure.of(named))
     return photo
 
 
@@ -210,12 +236,11 @@ def _attack(searcher: Searcher, batch: _Batch) -> Iterator[tuple[list[Pair], lis
     for start, stop, found in searcher.parts([photo for _, photo in pairs], requests):
         if found is None:
             for job, photo in [pair for pair in pairs[start:stop] if pair[0].source in wanted]:
-                error = {"type": "MemoryError", "message": f"{job.source}: too large for the device's memory"}
+                error = Failure("MemoryError", f"{job.source}: too large for the device's memory")
                 lost.append(Record(**facts_of(job, photo), status="failed", error=error))
             continue
-        unusable = {"type": "NumericalError", "message": "the network's outputs are not finite"}
         both = [(pair, one) for pair, one in zip(pairs[start:stop], found, strict=True) if pair[0].source in wanted]
-        lost += [Record(**facts_of(*pair), status="failed", error=unusable) for pair, one in both if one is None]
+        lost += [Record(**facts_of(*pair), status="failed", error=NOT_FINITE) for pair, one in both if one is None]
         good = [(pair, one) for pair, one in both if one is not None]
         yield [pair for pair, _ in good], [one for _, one in good], lost
         lost = []

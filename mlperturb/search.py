@@ -18,11 +18,11 @@ from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
 from mlperturb.classifier import Classifier
 from mlperturb.devices import free_memory
 from mlperturb.images import Photo, Pixels
-from mlperturb.jobs import Settings
 from mlperturb.labels import Request
 from mlperturb.metrics import Distortion, distortion
 from mlperturb.preprocess import Size, pad_batch, to_tensor
 from mlperturb.regions import Region
+from mlperturb.settings import Settings
 from mlperturb.survival import SurvivingModel, repeat_targets
 from mlperturb.targets import Targets, decide, make_targets
 
@@ -87,12 +87,13 @@ def search(
     usable = rows.tolist()
     asked, sizes = [requests[row] for row in usable], [sizes[row] for row in usable]
     truth = decide(before[rows], classifier.boundary)
+    limits = settings.limits
     problem = Problem(
         model.select(rows),
         images[rows],
         ClassificationGoal(make_targets(asked, truth, classifier.boundary, margin=settings.margin)),
-        cap=None if settings.max_rmsd is None else _norm_cap(settings.max_rmsd, sizes, images.device),
-        bound=None if settings.max_linf is None else settings.max_linf / 255,
+        cap=None if limits.rmsd is None else _norm_cap(limits.rmsd, sizes, images.device),
+        bound=None if limits.linf is None else limits.linf / 255,
         region=None if settings.region is None else _region_of(settings.region, sizes, images[rows]),
         meter=meter,
         rows=rows.cpu(),
@@ -197,14 +198,15 @@ def _region_of(region: Region, sizes: Sequence[Size], images: Tensor) -> Tensor:
 def _search(
     problem: Problem, sizes: Sequence[Size], requests: Sequence[Request], before: Tensor, settings: Settings
 ) -> list[Found]:
-    """Attack a batch, then find the 8-bit photos; no image spends more than `settings.passes`."""
+    """Attack a batch, then find the 8-bit photos; no image spends more than `settings.limits.passes`."""
     method = find_method(settings.method)
     tuning = method.tuning(settings.budget, **settings.options)
     scales, iterations = LATTICE[settings.budget]
     seen, checked = settings.survive
-    if settings.passes is not None:
-        left = settings.passes - 1 - len(checked)  # decisions on the PNG as read back, and compressed
-        reserved = 0 if method.writes_lattice(tuning) else min(scales + 2 * iterations + 1, settings.passes // 3)
+    passes = settings.limits.passes
+    if passes is not None:
+        left = passes - 1 - len(checked)  # decisions on the PNG as read back, and compressed
+        reserved = 0 if method.writes_lattice(tuning) else min(scales + 2 * iterations + 1, passes // 3)
         problem = replace(problem, limit=left - (1 + len(seen)) - reserved)  # the float result's decision
     if any(request.any_label for request in requests):
         problem = problem.aim(_resolve_any(problem, requests))
@@ -215,7 +217,7 @@ def _search(
     outcome = method.load()(problem, **tuning)
     with torch.no_grad():
         logits = problem.logits(outcome.images)
-    if settings.passes is not None:
+    if passes is not None:
         problem = replace(problem, limit=left)
     lattice = quantise(problem, outcome, scales=scales, iterations=iterations)
     met = replace(problem.targets, margin=0.0).holds(logits).all(1)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlperturb.labels import present_labels
-from mlperturb.report import Record
+from mlperturb.record import Record
 from mlperturb.text import printable
 
 

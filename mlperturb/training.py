@@ -413,7 +413,7 @@ def _load_pretrained(network: nn.Module, architecture: str) -> frozenset[str]:
         given = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"cannot download torchvision's weights of {architecture}: {error}; give a local file with --init"
+            f"cannot download torchvision's weights of {architecture}: {error}; give a local file as `initial`"
         ) from error
     own = network.state_dict()
     fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}

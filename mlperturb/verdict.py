@@ -15,12 +15,13 @@ from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError, OutputError, StorageError
 from mlperturb.files import remove_file
 from mlperturb.images import Photo, Pixels, magnify, read_pixels, write_png
-from mlperturb.jobs import Job, Settings
+from mlperturb.jobs import Job
 from mlperturb.metrics import distortion
 from mlperturb.preprocess import to_tensor
 from mlperturb.purify import Purification
-from mlperturb.report import Record, Status
+from mlperturb.record import Failure, Record, Status
 from mlperturb.search import Found
+from mlperturb.settings import Settings
 from mlperturb.targets import Targets
 
 
@@ -74,7 +75,7 @@ def judge(
         "probabilities": probabilities,
     }
     if isinstance(saved, Exception):
-        return Record(**facts, status="failed", cost=cost, error=describe(saved))
+        return Record(**facts, status="failed", cost=cost, error=Failure.of(saved))
     known = found.before.unsqueeze(0) if saved is photo.rgb else None
     seen = look(classifier, saved, asked, settings.survive[1], known)
     cost["forward"] += seen.passes
@@ -106,11 +107,6 @@ def facts_of(job: Job, photo: Photo) -> dict[str, Any]:
         "height": photo.rgb.shape[0],
         "notes": list(photo.notes),
     }
-
-
-def describe(error: Exception) -> dict[str, str]:
-    """Return an error as a record has it."""
-    return {"type": type(error).__name__, "message": str(error)}
 
 
 @dataclass(frozen=True)

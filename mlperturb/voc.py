@@ -117,7 +117,7 @@ def read_splits(root: Path, years: Sequence[str], splits: str) -> dict[str, Data
         pairs += [(first, second)] if colon else [(name, first) for name in years]
     unknown = sorted({name for name, _ in pairs} - set(years))
     if unknown:
-        raise UsageError(f"split {splits!r} names the year {unknown[0]}, expected one of --year {','.join(years)}")
+        raise UsageError(f"split {splits!r} names the year {unknown[0]}, expected one of `years` {','.join(years)}")
     return {f"VOC{name} {split}": read_voc(root, name, split) for name, split in pairs}
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import TINY_LABELS as LABELS
 from PIL import Image
 
 import mlperturb
-from helpers import TINY_LABELS as LABELS
 from mlperturb import Classifier, Limits, Preprocess
 from mlperturb.attacks.methods import METHODS
 from mlperturb.errors import CheckpointError, ImageError, LabelError, UsageError
@@ -194,7 +194,10 @@ def test_no_image_is_no_result(classifier):
     ],
 )
 def test_images_of_another_form_are_refused(classifier, images, error, message):
-    for call in (lambda: mlperturb.attack(classifier, images, flip=LABELS[0]), lambda: mlperturb.predict(classifier, images)):
+    for call in (
+        lambda: mlperturb.attack(classifier, images, flip=LABELS[0]),
+        lambda: mlperturb.predict(classifier, images),
+    ):
         with pytest.raises(error, match=message):
             call()
 
@@ -280,5 +283,12 @@ count: str = result.rmsd
 def test_a_user_program_is_checked_for_real(tmp_path):
     assert "Success" in type_check(tmp_path, GOOD)
     told = type_check(tmp_path, BAD)
-    for line, word in [(3, "no_such_thing"), (4, "no_such_attack"), (6, "load"), (7, "budget"), (8, "nothing"), (9, "str")]:
+    for line, word in [
+        (3, "no_such_thing"),
+        (4, "no_such_attack"),
+        (6, "load"),
+        (7, "budget"),
+        (8, "nothing"),
+        (9, "str"),
+    ]:
         assert any(text.startswith(f"program.py:{line}:") and word in text for text in told.splitlines()), told

@@ -138,7 +138,7 @@ def test_a_plain_state_dict_loads_with_architecture_and_labels(save_plain, netwo
 
 def test_plain_weights_without_architecture_or_labels_say_what_is_missing(save_plain, tmp_path):
     path = save_plain()
-    with pytest.raises(CheckpointError, match="give --arch and --labels"):
+    with pytest.raises(CheckpointError, match="give `architecture` and `labels`"):
         load_checkpoint(path)
     with pytest.raises(CheckpointError, match="need both"):
         load_checkpoint(path, architecture=ARCHITECTURE)
@@ -284,7 +284,7 @@ def test_a_header_that_is_no_object_is_refused(tmp_path, header):
 
 @pytest.mark.parametrize("header", [b"{}", b'{"__metadata__": {"format": "pt"}}', b'{"__metadata__": 3}'])
 def test_a_safetensors_file_of_others_is_told_from_ours(tmp_path, header):
-    with pytest.raises(CheckpointError, match="holds no mlperturb metadata.*--arch and --labels"):
+    with pytest.raises(CheckpointError, match="holds no mlperturb metadata.*`architecture` and `labels`"):
         read_metadata(_write(tmp_path / "x.safetensors", header))
 
 

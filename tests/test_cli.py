@@ -19,6 +19,7 @@ from PIL import Image
 
 from mlperturb.attacks.methods import METHODS
 from mlperturb.checkpoints import Metadata, bundled_checkpoint, read_metadata, save_checkpoint
+from mlperturb.cli.console import name_options
 from mlperturb.images import read_photo
 from mlperturb.report import read_schema
 
@@ -294,6 +295,13 @@ def test_without_keep_nothing_is_kept(attack, photo):
 def test_a_wrong_call_is_refused_in_one_line(attack, photo, tmp_path, arguments, parts):
     refused(attack(photo, *arguments), *parts)
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_an_error_names_the_option_of_a_parameter_and_leaves_paths_and_quotes():
+    assert name_options("expected `rmsd` above 0, got 0") == "expected --max-rmsd above 0, got 0"
+    assert name_options("give `architecture` and `labels`: (`years`)") == "give --arch and --labels: (--year)"
+    for kept in ("expected `rgb`", "cannot read a/`out`", "cannot read `out`/a", "unknown label '`flip`'"):
+        assert name_options(kept) == kept
 
 
 def test_an_unknown_option_or_command_is_refused(cli, photo):

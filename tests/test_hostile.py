@@ -169,7 +169,7 @@ def test_what_is_read_from_the_command_line_is_understood_or_refused(text):
     try:
         parse_region(text)
     except UsageError as error:
-        assert "--region" in str(error)
+        assert "`region`" in str(error)
 
 
 @given(st.text(max_size=400))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ ORDER = [
     "pipeline",
     "sharing",
     "journal",
+    "limits",
     "labels",
     "targets",
     "metrics",
@@ -36,18 +38,24 @@ ORDER = [
     "losses",
     "loading",
     "training",
+    "record",
     "report",
+    "settings",
     "jobs",
+    "outputs",
     "resume",
     "search",
     "verdict",
     "runner",
     "defence",
+    "evaluation_records",
+    "evaluation_statistics",
     "evaluation",
     "shown",
     "figures",
     "tables",
     "gallery",
+    "api",
     "cli",
 ]
 SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__main__.py"})  # which stands above every layer
@@ -82,6 +90,12 @@ def test_imports_run_downward_only(path):
     known = {part for part in parts if (PACKAGE / f"{part}.py").exists() or (PACKAGE / part).is_dir()}
     upward = {part for part in known - {own} if _rank(part) >= _rank(own)}
     assert not upward, f"{own} imports {sorted(upward)}, which stand no lower"
+
+
+@EVERY_FILE
+def test_only_the_command_line_speaks_of_its_options(path):
+    if _own_part(path) != "cli":
+        assert not re.findall(r"--[a-z{]\S*", path.read_text(encoding="utf-8"))
 
 
 @EVERY_FILE

@@ -40,7 +40,7 @@ def test_a_rectangle_is_cut_at_the_edges_of_the_photo():
 
 @pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "1,2,0,4", "-1,0,3,3", "", "nowhere.png"])
 def test_what_is_no_region_is_refused(text):
-    with pytest.raises(UsageError, match="--region"):
+    with pytest.raises(UsageError, match="`region`"):
         parse_region(text)
 
 

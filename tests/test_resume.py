@@ -136,7 +136,7 @@ def test_a_signal_is_told_by_130_whatever_it_breaks(command, tmp_path, moment):
     program.write_text(
         f"""
 import signal, sys
-import mlperturb.cli.attack_run
+import mlperturb.cli.longrun
 from mlperturb.cli.main import run
 
 class Member:
@@ -147,7 +147,7 @@ def make_bar(quiet):
     {moment}
     raise AssertionError("no signal came")
 
-mlperturb.cli.attack_run.make_bar = make_bar
+mlperturb.cli.longrun.make_bar = make_bar
 sys.argv = ["mlperturb", *{command(tmp_path / "out")!r}]
 run()
 """

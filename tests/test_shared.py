@@ -9,9 +9,10 @@ import torch
 
 from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint, read_metadata
 from mlperturb.images import read_photo
-from mlperturb.jobs import Settings, plan_outputs
+from mlperturb.jobs import plan_outputs
 from mlperturb.labels import Request
 from mlperturb.runner import run_attack
+from mlperturb.settings import Settings
 from mlperturb.voc import VOC_LABELS, read_voc
 
 VOC = Path(__file__).resolve().parents[2] / "shared" / "voc"

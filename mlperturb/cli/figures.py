@@ -11,9 +11,10 @@ import typer
 
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error, print_note
-from mlperturb.cli.options import ANYWHERE, Overwrite, folder_of, make_folder, refuse_existing
+from mlperturb.cli.options import ANYWHERE, Overwrite
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.labels import split_names
+from mlperturb.outputs import folder_of, make_folder, refuse_existing
 from mlperturb.text import file_stem, printable
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import typer
 
 from mlperturb.cli.console import make_bar, print_error
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.options import ANYWHERE, Overwrite, Quiet, folder_of, make_folder, refuse_existing
+from mlperturb.cli.options import ANYWHERE, Overwrite, Quiet
 from mlperturb.errors import UsageError
+from mlperturb.outputs import folder_of, make_folder, refuse_existing
 from mlperturb.text import printable
 
 

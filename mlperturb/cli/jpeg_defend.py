@@ -20,13 +20,11 @@ from mlperturb.cli.options import (
     Quiet,
     Source,
     find_source,
-    folder_of,
-    make_folder,
     named_source,
-    refuse_existing,
 )
 from mlperturb.errors import UsageError
 from mlperturb.labels import parse_request
+from mlperturb.outputs import folder_of, make_folder, refuse_existing
 from mlperturb.text import printable
 
 if TYPE_CHECKING:

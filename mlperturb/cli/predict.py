@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool 
     from mlperturb.devices import prepare
     from mlperturb.images import read_photo
     from mlperturb.preprocess import to_tensor
+    from mlperturb.record import NOT_FINITE, Failure
     from mlperturb.report import to_json
     from mlperturb.tables import clean, prediction_table
     from mlperturb.targets import present
@@ -53,12 +55,12 @@ def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool 
             with torch.inference_mode():
                 logits = classifier([image])[0]
         except ImageError as error:
-            entry["error"] = {"type": type(error).__name__, "message": str(error)}
+            entry["error"] = asdict(Failure.of(error))
             print_error(f"{photo}: {error}" if str(photo) not in str(error) else str(error))
             continue
         if not bool(logits.isfinite().all()):
-            entry["error"] = {"type": "NumericalError", "message": "the network's outputs are not finite"}
-            print_error(f"{photo}: the network's outputs are not finite")
+            entry["error"] = asdict(NOT_FINITE)
+            print_error(f"{photo}: {NOT_FINITE.message}")
             continue
         values = torch.sigmoid(logits.double().cpu()).tolist()
         entry["probabilities"] = dict(zip(classifier.labels, values, strict=True))

@@ -22,6 +22,7 @@ from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.devices import prepare
 from mlperturb.files import file_sha256
 from mlperturb.journal import Journal
+from mlperturb.limits import Limits
 from mlperturb.voc import read_voc
 
 matplotlib.use("Agg")
@@ -43,8 +44,7 @@ def measure(arguments: argparse.Namespace, method: str, passes: int) -> list[dic
         parse_variants([method], budget),
         arguments.images,
         budget,
-        max_rmsd=10.0,
-        passes=passes,
+        Limits(passes, rmsd=10.0),
         seed=arguments.seed,
     )
     key = {"checkpoint": file_sha256(checkpoint), "data": dataset.fingerprint, "passes": passes, "budget": budget}
