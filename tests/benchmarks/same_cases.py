@@ -24,9 +24,9 @@ _AGAIN = f"{_EVALUATE} --cases person --methods fg,ml-ddn --max-linf 4 --passes 
 CASES: dict[str, tuple[str, ...]] = {
     "method.ml-ddn": (f"attack photos {_ASK} --out out",),
     "method.ml-cw": (f"{_FAST} --method ml-cw --passes 90",),
-    "method.ml-dp": (f"{_FAST} --method ml-dp --passes 150",),
-    "method.rank-1": (f"{_FAST} --method rank-1 --passes 60",),
-    "method.rank-2": (f"{_FAST} --method rank-2 --passes 60",),
+    "method.ml-dp": (f"{_FAST} --method ml-dp --passes 120",),
+    "method.rank-1": (f"{_FAST} --method rank-1 --passes 120",),
+    "method.rank-2": (f"{_FAST} --method rank-2 --passes 120",),
     "method.fgs": (f"{_FAST} --method fgs",),
     "method.fg": (f"{_FAST} --method fg",),
     "option.rounding": (f"{_FAST} --rounding after",),
@@ -98,7 +98,7 @@ def prepare_photos(voc: Path, count: int, folder: Path) -> str:
     chosen = list(_of_mixed_sizes(people, base / "JPEGImages"))[:count]
     portrait = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     photos = [base / "JPEGImages" / f"{name}.jpg" for name in chosen]
-    for name, paths in {"photos": [*photos, portrait], "few": [*photos[:2], portrait], "one": photos[:1]}.items():
+    for name, paths in {"photos": [*photos, portrait], "few": photos[:3], "one": photos[:1]}.items():
         (folder / name).mkdir(parents=True)
         for path in paths:
             shutil.copy(path, folder / name)
