@@ -55,8 +55,6 @@ def run_case(name: str, side: Version, inputs: Path, folder: Path, *, fresh: boo
         if text.startswith(KILL):
             out = folder / words[words.index("--out") + 1]
             code = command.run(stdout, stderr, kill=lambda out=out: has_batch(out))
-            if code != -signal.SIGKILL:
-                raise SystemExit(f"{side.name}: {text}\nexit code {code}: it ended before it could be killed")
             stdout.unlink()
         else:
             code = command.run(stdout, stderr)
@@ -72,13 +70,16 @@ def has_batch(folder: Path) -> bool:
 
 
 def check_exit_codes(name: str, side: Version, folder: Path) -> None:
-    """Refuse a command that is refused: it would compare nothing."""
-    for path in sorted(folder.glob("*.exit.txt")):
-        code = path.read_text().strip()
-        if code not in ("0", "1", f"{-signal.SIGKILL}"):
-            number = path.name.partition(".")[0]
-            said = (folder / f"{number}{UNSEEN}").read_text().strip().splitlines()[-1:]
-            raise SystemExit(f"{side.name}, {name}: {CASES[name][int(number) - 1]}\nexit code {code}: {said}")
+    """Refuse a command that is refused, or that ends before it is killed: it would compare nothing."""
+    for number, text in enumerate(CASES[name], 1):
+        code = (folder / f"{number}.exit.txt").read_text().strip()
+        if code not in ((str(-signal.SIGKILL),) if text.startswith(KILL) else ("0", "1")):
+            raise SystemExit(f"{side.name}, {name}: {text}\nexit code {code}: {last_words(folder, number)}")
+
+
+def last_words(folder: Path, number: int) -> str:
+    """Return the last line that a command printed on stderr."""
+    return "".join((folder / f"{number}{UNSEEN}").read_text(errors="replace").strip().splitlines()[-1:])
 
 
 def machine() -> list[str]:
@@ -102,9 +103,10 @@ class Run:
     new: Version
     scratch: Path
     photos: str  # their hash
-    cache: Path | None
     comparison: Comparison
     fresh: bool
+    cache: Path | None
+    keep: Path | None
 
     def compare(self, name: str) -> bool:
         """Run a case on both sides and print a line; return whether they are the same."""
@@ -113,19 +115,32 @@ class Run:
         between = spent()
         new = self.scratch / "new" / name
         run_case(name, self.new, self.scratch / "inputs", new, fresh=self.fresh)
-        found = list(self.comparison.folders(old, new))
-        for side, folder in (("old", old), ("new", new)):
-            if (folder / "killed").is_dir():
-                twins = self.comparison.folders(folder / "whole", folder / "killed")
-                found += [f"{side}: killed and gone on with, against the run that was not: {text}" for text in twins]
+        found = self._differences(name, old, new)
+        if self.keep:
+            for side, folder in (("old", old), ("new", new)):
+                shutil.copytree(folder, self.keep / side / name, dirs_exist_ok=True)
         if found:
-            more = f"; and {len(found) - 1} files more" if len(found) > 1 else ""
+            more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
             print(f"DIFFERS  {name:17} {found[0]}{more}", flush=True)
         else:
             files = sum(path.is_file() and path.suffix != UNSEEN for path in new.rglob("*"))
             times = f"old {'cached' if cached else f'{between - before:.0f} s'}, new {spent() - between:.0f} s of CPU"
             print(f"same     {name:17} {files} files; {times}", flush=True)
         return not found
+
+    def _differences(self, name: str, old: Path, new: Path) -> list[str]:
+        """Return the exit codes that differ, then the first difference of each file."""
+        found = []
+        for number in range(1, len(CASES[name]) + 1):
+            codes = [(folder / f"{number}.exit.txt").read_text().strip() for folder in (old, new)]
+            if codes[0] != codes[1]:
+                found.append(f"command {number}: exit code {codes[0]} -> {codes[1]}: {last_words(new, number)}")
+        found += self.comparison.folders(old, new)
+        for side, folder in (("old", old), ("new", new)):
+            if (folder / "killed").is_dir() and (folder / "whole").is_dir():
+                twins = self.comparison.folders(folder / "whole", folder / "killed", killed=True)
+                found += [f"{side}: not killed -> killed and gone on with: {text}" for text in twins]
+        return found
 
     def _old(self, name: str) -> tuple[Path, bool]:
         """Return the folder of the old side's outputs, and whether it was there already."""
@@ -178,9 +193,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--allow", action="append", default=[], metavar="PATH", help="of JSON, that may differ")
     parser.add_argument("--fresh", action="store_true", help="load the libraries anew for every command")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keeps the outputs of the old side")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder, for the outputs of both sides")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keeps the outputs of the old side, and uses them the next time"
+    )
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keeps the outputs of both sides")
     arguments = parser.parse_args()
+    if arguments.photos < 1:
+        parser.error(f"expected at least 1 photo, got {arguments.photos}")
     names = select(arguments.only, arguments.skipped, quick=arguments.quick)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what is temporary goes
 
@@ -192,14 +211,8 @@ def main() -> None:
         sides = [find_version(getattr(arguments, side), scratch / f"code-{side}") for side in ("old", "new")]
         photos = prepare_photos(arguments.voc, arguments.photos, scratch / "inputs")
         comparison = Comparison([*MAY_DIFFER, *arguments.allow])
-        run = Run(sides[0], sides[1], scratch, photos, arguments.cache, comparison, arguments.fresh)
-        try:
-            same = [run.compare(name) for name in names]
-        finally:
-            if arguments.keep:
-                for side in ("old", "new"):
-                    if (scratch / side).is_dir():
-                        shutil.copytree(scratch / side, arguments.keep / side)
+        run = Run(*sides, scratch, photos, comparison, arguments.fresh, arguments.cache, arguments.keep)
+        same = [run.compare(name) for name in names]
     print(f"{sum(same)} of {len(same)} cases are the same; {time.perf_counter() - started:.0f} s")
     raise SystemExit(int(not all(same)))
 

@@ -86,7 +86,9 @@ QUICK = (
 
 def prepare_photos(voc: Path, count: int, folder: Path) -> str:
     """Make `photos`, `few`, `one`, `odd`, `mask.png`, `voc`, `album` and `album.csv`; return a hash of all of it."""
-    base = next(place for place in (voc, voc / "VOCdevkit") if (place / "VOC2012").is_dir()) / "VOC2012"
+    base = next((place for place in (voc / "VOC2012", voc / "VOCdevkit" / "VOC2012") if place.is_dir()), None)
+    if base is None:
+        raise SystemExit(f"expected a VOCdevkit with VOC2012 at --voc, got {voc}")
     sets = base / "ImageSets" / "Main"
     truth: dict[str, dict[str, str]] = {}  # by photo and label: 1, -1 or 0
     for path in sorted(sets.glob("*_val.txt")):

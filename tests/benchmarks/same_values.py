@@ -32,10 +32,10 @@ class Comparison:
 
     allowed: Sequence[str]
 
-    def folders(self, old: Path, new: Path) -> Iterator[str]:
-        """Yield the first difference of each file, by name."""
+    def folders(self, old: Path, new: Path, *, killed: bool = False) -> Iterator[str]:
+        """Yield the first difference of each file, by name; `killed`: the runs were killed, as in a folder `killed`."""
         trees = [
-            {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file() and path.suffix != UNSEEN}
+            {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file() and not _unseen(path)}
             for root in (old, new)
         ]
         for name in sorted(trees[0].keys() | trees[1].keys()):
@@ -44,24 +44,26 @@ class Comparison:
             if not all(name in tree for tree in trees):
                 yield f"{name}: only the {'old' if name in trees[0] else 'new'} version writes it"
                 continue
-            found = self.file(name, *(tree[name].read_bytes() for tree in trees))
+            contents = [tree[name].read_bytes() for tree in trees]
+            found = self.file(name, *contents, killed=killed or Path(name).parts[0] == "killed")
             if found:
                 yield f"{name}: {found}"
 
-    def file(self, name: str, old: bytes, new: bytes) -> str | None:
+    def file(self, name: str, old: bytes, new: bytes, *, killed: bool) -> str | None:
         """Return the first difference of two files of that name."""
         if old == new:
             return None
         suffix = Path(name).suffix
-        if suffix == ".json":
-            return self._json(name, old, new)
-        if suffix == ".jsonl" and Path(name).parts[0] in ("killed", "whole"):
-            return self.values(name, "", *(_latest(text) for text in (old, new)))
-        if suffix == ".jsonl":
-            return self._json_lines(name, old, new)
-        if suffix == ".png":
-            return _pixels(old, new)
-        return _text(old, new)
+        try:
+            if suffix == ".json":
+                return self._json(name, old, new)
+            if suffix == ".jsonl":
+                if killed:
+                    return self.values(name, "", *(_latest(text) for text in (old, new)))
+                return self._json_lines(name, old, new)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{_text(old, new)} ({error!r:.80})"
+        return _pixels(old, new) if suffix == ".png" else _text(old, new)
 
     def values(self, name: str, path: str, old: Any, new: Any) -> str | None:
         """Return the first difference of two values of JSON: where it is, and both."""
@@ -92,10 +94,7 @@ class Comparison:
         return False
 
     def _json(self, name: str, old: bytes, new: bytes) -> str | None:
-        try:
-            values = [json.loads(text) for text in (old, new)]
-        except ValueError:
-            return _text(old, new)
+        values = [json.loads(text) for text in (old, new)]
         found = self.values(name, "", *values)
         if found:
             return found
@@ -109,6 +108,11 @@ class Comparison:
             if found:
                 return f"line {number}: {found}"
         return None if len(lines[0]) == len(lines[1]) else f"{len(lines[0])} -> {len(lines[1])} lines"
+
+
+def _unseen(path: Path) -> bool:
+    """Say whether a file is not compared: exit codes are, but apart."""
+    return path.suffix == UNSEEN or path.name.endswith(".exit.txt")
 
 
 def _join(path: str, key: str) -> str:
@@ -132,7 +136,7 @@ def _latest(text: bytes) -> dict[str, Any]:
         for record in line.get("records", ()):
             records[f"{line.get('case')}/{line.get('method')}/{record['source']}"] = record
         if not line.keys() & {"records", "turn"}:
-            lines[next(iter(line))] = line[next(iter(line))]
+            lines |= line
     return {**lines, "records": {name: records[name] for name in sorted(records)}}
 
 
