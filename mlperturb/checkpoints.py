@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlperturb.architectures import build_network as build_network
+from mlperturb.architectures import check_architecture as check_architecture
+from mlperturb.architectures import default_preprocess as default_preprocess
 from mlperturb.errors import CheckpointError
 from mlperturb.files import write_file
 
@@ -38,7 +41,7 @@ class Metadata:
     """What a checkpoint says of itself.
 
     Attributes:
-        architecture: a torchvision classification model's name.
+        architecture: a torchvision classification model's name, or `timm/` and the name of a model of timm's.
         labels: L names.
         thresholds: L decision thresholds on the probabilities.
         preprocess: the fields of `preprocess.Preprocess`.
@@ -127,7 +130,7 @@ def load_checkpoint(
 
     Args:
         path: `.safetensors`, `.pt` or `.pth`.
-        architecture: a torchvision classification model, for plain weights only.
+        architecture: a torchvision classification model, or `timm/NAME`, for plain weights only.
         labels: the label names, for plain weights only.
         device: where to put the classifier.
 
@@ -149,62 +152,12 @@ def load_checkpoint(
         metadata = Metadata(architecture, tuple(labels), thresholds, default_preprocess(architecture).to_dict())
     network = build_network(metadata.architecture, len(metadata.labels), meta=True)
     _fill(network, read_tensors(path), path, len(metadata.labels))
+    if any(buffer.is_meta for buffer in network.buffers()):  # some of timm's have buffers that no file holds
+        filled = network.state_dict()
+        network = build_network(metadata.architecture, len(metadata.labels))
+        network.load_state_dict(filled)
     preprocess = Preprocess.from_dict(metadata.preprocess)
     return Classifier(fold_batch_norm(network), metadata.labels, metadata.thresholds, preprocess).to(device), metadata
-
-
-def build_network(architecture: str, outputs: int, *, meta: bool = False) -> nn.Module:
-    """Return a torchvision classification model with `outputs` logits and no auxiliary head.
-
-    Args:
-        architecture: its torchvision name, such as `mobilenet_v2` or `inception_v3`.
-        outputs: L.
-        meta: leave the tensors unallocated, to be filled from a file.
-
-    Raises:
-        CheckpointError: if there is no such model.
-    """
-    import torch
-    from torchvision import models
-
-    check_architecture(architecture)
-    options: dict[str, Any] = {"num_classes": outputs}
-    if architecture in ("inception_v3", "googlenet"):
-        options |= {"aux_logits": False, "transform_input": False, "init_weights": False}
-    with torch.device("meta" if meta else "cpu"):
-        network: nn.Module = models.get_model(architecture, weights=None, **options)
-    return network
-
-
-def check_architecture(architecture: str) -> None:
-    """Refuse a name that no torchvision classification model has.
-
-    Raises:
-        CheckpointError: that names the nearest ones.
-    """
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if architecture not in known:
-        import difflib
-
-        close = difflib.get_close_matches(architecture, known, n=3) or ["mobilenet_v2", "resnet50", "inception_v3"]
-        raise CheckpointError(f"unknown architecture {architecture!r}: did you mean {' or '.join(close)}?")
-
-
-def default_preprocess(architecture: str) -> Any:
-    """Return the `Preprocess` of torchvision's own weights for this model."""
-    from torchvision import models
-
-    from mlperturb.preprocess import Preprocess
-
-    try:
-        transforms = models.get_model_weights(architecture).DEFAULT.transforms()
-        resize, crop = transforms.resize_size[0], transforms.crop_size[0]
-        mean, std = tuple(transforms.mean), tuple(transforms.std)
-        return Preprocess(max(resize, crop), (crop, crop), mean, std, transforms.interpolation.value)
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"torchvision names no preprocessing for architecture {architecture!r}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

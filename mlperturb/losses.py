@@ -30,10 +30,24 @@ def eq12_loss(logits: Tensor, truth: Tensor, instance_weight: float = 0.5) -> Te
     return instance_weight * pairwise(1) + pairwise(0)
 
 
-def cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
-    """Return the calibrating term beside Eq. 12, binary cross-entropy; (N, L) each, a difficult label left out."""
-    counted = (truth != 0).to(logits.dtype)
-    losses = functional.binary_cross_entropy_with_logits(logits, (truth > 0).to(logits.dtype), reduction="none")
+def cross_entropy(logits: Tensor, truth: Tensor, teacher: Tensor | None = None, weight: float = 0.5) -> Tensor:
+    """Return the calibrating term beside Eq. 12, binary cross-entropy.
+
+    With a teacher the target is (1 - weight) [y = 1] + weight sigmoid(teacher); of a difficult label, which is left out
+    otherwise, sigmoid(teacher) alone.
+
+    Args:
+        logits: z, (N, L).
+        truth: y: +1, -1, or 0 for a difficult label; (N, L).
+        teacher: logits of the networks to learn from, (N, L).
+        weight: of the teacher, in [0, 1].
+    """
+    counted, target = (truth != 0).to(logits.dtype), (truth > 0).to(logits.dtype)
+    if teacher is not None:
+        soft = torch.sigmoid(teacher)
+        target = torch.where(truth == 0, soft, torch.lerp(target, soft, weight))
+        counted = torch.ones_like(counted)
+    losses = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return (losses * counted).sum(1).mean() / 2  # summed over labels, so that it weighs as much as Eq. 12's means
 
 

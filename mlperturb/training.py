@@ -1,90 +1,36 @@
-"""Train a multi-label classifier: Eq. 12, fitting, calibration (Section IV-B)."""
+"""Train a multi-label classifier: where it starts, fitting, calibration, measuring (Section IV-B)."""
 
 from __future__ import annotations
 
-import copy
-import io
 import math
-import pickle
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from mlperturb.checkpoints import (
     Metadata,
     build_network,
     default_preprocess,
+    load_checkpoint,
     read_tensors,
     save_checkpoint,
 )
-from mlperturb.errors import CheckpointError, DatasetError, OutputError
-from mlperturb.files import write_file
-from mlperturb.loading import PhotoDataset, augmentation, predict_dataset, to_device
-from mlperturb.losses import calibrate, cross_entropy, eq12_loss
-from mlperturb.metrics import classifier_metrics
+from mlperturb.classifier import Classifier
+from mlperturb.errors import CheckpointError, DatasetError
+from mlperturb.fitter import Fitter, Progress, Recipe, Reporter
+from mlperturb.loading import predict_dataset
+from mlperturb.losses import calibrate
+from mlperturb.metrics import average_precision, classifier_metrics
 from mlperturb.preprocess import Preprocess
+from mlperturb.probe import Probe, find_head, fit_probe, read_features
 from mlperturb.sharing import Share
 from mlperturb.voc import Dataset
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        architecture: a torchvision classification model.
-        epochs: passes over the training set.
-        batch_size: photos a step, of all processes together; the paper's is 100.
-        learning_rate: AdamW's peak, after a warm-up, before a cosine decay to zero.
-        fresh_rate: how many times that rate the tensors get which the last initial file did not give: a new head must
-            move far, a backbone that knows the task little.
-        weight_decay: AdamW's.
-        instance_weight: lambda of Eq. 12, the weight of its instance-wise term.
-        calibration_weight: weight of a binary cross-entropy beside Eq. 12, which alone is blind to a constant added
-            to a label's logits; 0 is the paper's pure ranking loss.
-        head_only: train the last layer on cached features, the paper's partial retraining.
-        size: side of the square network input, stretched; 0 for torchvision's preprocessing of the architecture.
-        train_size: side of the random crops trained on; 0 for that of the network input. A crop magnifies, so a
-            smaller side shows objects at the size that whole photos will show them, and is cheaper.
-        average: decay a step of the exponential moving average of the weights that is kept; 0 for none.
-        seed: of shuffling and augmentation.
-        workers: processes that decode photos.
-    """
-
-    architecture: str = "mobilenet_v2"
-    epochs: int = 10
-    batch_size: int = 100
-    learning_rate: float = 5e-4
-    fresh_rate: float = 1.0
-    weight_decay: float = 1e-2
-    instance_weight: float = 0.5
-    calibration_weight: float = 1.0
-    head_only: bool = False
-    size: int = 224
-    train_size: int = 0
-    average: float = 0.99
-    seed: int = 0
-    workers: int = 0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What training tells its caller after a step."""
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float
-    validation: dict[str, object] | None = None
-
-
-Reporter = Callable[[Progress], None]
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the trained weights in a blend
 
 
 def initialise(network: nn.Module, files: Sequence[Path]) -> dict[str, frozenset[str]]:
@@ -108,18 +54,6 @@ def initialise(network: nn.Module, files: Sequence[Path]) -> dict[str, frozenset
     return names
 
 
-def find_head(network: nn.Module) -> tuple[str, nn.Linear]:
-    """Return the name and module of the last linear layer.
-
-    Raises:
-        CheckpointError: if the network has none.
-    """
-    linear = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise CheckpointError("the network's head is no linear layer: expected one, to calibrate or retrain it")
-    return linear[-1]
-
-
 def train(
     recipe: Recipe,
     training: Dataset,
@@ -129,6 +63,8 @@ def train(
     output: Path,
     initial: Sequence[Path] = (),
     pretrained: bool = False,
+    teachers: Sequence[Path] = (),
+    half: bool = False,
     device: str = "cpu",
     resume: bool = False,
     provenance: dict[str, Any] | None = None,
@@ -147,6 +83,8 @@ def train(
         output: the `.safetensors` file; beside it a `.resume.pt` is written each epoch.
         initial: weight files to start from, each overriding those before it.
         pretrained: start from torchvision's own weights, which it downloads.
+        teachers: checkpoints of ours whose probabilities on the training photos, averaged over them, are targets too.
+        half: write matrices in float16, as they are then calibrated and measured too.
         device: where to train.
         resume: go on from `.resume.pt`.
         provenance: what to say in the checkpoint's metadata.
@@ -177,17 +115,24 @@ def train(
     for names in initialise(network, initial).values():
         given = names
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    preprocess = Preprocess((recipe.size, recipe.size)) if recipe.size else default_preprocess(recipe.architecture)
     state = Path(f"{output}.resume.pt")
+    provenance = dict(provenance or {})
     with share.process_group(device):
-        fitter = _Fitter(recipe, network, training, preprocess, device, given, share)
         restarted = share.any_restarted()
-        if resume or restarted and state.exists():
+        going_on = resume or restarted and state.exists()
+        start = _Start(recipe, training, choose_preprocess(recipe), device, share)
+        teacher = start.ask_teachers(teachers) if teachers else None
+        if recipe.probe and not going_on:
+            probe = start.fit_head(network, validation, teacher)
+            provenance["probe"] = {"decay": probe.decay, "validation map": round(probe.mean_precision, 4)}
+            given |= {f"{find_head(network)[0]}.{part}" for part in ("weight", "bias")}
+        fitter = Fitter(recipe, network, training, start.preprocess, device, given, share, teacher)
+        if going_on:
             fitter.load(state)
         elif share.size > 1 and share.first and state.exists():
             state.replace(f"{output}.resume.old.pt")  # of an earlier training: a restart must not take it for its own
         if recipe.head_only:
-            fitter.features = _cache_features(fitter)
+            fitter.features = start.read_features(network, training)
         for epoch in range(fitter.epoch, recipe.epochs):
             fitter.run_epoch(epoch, report)
             if share.first:
@@ -196,162 +141,126 @@ def train(
                     report(_validate(fitter, epoch, validation))
     if not share.first:
         return None
-    metadata = _calibrate_and_measure(fitter, validation, tests, provenance or {})
-    save_checkpoint(output, fitter.averaged.state_dict(), metadata)
+    if recipe.blend:
+        provenance["blend"] = _blend(fitter, validation)
+    if half:
+        for value in fitter.averaged.parameters():
+            if value.dim() > 1:
+                value.data = value.half().float()
+    metadata = _calibrate_and_measure(fitter, validation, tests, provenance)
+    tensors = fitter.averaged.state_dict()
+    if half:
+        tensors = {name: value.half() if value.dim() > 1 else value for name, value in tensors.items()}
+    save_checkpoint(output, tensors, metadata)
     return metadata
 
 
-@dataclass
-class _Fitter:
-    """The state of one training: network, moving average, optimiser, and the epoch to do next."""
+def choose_preprocess(recipe: Recipe) -> Preprocess:
+    """Return how photos become the network's input: stretched to a square, or as the architecture's own weights ask."""
+    if not recipe.size:
+        return default_preprocess(recipe.architecture)
+    return Preprocess((recipe.size, recipe.size), mean=(recipe.mean,) * 3, std=(recipe.std,) * 3)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What is done once, before the first epoch; several processes on CPUs share the photos out."""
 
     recipe: Recipe
-    network: nn.Module
     training: Dataset
     preprocess: Preprocess
     device: str
-    given: frozenset[str] = frozenset()  # tensors that the last initial file gave
-    share: Share = field(default_factory=Share)
-    epoch: int = 0
-    averaged: nn.Module = field(init=False)
-    features: Tensor = field(init=False)  # what the head gets, (N, F), if only the head is trained
-    optimiser: torch.optim.Optimizer = field(init=False)
+    share: Share
 
-    def __post_init__(self) -> None:
-        if len(self.training) < self.recipe.batch_size:
-            raise DatasetError(f"{len(self.training)} training photos, expected a batch of {self.recipe.batch_size}")
-        if self.recipe.batch_size % self.share.size:
-            raise DatasetError(
-                f"expected a batch size that {self.share.size} processes can share, got {self.recipe.batch_size}"
-            )
-        if self.recipe.head_only:
-            self.network.requires_grad_(False)
-            find_head(self.network)[1].requires_grad_(True)
-        groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-        for name, value in self.network.named_parameters():
-            if value.requires_grad:
-                decays, known = value.dim() > 1, name in self.given
-                group = groups.setdefault(
-                    (decays, known), {"params": [], "factor": 1 if known else self.recipe.fresh_rate}
+    def read_features(self, network: nn.Module, dataset: Dataset) -> Tensor:
+        """Return what the head gets for every photo, (N, F), on the CPU."""
+        options: dict[str, Any] = {"device": self.device, "workers": self.recipe.workers, "amp": self.recipe.amp}
+        return self._share_out(lambda part: read_features(network, part, self.preprocess, **options), dataset)
+
+    def ask_teachers(self, files: Sequence[Path]) -> Tensor:
+        """Return the logit of the teachers' mean probability of every label of every training photo, (N, L).
+
+        Raises:
+            CheckpointError: if a teacher is no checkpoint of ours, or has other labels.
+        """
+        options: dict[str, Any] = {"device": self.device, "workers": self.recipe.workers, "amp": self.recipe.amp}
+        total = torch.zeros(self.training.truth.shape)
+        for path in files:
+            teacher = load_checkpoint(path, device=self.device)[0]
+            if teacher.labels != self.training.labels:
+                raise CheckpointError(
+                    f"the teacher {path} has other labels: expected {', '.join(self.training.labels)}"
                 )
-                group["params"].append(value)
-                group["weight_decay"] = self.recipe.weight_decay if decays else 0.0
-        self.averaged = copy.deepcopy(self.network).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(list(groups.values()), self.recipe.learning_rate)
-        self.scaler = torch.amp.GradScaler(enabled=self.device.startswith("cuda"))
-        self.steps = len(self.training) // self.recipe.batch_size
-        self.trained = find_head(self.network)[1] if self.recipe.head_only else self.network
-        if self.share.size > 1:
-            if self.device.startswith("cuda"):
-                self.trained = nn.SyncBatchNorm.convert_sync_batchnorm(self.trained)  # type: ignore[no-untyped-call]
-            self.trained = nn.parallel.DistributedDataParallel(self.trained)
 
-    def run_epoch(self, epoch: int, report: Reporter | None) -> None:
-        """Pass once over the training set."""
+            def predict(part: Dataset, teacher: Classifier = teacher) -> Tensor:
+                return predict_dataset(teacher.network, part, teacher.preprocess, **options)
+
+            total += torch.sigmoid(self._share_out(predict, self.training) - teacher.boundary.cpu())
+        return torch.logit(total / len(files), eps=1e-6)
+
+    def fit_head(self, network: nn.Module, validation: Dataset, teacher: Tensor | None) -> Probe:
+        """Fit the network's last layer alone, in place."""
         recipe = self.recipe
-        torch.manual_seed(recipe.seed * 100_003 + epoch)  # so that a resumed run shuffles and crops as an unbroken one
-        self.network.train(not recipe.head_only)
-        for step, (inputs, truth) in enumerate(self._batches()):
-            self._set_learning_rate(epoch * self.steps + step)
-            self.optimiser.zero_grad(set_to_none=True)
-            with torch.autocast(self.device.partition(":")[0], enabled=self.device.startswith("cuda")):
-                logits = self.trained(to_device(inputs, self.device))
-            logits, truth = logits.float(), truth.to(self.device)
-            loss = eq12_loss(logits, truth, recipe.instance_weight)
-            if recipe.calibration_weight:
-                loss = loss + recipe.calibration_weight * cross_entropy(logits, truth)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            self.scaler.step(self.optimiser)
-            self.scaler.update()
-            self._average(epoch * self.steps + step)
-            if report:
-                report(Progress(epoch + 1, recipe.epochs, step + 1, self.steps, float(loss.detach())))
-        self.epoch = epoch + 1
+        pairs = [
+            (self.read_features(network, dataset), torch.from_numpy(dataset.truth))
+            for dataset in (self.training, validation)
+        ]
+        probe = fit_probe(
+            pairs[0],
+            pairs[1],
+            instance_weight=recipe.instance_weight,
+            calibration_weight=recipe.calibration_weight,
+            teacher=teacher,
+            teacher_weight=recipe.teacher_weight,
+        )
+        head = find_head(network)[1]
+        with torch.no_grad():
+            head.weight.copy_(probe.weight)
+            head.bias.copy_(probe.bias)
+        return probe
 
-    def save(self, path: Path) -> None:
-        """Write everything that a resumed run needs.
+    def _share_out(self, read: Callable[[Dataset], Tensor], dataset: Dataset) -> Tensor:
+        """Read every photo of a data set, (N, ...), each process its part."""
+        size, rank = self.share.size, self.share.rank
+        if size == 1 or self.device != "cpu":
+            return read(dataset)
+        import torch.distributed as dist
 
-        Raises:
-            OutputError: if it cannot be written.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-        state = {
-            "recipe": asdict(self.recipe),
-            "data": self.training.fingerprint,
-            "epoch": self.epoch,
-            "network": self.network.state_dict(),
-            "averaged": self.averaged.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        stream = io.BytesIO()
-        torch.save(state, stream)
-        write_file(path, stream.getvalue())
+        parts: list[Any] = [None] * size
+        dist.all_gather_object(
+            parts, read(dataset.subset(range(rank, len(dataset), size))) if rank < len(dataset) else None
+        )
+        whole = torch.empty(len(dataset), *parts[0].shape[1:])
+        for place, part in enumerate(parts[: len(dataset)]):
+            whole[place::size] = part
+        return whole
 
-    def load(self, path: Path) -> None:
-        """Go on from what `save` wrote, under the same recipe.
 
-        Raises:
-            CheckpointError: if there is nothing to go on from, or another recipe wrote it.
-        """
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            theirs = {**dict(state["recipe"]), "training set": state["data"]}
-            ours = {**asdict(self.recipe), "training set": self.training.fingerprint}
-        except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise CheckpointError(f"cannot resume from {path}: {reason}") from error
-        changed = [name for name in ours if theirs.get(name) != ours[name] and name != "workers"]
-        if changed:
-            raise CheckpointError(f"{path} was written with another {', '.join(changed)}: expected the same to resume")
-        try:
-            self.network.load_state_dict(state["network"])
-            self.averaged.load_state_dict(state["averaged"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.epoch = state["epoch"]
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} does not fit this network and data set: {error!s:.200}") from error
+def _blend(fitter: Fitter, validation: Dataset) -> dict[str, float]:
+    """Mix the averaged weights with those that training began from; return the share taken, and mAP of each share.
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        recipe, truth = self.recipe, torch.from_numpy(self.training.truth)
-        if recipe.head_only or self.share.size > 1:
-            order = torch.randperm(len(self.training))[: self.steps * recipe.batch_size]  # the same in all processes
-            rows = order.view(self.steps, self.share.size, -1)[:, self.share.rank]
-        if recipe.head_only:
-            yield from ((self.features[batch], truth[batch]) for batch in rows)
-            return
-        size = (recipe.train_size, recipe.train_size) if recipe.train_size else self.preprocess.output_size
-        photos = PhotoDataset(self.training, augmentation(self.preprocess, size))
-        if self.share.size > 1:
-            torch.manual_seed(torch.initial_seed() + 7919 * self.share.rank)  # crops of their own
-            yield from DataLoader(photos, batch_sampler=rows.tolist(), num_workers=recipe.workers)
-        else:
-            yield from DataLoader(photos, recipe.batch_size, shuffle=True, drop_last=True, num_workers=recipe.workers)
+    The interpolation of WiSE-FT (Wortsman et al., 2022), the share chosen by the mAP of `validation`.
+    """
+    ends = fitter.start, {name: value.clone() for name, value in fitter.averaged.state_dict().items()}
+    found: dict[float, float] = {}
 
-    def _set_learning_rate(self, step: int) -> None:
-        total = self.recipe.epochs * self.steps
-        warmup = max(1, min(total // 20, 200))
-        cosine = (1 + math.cos(math.pi * step / total)) / 2
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.recipe.learning_rate * group["factor"] * min(1.0, (step + 1) / warmup) * cosine
+    def mix(share: float) -> None:
+        for name, value in fitter.averaged.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(torch.lerp(ends[0][name], ends[1][name], share))
 
-    @torch.no_grad()
-    def _average(self, step: int) -> None:
-        decay = min(self.recipe.average, (step + 1) / (step + 10))
-        current = self.network.state_dict()
-        for name, kept in self.averaged.state_dict().items():
-            if kept.is_floating_point():
-                kept.lerp_(current[name], 1 - decay)
-            else:
-                kept.copy_(current[name])
+    for share in _SHARES:
+        mix(share)
+        logits = _predict(fitter, validation, amp=fitter.recipe.amp)
+        precision = float(average_precision(logits.T, torch.from_numpy(validation.truth).T).nanmean())
+        found[share] = -1.0 if math.isnan(precision) else precision
+    best = max(found, key=lambda share: (found[share], share))
+    mix(best)
+    return {"share": best} | {f"validation map at {share}": round(value, 4) for share, value in found.items()}
 
 
 def _calibrate_and_measure(
-    fitter: _Fitter, validation: Dataset, tests: dict[str, Dataset], provenance: dict[str, Any]
+    fitter: Fitter, validation: Dataset, tests: dict[str, Dataset], provenance: dict[str, Any]
 ) -> Metadata:
     """Fit the bias of the averaged network's head on `validation`; return what its checkpoint says of it."""
     recipe, labels = fitter.recipe, fitter.training.labels
@@ -368,36 +277,23 @@ def _calibrate_and_measure(
         labels,
         (0.5,) * len(labels),
         fitter.preprocess.to_dict(),
-        {**provenance, "recipe": asdict(recipe)},
+        {**provenance, "recipe": {**asdict(recipe), "freeze": list(recipe.freeze)}},
         metrics,
     )
 
 
-def _validate(fitter: _Fitter, epoch: int, validation: Dataset) -> Progress:
+def _validate(fitter: Fitter, epoch: int, validation: Dataset) -> Progress:
     truth, boundary = torch.from_numpy(validation.truth), torch.zeros(len(validation.labels))
-    metrics = classifier_metrics(_predict(fitter, validation), truth, boundary, validation.labels)
+    metrics = classifier_metrics(
+        _predict(fitter, validation, amp=fitter.recipe.amp), truth, boundary, validation.labels
+    )
     return Progress(epoch + 1, fitter.recipe.epochs, fitter.steps, fitter.steps, math.nan, metrics)
 
 
-def _predict(fitter: _Fitter, dataset: Dataset) -> Tensor:
+def _predict(fitter: Fitter, dataset: Dataset, *, amp: bool = False) -> Tensor:
     """Return the averaged network's logits, (N, L)."""
-    return predict_dataset(
-        fitter.averaged, dataset, fitter.preprocess, device=fitter.device, workers=fitter.recipe.workers
-    )
-
-
-@torch.inference_mode()
-def _cache_features(fitter: _Fitter) -> Tensor:
-    """Return what the head gets for every training photo, (N, F), on the CPU."""
-    kept: list[Tensor] = []
-    handle = find_head(fitter.network)[1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].cpu()))
-    try:
-        predict_dataset(
-            fitter.network, fitter.training, fitter.preprocess, device=fitter.device, workers=fitter.recipe.workers
-        )
-    finally:
-        handle.remove()
-    return torch.cat(kept).clone()
+    workers, device = fitter.recipe.workers, fitter.device
+    return predict_dataset(fitter.averaged, dataset, fitter.preprocess, device=device, workers=workers, amp=amp)
 
 
 def _load_pretrained(network: nn.Module, architecture: str) -> frozenset[str]:

@@ -13,17 +13,12 @@ from mlperturb import training
 from mlperturb.checkpoints import build_network, load_checkpoint, read_metadata, read_tensors, save_checkpoint
 from mlperturb.classifier import Classifier
 from mlperturb.errors import CheckpointError, DatasetError, OutputError
+from mlperturb.fitter import Fitter, Progress, Recipe
+from mlperturb.loading import PhotoDataset, augmentation, predict_dataset
 from mlperturb.metrics import classifier_metrics
 from mlperturb.preprocess import Preprocess
-from mlperturb.training import (
-    PhotoDataset,
-    Recipe,
-    augmentation,
-    find_head,
-    initialise,
-    predict_dataset,
-    train,
-)
+from mlperturb.probe import find_head
+from mlperturb.training import initialise, train
 from mlperturb.voc import Dataset
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
@@ -168,7 +163,7 @@ class _Interrupted(Exception):
 def _interrupt(recipe: Recipe, data: Dataset, output: Path, **options) -> None:
     """Train, and stop in the middle of the second epoch."""
 
-    def stop(progress: training.Progress) -> None:
+    def stop(progress: Progress) -> None:
         if (progress.epoch, progress.step) == (2, 2):
             raise _Interrupted
 
@@ -206,7 +201,7 @@ def test_resuming_with_another_recipe_is_refused_and_names_what_differs(data, tm
     with pytest.raises(CheckpointError, match="another learning_rate, seed: expected the same"):
         _train(replace(RECIPE, learning_rate=1.0, seed=4), data, output, resume=True)
     more_workers = replace(RECIPE, workers=1)
-    fitter = training._Fitter(more_workers, build_network(ARCHITECTURE, 2), data, Preprocess((32, 32)), "cpu")
+    fitter = Fitter(more_workers, build_network(ARCHITECTURE, 2), data, Preprocess((32, 32)), "cpu")
     fitter.load(Path(f"{output}.resume.pt"))
     assert fitter.epoch == 1
 
