@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "Classifier": "classifier",
-    "METHODS": "attacks",
+    "METHODS": "attacks.methods",
     "MlperturbError": "errors",
-    "Outcome": "attacks.common",
+    "Outcome": "attacks.best",
     "Preprocess": "preprocess",
-    "Problem": "attacks.common",
+    "Problem": "attacks.problem",
     "Request": "labels",
     "Targets": "targets",
     "bundled_checkpoint": "checkpoints",

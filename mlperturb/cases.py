@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from mlperturb.attacks import METHODS, find_method
+from mlperturb.attacks.methods import METHODS, find_method
 from mlperturb.errors import UsageError
 from mlperturb.labels import Request, find_label, split_names
 from mlperturb.voc import Dataset

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlperturb.attacks import find_method
+from mlperturb.attacks.methods import find_method
 from mlperturb.errors import UsageError
 from mlperturb.labels import Request
 from mlperturb.purify import Purification

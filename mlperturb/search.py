@@ -9,16 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mlperturb.attacks import find_method
-from mlperturb.attacks.common import MAX_COMPARED, Outcome, Problem, nearest_label
-from mlperturb.attacks.ranking import RankingGoal
+from mlperturb.attacks.best import Outcome
+from mlperturb.attacks.goals import ClassificationGoal, Goal
+from mlperturb.attacks.methods import find_method
+from mlperturb.attacks.problem import Problem, observe
+from mlperturb.attacks.quantise import quantise
+from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
 from mlperturb.classifier import Classifier
 from mlperturb.images import Photo, Pixels
 from mlperturb.jobs import Settings
 from mlperturb.labels import Request
 from mlperturb.metrics import Distortion, distortion
 from mlperturb.preprocess import Size, pad_batch, to_tensor
-from mlperturb.quantise import quantise
 from mlperturb.regions import Region
 from mlperturb.survival import SurvivingModel, repeat_targets
 from mlperturb.targets import Targets, decide, make_targets
@@ -32,27 +34,30 @@ class Found:
 
     Attributes:
         pixels: the adversarial photo, (H, W, 3).
-        targets: A, B and y, one row.
+        goal: what was asked of the photo, without a margin, one row.
         before: logits of the photo, (L,).
         logits: of the float result, (L,).
         met: whether all constraints hold on the float result, compressed too.
         distortion: of the float result.
-        goal: of a ranking attack.
         forward: passes.
         backward: passes.
         seconds: the photo's share of its batch.
     """
 
     pixels: Pixels
-    targets: Targets
+    goal: Goal
     before: Tensor
     logits: Tensor
     met: bool
     distortion: Distortion
-    goal: RankingGoal | None
     forward: int
     backward: int
     seconds: float
+
+    @property
+    def targets(self) -> Targets:
+        """A, B and y, one row, without a margin."""
+        return self.goal.targets
 
 
 def search(
@@ -69,8 +74,7 @@ def search(
     started = time.perf_counter()
     images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
     model = classifier.bind(sizes)
-    with torch.no_grad():
-        before = model(images)
+    before, meter = observe(model, images)
     rows = before.isfinite().all(1).nonzero().flatten()
     found: list[Found | None] = [None] * len(photos)
     if not len(rows):
@@ -78,15 +82,16 @@ def search(
     usable = rows.tolist()
     asked, sizes = [requests[row] for row in usable], [sizes[row] for row in usable]
     truth = decide(before[rows], classifier.boundary)
-    problem = Problem.start(
+    problem = Problem(
         model.select(rows),
         images[rows],
-        make_targets(asked, truth, classifier.boundary, margin=settings.margin),
+        ClassificationGoal(make_targets(asked, truth, classifier.boundary, margin=settings.margin)),
         cap=None if settings.max_rmsd is None else _norm_cap(settings.max_rmsd, sizes, images.device),
         bound=None if settings.max_linf is None else settings.max_linf / 255,
         region=None if settings.region is None else _region_of(settings.region, sizes, images[rows]),
+        meter=meter,
+        rows=rows.cpu(),
     )
-    problem.meter.forward += 1  # `before`
     results = _search(problem, sizes, asked, before[rows], settings)
     share = (time.perf_counter() - started) / len(rows)
     for row, result in zip(usable, results, strict=True):
@@ -115,40 +120,36 @@ def _search(
     tuning = method.tuning(settings.budget, **settings.options)
     scales, iterations = LATTICE[settings.budget]
     seen, checked = settings.survive
-    after = 1 + len(checked)  # decisions on the PNG as read back, and compressed
     if settings.passes is not None:
-        reserved = min(scales + 2 * iterations + 1, settings.passes // 3)
-        if tuning.get("rounding") == "inside":
-            reserved = 0
-        problem.meter.limit = settings.passes - after - (1 + len(seen)) - reserved  # the float result's decision
+        left = settings.passes - 1 - len(checked)  # decisions on the PNG as read back, and compressed
+        reserved = 0 if method.writes_lattice(tuning) else min(scales + 2 * iterations + 1, settings.passes // 3)
+        problem = replace(problem, limit=left - (1 + len(seen)) - reserved)  # the float result's decision
     if any(request.any_label for request in requests):
-        problem = _resolve_any(problem, requests)
+        problem = problem.aim(_resolve_any(problem, requests))
     asked = problem
     if seen:
         model = SurvivingModel(problem.model, sizes, seen)
-        problem = replace(problem, model=model, targets=repeat_targets(problem.targets, model.passes))
+        problem = replace(problem, model=model, goal=ClassificationGoal(repeat_targets(asked.targets, model.passes)))
     outcome = method.load()(problem, **tuning)
     with torch.no_grad():
         logits = problem.logits(outcome.images)
     if settings.passes is not None:
-        problem.meter.limit = settings.passes - after
+        problem = replace(problem, limit=left)
     lattice = quantise(problem, outcome, scales=scales, iterations=iterations)
     met = replace(problem.targets, margin=0.0).holds(logits).all(1)
     pixels = (lattice.images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    targets = asked.targets.cpu()
+    targets = replace(asked.targets.cpu(), margin=0.0)
     logits, before = logits[:, : targets.truth.shape[1]].cpu(), before.cpu()
-    goal = outcome.goal if isinstance(outcome.goal, RankingGoal) else None
     return [
         Found(
             pixels[row, :height, :width],
-            targets.select(torch.tensor([row])),
+            outcome.goal.aimed_at(targets.select(torch.tensor([row]))),
             before[row],
             logits[row],
             bool(met[row]),
             _distortion(outcome, asked, row, (height, width)),
-            goal,
-            int(asked.meter.forward[row]),
-            int(asked.meter.backward[row]),
+            int(asked.meter.forward[asked.rows[row]]),
+            int(asked.meter.backward[asked.rows[row]]),
             0.0,
         )
         for row, (height, width) in enumerate(sizes)
@@ -162,16 +163,15 @@ def _distortion(outcome: Outcome, problem: Problem, row: int, size: Size) -> Dis
     return distortion(exact - clean)
 
 
-def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Problem:
-    """Turn `--flip any` into A = the label nearest to its threshold."""
+def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Goal:
+    """Return the goal in which `any` label to flip is the label nearest to its threshold."""
     targets = problem.targets
     fixed = torch.zeros_like(targets.flip)
     for row, request in enumerate(requests):
         fixed[row, [*request.keep, *request.add, *request.remove]] = True
         fixed[row] |= not request.any_label
     rest = torch.tensor([request.keep_rest for request in requests], device=fixed.device).unsqueeze(1)
-    spare = MAX_COMPARED if problem.meter.limit is None else problem.meter.limit // 3
+    spare = MAX_COMPARED if problem.limit is None else problem.limit // 3
     flip = targets.flip | nearest_label(problem, ~fixed, compared=min(spare, MAX_COMPARED))
     keep = torch.where(rest, ~flip, targets.keep)
-    resolved = Targets(flip, keep, targets.truth, targets.boundary, targets.margin)
-    return replace(problem, targets=resolved)
+    return ClassificationGoal(replace(targets, flip=flip, keep=keep))

@@ -19,8 +19,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn import functional
 
-from mlperturb.attacks.common import Model, narrow
 from mlperturb.preprocess import Size
+from mlperturb.protocol import Model, narrow
 from mlperturb.purify import Purification
 from mlperturb.targets import Targets
 

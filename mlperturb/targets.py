@@ -102,7 +102,7 @@ def make_targets(
     A label to add (remove) that a photo already has (lacks) becomes a keep constraint of that photo.
 
     Args:
-        request: what the user asks for; its `any_label` must have been resolved (see `attacks.common.nearest_label`).
+        request: what the user asks for; its `any_label` must have been resolved, see `attacks.untargeted`.
         truth: y, +1 / -1, (N, L).
         boundary: logit(t), (L,).
         margin: see `Targets`.

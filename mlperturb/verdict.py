@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlperturb.attacks.ranking import RankingGoal
 from mlperturb.classifier import Classifier
 from mlperturb.errors import ImageError, OutputError, StorageError
 from mlperturb.files import remove_file
 from mlperturb.images import Photo, Pixels, magnify, read_pixels, write_png
 from mlperturb.jobs import Job, Settings
-from mlperturb.metrics import distortion, kendall_tau
+from mlperturb.metrics import distortion
 from mlperturb.preprocess import to_tensor
 from mlperturb.purify import Purification
 from mlperturb.report import Record, Status
@@ -59,7 +57,7 @@ def judge(
     Raises:
         StorageError: if the files of a failure cannot be deleted.
     """
-    labels, bare = classifier.labels, replace(found.targets, margin=0.0)
+    labels, asked = classifier.labels, found.targets
     cost = {"forward": found.forward, "backward": found.backward, "seconds": round(found.seconds, 4)}
     probabilities: dict[str, dict[str, float] | None] = {
         "before": _probabilities(labels, found.before),
@@ -67,9 +65,9 @@ def judge(
         "after": None,
     }
     facts: dict[str, Any] = facts_of(job, photo) | {
-        "truth": {label: bool(sign > 0) for label, sign in zip(labels, bare.truth[0].tolist(), strict=True)},
-        "flip": _chosen(labels, bare.flip[0]),
-        "keep": _chosen(labels, bare.keep[0]),
+        "truth": {label: bool(sign > 0) for label, sign in zip(labels, asked.truth[0].tolist(), strict=True)},
+        "flip": _chosen(labels, asked.flip[0]),
+        "keep": _chosen(labels, asked.keep[0]),
         "distortion_float": found.distortion,
         "success_float": found.met,
         "probabilities": probabilities,
@@ -78,17 +76,17 @@ def judge(
         return Record(**facts, status="failed", cost=cost, error=describe(saved))
     written = saved is not photo.rgb
     after = _logits(classifier, saved) if written else found.before.unsqueeze(0)
-    held = bare.holds(after)
-    survival = {one.name: _survives(classifier, saved, one, bare) for one in settings.survive[1]}
+    held = asked.holds(after)
+    survival = {one.name: _survives(classifier, saved, one, asked) for one in settings.survive[1]}
     cost["forward"] += written + len(survival)
-    flipped = bool((held & bare.flip).any()) or not bool(bare.flip.any())
+    flipped = bool((held & asked.flip).any()) or not bool(asked.flip.any())
     everywhere = bool(held.all()) and not any(result["violated"] for result in survival.values())
     status: Status = "success" if everywhere else "partial" if flipped else "failed"
     facts |= {
         "status": status,
-        "constraints": _held(labels, held, bare),
+        "constraints": _held(labels, held, asked),
         "survival": survival or None,
-        "ranking": _ranking(found, after),
+        "ranking": found.goal.describe(after),
         "cost": cost,
     }
     if status == "failed" and not settings.keep_failed:
@@ -137,16 +135,6 @@ def _held(labels: Sequence[str], held: Tensor, targets: Targets) -> dict[str, An
 def _survives(classifier: Classifier, rgb: Pixels, purification: Purification, targets: Targets) -> dict[str, Any]:
     """Say which constraints hold on a photo, (H, W, 3), once it is compressed."""
     return _held(classifier.labels, targets.holds(_logits(classifier, purification.apply(rgb)[0])), targets)
-
-
-def _ranking(found: Found, after: Tensor) -> dict[str, Any] | None:
-    """Say how the PNG ranks, if ranking was the goal."""
-    if found.goal is None:
-        return None
-    bare = replace(found.targets, margin=0.0)
-    goal = RankingGoal(bare, found.goal.between, found.goal.separate)
-    tau = float(kendall_tau(after, bare.ranks)[0])
-    return {"satisfied": bool(goal.met(after)[0]), "kendall_tau": None if tau != tau else tau}
 
 
 def _chosen(labels: Sequence[str], mask: Tensor) -> list[str]:

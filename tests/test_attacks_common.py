@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers import ATTACKS, Counting, linear_problem, make_net, mask, ragged_targets
 from torch import Tensor
 
-from mlperturb.attacks import METHODS, find_method
-from mlperturb.attacks.common import Best, ClassificationGoal, Problem, nearest_label
-from mlperturb.attacks.ranking import RankingGoal
+from mlperturb.attacks.best import Best
+from mlperturb.attacks.ddn import ml_ddn
+from mlperturb.attacks.goals import ClassificationGoal, RankingGoal
+from mlperturb.attacks.methods import METHODS, find_method
+from mlperturb.attacks.problem import Problem
+from mlperturb.attacks.quantise import quantise
 from mlperturb.attacks.schedule import Schedule
+from mlperturb.attacks.untargeted import nearest_label
 from mlperturb.errors import UsageError
-from mlperturb.quantise import quantise
 from mlperturb.targets import Targets
 
 every_attack = pytest.mark.parametrize("name", list(ATTACKS))
@@ -32,10 +37,10 @@ def test_every_method_of_the_list_is_tested_here():
 @every_attack
 def test_a_batch_equals_its_images_one_at_a_time(name):
     images, targets = ragged_targets(NET)
-    whole = ATTACKS[name](Problem.start(NET, images, targets))
+    whole = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
     assert float((whole.images - images).abs().max()) > 0
     for number in range(len(images)):
-        alone = ATTACKS[name](Problem.start(NET, images[number : number + 1], row(targets, number)))
+        alone = ATTACKS[name](Problem(NET, images[number : number + 1], ClassificationGoal(row(targets, number))))
         assert bool(alone.met[0]) == bool(whole.met[number])
         assert float((alone.images[0] - whole.images[number]).abs().max()) < 1e-6
 
@@ -44,11 +49,11 @@ def test_a_batch_equals_its_images_one_at_a_time(name):
 def test_quantising_a_batch_equals_its_images_one_at_a_time(name):
     images, targets = ragged_targets(NET, margin=0.01)
     images = (images * 255).round() / 255
-    problem = Problem.start(NET, images, targets)
+    problem = Problem(NET, images, ClassificationGoal(targets))
     outcome = ATTACKS[name](problem)
     whole = quantise(problem, outcome, scales=4, iterations=6)
     for number in range(len(images)):
-        part = Problem.start(NET, images[number : number + 1], row(targets, number))
+        part = Problem(NET, images[number : number + 1], ClassificationGoal(row(targets, number)))
         goal = outcome.goal.select(torch.tensor([number]))
         alone = quantise(
             part, type(outcome)(outcome.images[[number]], outcome.met[[number]], goal), scales=4, iterations=6
@@ -61,8 +66,8 @@ def test_quantising_a_batch_equals_its_images_one_at_a_time(name):
 def test_the_order_of_a_batch_does_not_matter(name):
     images, targets = ragged_targets(NET)
     order = torch.tensor([4, 8, 0, 2, 6, 1, 3, 5, 7])
-    first = ATTACKS[name](Problem.start(NET, images, targets))
-    second = ATTACKS[name](Problem.start(NET, images[order], targets.select(order)))
+    first = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
+    second = ATTACKS[name](Problem(NET, images[order], ClassificationGoal(targets.select(order))))
     assert float((first.images[order] - second.images).abs().max()) < 1e-6
 
 
@@ -72,7 +77,7 @@ def test_the_same_seed_gives_the_same_result_twice(name):
     results = []
     for _ in range(2):
         torch.manual_seed(0)
-        results.append(ATTACKS[name](Problem.start(NET, images, targets)).images)
+        results.append(ATTACKS[name](Problem(NET, images, ClassificationGoal(targets))).images)
     assert torch.equal(*results)
 
 
@@ -84,7 +89,7 @@ def test_pixels_stay_in_range_and_the_clean_photos_stay_untouched(name):
     images, targets = ragged_targets(NET)
     images = (1.6 * images - 0.3).clamp(0, 1)  # more than a third is black or white
     copy = images.clone()
-    outcome = ATTACKS[name](Problem.start(NET, images, targets))
+    outcome = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
     assert torch.equal(images, copy)
     assert float(outcome.images.min()) >= 0 and float(outcome.images.max()) <= 1
     assert not outcome.images.requires_grad
@@ -95,14 +100,14 @@ def test_pixels_stay_in_range_and_the_clean_photos_stay_untouched(name):
 def test_a_photo_of_black_and_white_pixels_alone_can_be_attacked(name):
     images, targets = ragged_targets(NET)
     images = images.round()
-    outcome = ATTACKS[name](Problem.start(NET, images, targets))
+    outcome = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
     assert float((outcome.images - images).abs().max()) > 0
 
 
 @every_attack
 def test_met_is_what_the_goal_says_of_the_images_returned(name):
     images, targets = ragged_targets(NET)
-    outcome = ATTACKS[name](Problem.start(NET, images, targets))
+    outcome = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
     assert outcome.met.tolist() == outcome.goal.met(NET(outcome.images)).tolist()
     assert bool(outcome.met.any())
 
@@ -110,7 +115,7 @@ def test_met_is_what_the_goal_says_of_the_images_returned(name):
 @every_attack
 def test_no_result_scores_less_than_the_clean_photo(name):
     images, targets = ragged_targets(NET)
-    outcome = ATTACKS[name](Problem.start(NET, images, targets))
+    outcome = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
     assert bool((outcome.goal.score(NET(outcome.images)) >= outcome.goal.score(NET(images))).all())
 
 
@@ -129,7 +134,7 @@ def test_a_photo_that_meets_the_goal_already_comes_back_unchanged(name):
     signs = torch.ones_like(truth)
     signs[0, lowest], signs[0, highest] = 1.0, -1.0  # lowest is to go, highest to come
     targets = Targets(flip, mask(1, 3, []), signs, middle.expand(3))
-    problem = Problem.start(model, images, targets)
+    problem = Problem(model, images, ClassificationGoal(targets))
     outcome = ATTACKS[name](problem)
     assert bool(outcome.met.all())
     assert torch.equal(outcome.images, images)
@@ -160,7 +165,7 @@ def test_nan_logits_are_never_met_and_do_not_spoil_other_images(name, kind):
         def select(self, rows: Tensor) -> Broken:
             return Broken(self.rows[rows])
 
-    outcome = ATTACKS[name](Problem.start(Broken(torch.arange(9)), images, targets))
+    outcome = ATTACKS[name](Problem(Broken(torch.arange(9)), images, ClassificationGoal(targets)))
     assert bool(outcome.images.isfinite().all())
     assert float(outcome.images.min()) >= 0 and float(outcome.images.max()) <= 1
     if kind != "one image":
@@ -170,7 +175,7 @@ def test_nan_logits_are_never_met_and_do_not_spoil_other_images(name, kind):
     else:
         assert not bool(outcome.met[2])
         others = torch.arange(9) != 2
-        usual = ATTACKS[name](Problem.start(NET, images, targets))
+        usual = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
         assert torch.allclose(outcome.images[others], usual.images[others], atol=1e-6, rtol=0)
 
 
@@ -182,7 +187,7 @@ def test_the_jacobian_equals_finite_differences():
     generator = torch.Generator().manual_seed(0)
     present = torch.rand(9, 6, generator=generator) < 0.5
     present[0], present[1], present[2, 3:] = True, False, False
-    problem = Problem.start(NET, images, targets)
+    problem = Problem(NET, images, ClassificationGoal(targets))
     inputs = images.clone().requires_grad_()
     got = problem.jacobian(problem.logits(inputs), inputs, present)
     assert got.shape == (9, 6, 3, 10, 10)
@@ -198,7 +203,7 @@ def test_the_jacobian_equals_finite_differences():
 
 def test_the_jacobian_of_one_pixel_is_its_finite_difference():
     images, targets = ragged_targets(NET)
-    problem = Problem.start(NET, images, targets)
+    problem = Problem(NET, images, ClassificationGoal(targets))
     inputs = images.clone().requires_grad_()
     got = problem.jacobian(problem.logits(inputs), inputs, torch.ones(9, 6, dtype=torch.bool))
     for place in ((0, 0, 0), (1, 4, 5), (2, 9, 7)):
@@ -223,7 +228,7 @@ def check_meter(problem: Problem, counted: Counting) -> None:
 def test_the_meter_counts_what_the_model_counts(name):
     images, targets = ragged_targets(NET)
     model = Counting(NET, 9)
-    problem = Problem.start(model, images, targets)
+    problem = Problem(model, images, ClassificationGoal(targets))
     outcome = ATTACKS[name](problem)
     check_meter(problem, model)
     assert int(problem.meter.forward.min()) >= 1
@@ -234,7 +239,7 @@ def test_the_meter_counts_what_the_model_counts(name):
 def test_the_meter_counts_each_constraint_of_a_jacobian():
     images, targets = ragged_targets(NET)
     model = Counting(NET, 9)
-    problem = Problem.start(model, images, targets)
+    problem = Problem(model, images, ClassificationGoal(targets))
     find_method("ml-dp").load()(problem, iterations=1, stop_when_met=False)
     constrained = targets.constrained.sum(1)
     attacked = ~ClassificationGoal(targets).met(NET(images))
@@ -247,12 +252,11 @@ def test_the_meter_counts_each_constraint_of_a_jacobian():
 def test_no_image_spends_more_passes_than_its_limit(name, limit):
     images, targets = ragged_targets(NET)
     model = Counting(NET, 9)
-    problem = Problem.start(model, images, targets, limit=limit)
+    problem = Problem(model, images, ClassificationGoal(targets), limit=limit)
     outcome = ATTACKS[name](problem)
     check_meter(problem, model)
     assert int((problem.meter.forward + problem.meter.backward).max()) <= limit
-    problem.meter.limit = limit + 7
-    quantise(problem, outcome, scales=3, iterations=40)
+    quantise(replace(problem, limit=limit + 7), outcome, scales=3, iterations=40)
     check_meter(problem, model)
     spent = problem.meter.forward + problem.meter.backward
     assert int(spent.max()) <= limit + 7
@@ -264,7 +268,7 @@ def test_no_iterate_or_lattice_point_lies_beyond_the_cap(name, cap):
     images, targets = ragged_targets(NET)
     caps = torch.full((len(images),), cap, dtype=images.dtype)
     caps[::2] *= 2  # an image's own
-    problem = Problem.start(NET, images, targets, cap=caps)
+    problem = Problem(NET, images, ClassificationGoal(targets), cap=caps)
     outcome = ATTACKS[name](problem)
     moved = (outcome.images - images).flatten(1).norm(dim=1)
     assert bool((moved <= caps).all()) and (name == "ml-dp pinv" or float(moved.max()) > 0)
@@ -275,8 +279,10 @@ def test_no_iterate_or_lattice_point_lies_beyond_the_cap(name, cap):
 @pytest.mark.parametrize("name", ["ml-cw", "ml-dp nnls", "fg"])
 def test_a_generous_cap_changes_nothing(name):
     images, targets = ragged_targets(NET)
-    free = ATTACKS[name](Problem.start(NET, images, targets))
-    capped = ATTACKS[name](Problem.start(NET, images, targets, cap=torch.full((9,), 1e3, dtype=images.dtype)))
+    free = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
+    capped = ATTACKS[name](
+        Problem(NET, images, ClassificationGoal(targets), cap=torch.full((9,), 1e3, dtype=images.dtype))
+    )
     torch.testing.assert_close(capped.images, free.images, atol=1e-6, rtol=0)
     assert torch.equal(capped.met, free.met)
 
@@ -286,7 +292,7 @@ def test_a_generous_cap_changes_nothing(name):
 def test_no_pixel_of_a_float_result_or_a_lattice_point_moves_beyond_the_bound(name, levels):
     images, targets = ragged_targets(NET)
     images = (images * 255).round() / 255
-    problem = Problem.start(NET, images, targets, bound=levels / 255)
+    problem = Problem(NET, images, ClassificationGoal(targets), bound=levels / 255)
     outcome = ATTACKS[name](problem)
     assert float((outcome.images - images).abs().max()) <= levels / 255 * (1 + 1e-9)
     lattice = quantise(problem, outcome, scales=6, iterations=20)
@@ -297,28 +303,28 @@ def test_no_pixel_of_a_float_result_or_a_lattice_point_moves_beyond_the_bound(na
 @pytest.mark.parametrize("name", ["ml-cw", "ml-dp nnls", "fg", "ml-ddn"])
 def test_a_generous_bound_changes_nothing(name):
     images, targets = ragged_targets(NET)
-    free = ATTACKS[name](Problem.start(NET, images, targets))
-    bounded = ATTACKS[name](Problem.start(NET, images, targets, bound=1.0))
+    free = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
+    bounded = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets), bound=1.0))
     torch.testing.assert_close(bounded.images, free.images, atol=1e-9, rtol=0)
     assert torch.equal(bounded.met, free.met)
 
 
 def test_a_problem_runs_short_once_any_of_its_images_has_spent_the_limit():
     images, targets = ragged_targets(NET)
-    problem = Problem.start(NET, images, targets, limit=5)
+    problem = Problem(NET, images, ClassificationGoal(targets), limit=5)
     assert not problem.runs_short(5) and problem.runs_short(6)
     problem.meter.forward[3] = 2
     assert problem.runs_short(4) and problem.affordable(4).tolist() == [row != 3 for row in range(len(images))]
-    others = torch.arange(len(images)) != 3
+    others = (torch.arange(len(images)) != 3).nonzero().flatten()
     assert not problem.select(others).runs_short(5)
-    assert not Problem.start(NET, images, targets).runs_short(10**9)
+    assert not Problem(NET, images, ClassificationGoal(targets)).runs_short(10**9)
 
 
 @pytest.mark.parametrize("name", ["ml-cw", "rank-1", "ml-dp nnls"])
 def test_a_generous_limit_changes_nothing(name):
     images, targets = ragged_targets(NET)
-    free = ATTACKS[name](Problem.start(NET, images, targets))
-    capped = ATTACKS[name](Problem.start(NET, images, targets, limit=10_000))
+    free = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
+    capped = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets), limit=10_000))
     assert torch.equal(free.images, capped.images)
 
 
@@ -330,7 +336,7 @@ def test_images_that_are_finished_leave_the_batch(name):
     flip, keep = done.flip.clone(), done.keep.clone()
     flip[few], keep[few] = targets.flip[few], targets.keep[few]
     model = Counting(NET, 9)
-    ATTACKS[name](Problem.start(model, images, Targets(flip, keep, targets.truth, targets.boundary)))
+    ATTACKS[name](Problem(model, images, ClassificationGoal(Targets(flip, keep, targets.truth, targets.boundary))))
     assert model.tally.batches[0] == 9
     assert len(model.tally.batches) > 1 and max(model.tally.batches[1:]) <= 2
 
@@ -338,7 +344,7 @@ def test_images_that_are_finished_leave_the_batch(name):
 def test_ml_dp_narrows_the_batch_as_images_finish():
     images, targets = ragged_targets(NET)
     model = Counting(NET, 9)
-    find_method("ml-dp").load()(Problem.start(model, images, targets))
+    find_method("ml-dp").load()(Problem(model, images, ClassificationGoal(targets)))
     assert model.tally.batches == sorted(model.tally.batches, reverse=True)
     assert model.tally.batches[-1] < 9
 
@@ -347,7 +353,7 @@ def test_an_image_whose_descent_stalls_leaves_the_batch():
     images, targets = ragged_targets(NET)
     model = Counting(NET, 9)
     stalling = Schedule(1.0, 1, 200, 1e-2, patience=0.05)
-    find_method("ml-cw").load()(Problem.start(model, images, targets), schedule=stalling)
+    find_method("ml-cw").load()(Problem(model, images, ClassificationGoal(targets)), schedule=stalling)
     assert min(model.tally.batches) < 9
     assert model.tally.forward.unique().numel() > 1
     assert int(model.tally.forward.max()) <= 201
@@ -358,11 +364,14 @@ def test_an_image_whose_descent_stalls_leaves_the_batch():
 
 def test_best_keeps_the_highest_score_then_the_least_norm():
     images, targets = ragged_targets(NET)
-    problem = Problem.start(NET, images, targets)
-    best = Best(images)
+    problem = Problem(NET, images, ClassificationGoal(targets))
+    best = Best(problem)
 
     class Scores:
         """A goal whose score and success are written in the first two logits."""
+
+        def __init__(self, targets):
+            self.targets = targets
 
         def met(self, logits):
             return logits[:, 1] > 0
@@ -375,7 +384,7 @@ def test_best_keeps_the_highest_score_then_the_least_norm():
     for _ in range(40):
         scores, met = torch.tensor(rng.integers(0, 3, 9)).double(), torch.tensor(rng.integers(0, 2, 9)).double()
         moved = (images + 0.01 * torch.randn(images.shape, dtype=images.dtype) * rng.random()).clamp(0, 1)
-        now = best.update(problem, Scores(), moved, torch.stack([scores, met], 1))
+        now = best.update(problem.aim(Scores(targets)), moved, torch.stack([scores, met], 1))
         assert now.tolist() == (met > 0).tolist()
         tried.append((scores, met, moved, (moved - images).flatten(1).norm(dim=1)))
     for number in range(9):
@@ -388,26 +397,27 @@ def test_best_keeps_the_highest_score_then_the_least_norm():
 
 def test_best_of_part_of_a_batch_leaves_the_other_images_alone():
     images, targets = ragged_targets(NET)
-    problem, best = Problem.start(NET, images, targets), Best(images)
+    problem = Problem(NET, images, ClassificationGoal(targets))
+    best = Best(problem)
     keep = torch.tensor([False, True, False, False, True, False, False, False, False])
-    part, goal = problem.select(keep), ClassificationGoal(targets).select(keep.nonzero().flatten())
+    part = problem.select(keep.nonzero().flatten())
     moved = part.images * 0.9
-    best.update(part, goal, moved, NET(moved))
+    best.update(part, moved, NET(moved))
     assert torch.equal(best.images[keep], moved)
     assert torch.equal(best.images[~keep], images[~keep])
     assert best.norm.isinf().tolist() == (~keep).tolist()
-    nested = part.select(torch.tensor([False, True]))
+    nested = part.select(torch.tensor([1]))
     assert nested.rows.tolist() == [4]
     assert torch.equal(nested.images[0], images[4])
 
 
 def test_nan_scores_never_displace_a_finite_one():
     images, targets = ragged_targets(NET)
-    problem, best = Problem.start(NET, images, targets), Best(images)
-    goal = ClassificationGoal(targets)
-    best.update(problem, goal, images, NET(images))
+    problem = Problem(NET, images, ClassificationGoal(targets))
+    best = Best(problem)
+    best.update(problem, images, NET(images))
     moved = images * 0.9
-    met = best.update(problem, goal, moved, torch.full((9, 6), torch.nan, dtype=torch.double))
+    met = best.update(problem, moved, torch.full((9, 6), torch.nan, dtype=torch.double))
     assert not bool(met.any())
     assert torch.equal(best.images, images)
 
@@ -421,7 +431,7 @@ def test_the_nearest_label_is_the_one_whose_boundary_is_nearest():
     targets = Targets(mask(8, 6, []), mask(8, 6, []), truth, boundary)
     distance = (model(images) - boundary).abs() / model.weight.norm(dim=1)
     for candidates in ([0, 1, 2, 3, 4, 5], [1, 4, 5], [2]):
-        problem = Problem.start(model, images, targets)
+        problem = Problem(model, images, ClassificationGoal(targets))
         nearest = nearest_label(problem, mask(8, 6, candidates))
         assert nearest.sum(1).tolist() == [1] * 8
         wanted = [min(candidates, key=lambda label, row=row: float(row[label])) for row in distance]
@@ -429,7 +439,7 @@ def test_the_nearest_label_is_the_one_whose_boundary_is_nearest():
         assert problem.meter.backward.tolist() == [len(candidates)] * 8
     few = mask(8, 6, [0, 1])
     few[3] = False
-    assert nearest_label(Problem.start(model, images, targets), few)[3].any().item() is False
+    assert nearest_label(Problem(model, images, ClassificationGoal(targets)), few)[3].any().item() is False
 
 
 def test_a_classification_goal_scores_the_constraints_that_hold():
@@ -445,11 +455,22 @@ def test_a_classification_goal_scores_the_constraints_that_hold():
         assert bool(goal.met(logits)[number]) == all(held)
 
 
+def test_the_best_of_part_of_a_batch_can_be_searched_alone():
+    images, targets = ragged_targets(NET)
+    problem = Problem(NET, images, ClassificationGoal(targets))
+    rows = torch.tensor([4, 7])
+    outcome = ml_ddn(problem.select(rows), iterations=12)
+    whole = ml_ddn(Problem(NET, images[rows], ClassificationGoal(targets.select(rows))), iterations=12)
+    assert torch.equal(outcome.images, whole.images)
+    spent = problem.meter.spent.tolist()
+    assert all((count > 0) == (row in (4, 7)) for row, count in enumerate(spent))
+
+
 @pytest.mark.parametrize("shape", [(3, 10, 10), (8, 3, 10, 10)])
 def test_images_that_do_not_fit_the_targets_are_refused(shape):
     _, targets = ragged_targets(NET)
     with pytest.raises(UsageError, match=r"expected images \(N, 3, H, W\) with 9 targets, got"):
-        Problem.start(NET, torch.zeros(shape), targets)
+        Problem(NET, torch.zeros(shape), ClassificationGoal(targets))
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -458,7 +479,7 @@ def test_every_budget_is_a_tuning_that_the_method_takes(name, budget):
     images, targets = ragged_targets(NET)
     tuning = find_method(name).tuning(budget)
     done = Targets(targets.flip & False, targets.keep & False, targets.truth, targets.boundary)
-    outcome = find_method(name).load()(Problem.start(NET, images, done), **tuning)
+    outcome = find_method(name).load()(Problem(NET, images, ClassificationGoal(done)), **tuning)
     assert isinstance(outcome.goal, RankingGoal if name.startswith("rank") else ClassificationGoal)
     assert bool(outcome.met.all()) and torch.equal(outcome.images, images)
 

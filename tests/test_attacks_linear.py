@@ -10,10 +10,11 @@ from scipy.optimize import minimize, nnls
 from torch import Tensor
 
 from mlperturb.attacks.carlini_wagner import ml_cw
-from mlperturb.attacks.common import Problem
 from mlperturb.attacks.ddn import count_first, ml_ddn
 from mlperturb.attacks.deepfool import ml_dp, solve_dual, solve_step
 from mlperturb.attacks.fast_gradient import MAX_EPSILON, fg, fgs
+from mlperturb.attacks.goals import ClassificationGoal
+from mlperturb.attacks.problem import Problem
 from mlperturb.attacks.ranking import rank_1, rank_2
 from mlperturb.attacks.schedule import Schedule
 from mlperturb.targets import Targets, decide
@@ -28,7 +29,7 @@ def make(count: int, labels: int, flip: list[int], keep: list[int], *, seed: int
     model, images, truth = linear_problem(count, labels, size=size, seed=seed, scale=scale)
     zeros = torch.zeros(labels, dtype=images.dtype)
     targets = Targets(mask(count, labels, flip), mask(count, labels, keep), truth, zeros)
-    return model, Problem.start(model, images, targets), targets
+    return model, Problem(model, images, ClassificationGoal(targets)), targets
 
 
 def moved(problem: Problem, images: Tensor) -> np.ndarray:
@@ -134,7 +135,7 @@ def test_one_step_stays_at_the_clean_photo_where_no_epsilon_helps(attack):
     model, problem, targets = make(3, 3, [1], [])
     far = Linear(model.weight, torch.full((3,), 1e3, dtype=torch.double))
     present = Targets(targets.flip, targets.keep, torch.ones_like(targets.truth), targets.boundary)
-    outcome = attack(Problem.start(far, problem.images, present))
+    outcome = attack(Problem(far, problem.images, ClassificationGoal(present)))
     assert torch.equal(outcome.images, problem.images)
     assert not bool(outcome.met.any())
 
@@ -168,7 +169,7 @@ def test_ml_dp_reaches_the_nearest_point_of_the_polyhedron(count, size, flip, ke
 def test_ml_dp_meets_the_goal_with_a_margin_at_the_margins_distance():
     model, problem, targets = make(8, 4, [1], [2], seed=2)
     wider = Targets(targets.flip, targets.keep, targets.truth, targets.boundary, margin=0.05)
-    outcome = ml_dp(Problem.start(model, problem.images, wider), overshoot=TINY)
+    outcome = ml_dp(Problem(model, problem.images, ClassificationGoal(wider)), overshoot=TINY)
     logits = model(outcome.images)
     assert bool(targets.holds(logits).all())
     gap = (logits[:, 1] * wider.desired[:, 1]).numpy()
@@ -181,7 +182,9 @@ def test_ml_dp_overshoots_the_violated_constraints_by_the_share_asked_for():
     outcome = ml_dp(problem, overshoot=0.1)
     assert bool(outcome.met.all())
     assert moved(problem, outcome.images) == pytest.approx(1.1 * wanted, rel=1e-6)
-    assert bool(ml_dp(Problem.start(model, problem.images, targets)).met.all()), "with the default overshoot"
+    assert bool(ml_dp(Problem(model, problem.images, ClassificationGoal(targets))).met.all()), (
+        "with the default overshoot"
+    )
 
 
 @COUNTS
@@ -193,7 +196,12 @@ def test_the_papers_solver_takes_the_step_of_the_pseudo_inverse(count):
         seen.append(images.detach().clone())
         return model(images)
 
-    ml_dp(Problem.start(recording, problem.images, problem.targets), solver="pinv", overshoot=0.0, iterations=1)
+    ml_dp(
+        Problem(recording, problem.images, ClassificationGoal(problem.targets)),
+        solver="pinv",
+        overshoot=0.0,
+        iterations=1,
+    )
     assert torch.equal(seen[0], problem.images)
     for row in range(count):
         rows, q = constraints(model, problem, row)
@@ -350,7 +358,7 @@ def test_ml_ddn_holds_all_that_can_hold_where_one_label_is_out_of_reach():
     boundary = targets.boundary.clone()
     boundary[2] = 1e6  # absent, and never to be present
     targets = Targets(targets.flip, targets.keep, decide(logits, boundary), boundary)
-    outcome = ml_ddn(Problem.start(model, problem.images, targets), rounding="after", iterations=60)
+    outcome = ml_ddn(Problem(model, problem.images, ClassificationGoal(targets)), rounding="after", iterations=60)
     assert not bool(outcome.met.any())
     assert targets.holds(model(outcome.images)).sum(1).tolist() == [4] * 4
 
@@ -360,7 +368,7 @@ def test_under_a_bound_on_each_pixel_the_distance_is_that_of_the_quadratic_progr
     model, problem, targets = make(3, 5, [0, 3], [1, 2, 4], seed=4)
     free = ml_ddn(problem, rounding="after", iterations=150)
     bound = 0.6 * float((free.images - problem.images).abs().max())
-    bounded = Problem.start(model, problem.images, targets, bound=bound)
+    bounded = Problem(model, problem.images, ClassificationGoal(targets), bound=bound)
     if name == "ml-ddn":
         outcome = ml_ddn(bounded, rounding="after", iterations=300)
     else:
@@ -383,7 +391,7 @@ def test_ml_ddn_holds_all_but_one_of_labels_that_exclude_each_other(seed):
     bias = -0.02 * torch.arange(1, 9, dtype=torch.double) - weight @ images[0].flatten()
     model, truth = Linear(weight, bias), -torch.ones(3, 8, dtype=torch.double)
     targets = Targets(mask(3, 8, list(range(8))), mask(3, 8, []), truth, torch.zeros(8, dtype=torch.double))
-    outcome = ml_ddn(Problem.start(model, images, targets), rounding="after", iterations=150)
+    outcome = ml_ddn(Problem(model, images, ClassificationGoal(targets)), rounding="after", iterations=150)
     assert targets.holds(model(outcome.images)).sum(1).tolist() == [7] * 3
 
 
@@ -410,7 +418,7 @@ def test_rank_1_equalises_two_logits_at_their_distance(count):
     model = Linear(model.weight, model.bias - model(problem.images).mean(0) + ahead)
     truth = torch.ones_like(problem.targets.truth)  # A_1 = {0} below B_1 = {1}
     targets = Targets(problem.targets.flip, problem.targets.keep, truth, problem.targets.boundary)
-    outcome = rank_1(Problem.start(model, problem.images, targets), between="none", schedule=LONG)
+    outcome = rank_1(Problem(model, problem.images, ClassificationGoal(targets)), between="none", schedule=LONG)
     logits = model(problem.images)
     wanted = ((logits[:, 0] - logits[:, 1]).clamp(min=0) / (model.weight[0] - model.weight[1]).norm()).numpy()
     assert wanted.min() > 0.03
@@ -424,7 +432,7 @@ def test_rank_1_ranks_the_sets_around_the_rest_at_the_least_distance():
     model, problem, _ = make(3, 5, [0], [1], seed=2)
     truth = torch.ones_like(problem.targets.truth)
     targets = Targets(problem.targets.flip, problem.targets.keep, truth, problem.targets.boundary)
-    outcome = rank_1(Problem.start(model, problem.images, targets), schedule=LONG)
+    outcome = rank_1(Problem(model, problem.images, ClassificationGoal(targets)), schedule=LONG)
     assert bool(outcome.met.all())
     pairs = [(0, label) for label in (2, 3, 4)] + [(label, 1) for label in (2, 3, 4)]
     for row, distance in enumerate(moved(problem, outcome.images)):
@@ -436,7 +444,7 @@ def test_rank_2_also_ranks_the_flipped_labels_outermost_at_the_least_distance():
     model, problem, _ = make(3, 4, [0, 3], [1, 2], seed=3)
     truth = torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.double).expand(3, 4)  # A_1, B_-1, B_1, A_-1
     targets = Targets(problem.targets.flip, problem.targets.keep, truth, problem.targets.boundary)
-    outcome = rank_2(Problem.start(model, problem.images, targets), between="none", schedule=LONG)
+    outcome = rank_2(Problem(model, problem.images, ClassificationGoal(targets)), between="none", schedule=LONG)
     assert bool(outcome.met.all())
     order = model(outcome.images)
     assert bool((order[:, :-1] <= order[:, 1:]).all())

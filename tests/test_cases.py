@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlperturb.attacks import METHODS
+from mlperturb.attacks.methods import METHODS
 from mlperturb.cases import Case, Protocol, align, choose, parse_cases, parse_variants
 from mlperturb.errors import LabelError, UsageError
 from mlperturb.voc import Dataset

@@ -16,7 +16,7 @@ from helpers import TINY_LABELS as LABELS
 from helpers import TINY_PIXELS as PIXELS
 from PIL import Image
 
-from mlperturb.attacks import METHODS
+from mlperturb.attacks.methods import METHODS
 from mlperturb.checkpoints import Metadata, bundled_checkpoint, read_metadata, save_checkpoint
 from mlperturb.images import read_photo
 from mlperturb.report import read_schema

@@ -15,7 +15,7 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from mlperturb import evaluation
-from mlperturb.attacks import METHODS
+from mlperturb.attacks.methods import METHODS
 from mlperturb.cases import Protocol, parse_cases, parse_variants
 from mlperturb.checkpoints import load_checkpoint
 from mlperturb.errors import StorageError, UsageError

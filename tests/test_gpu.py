@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import ATTACKS, make_net, ragged_targets
 
-from mlperturb.attacks.common import Problem
+from mlperturb.attacks.goals import ClassificationGoal
+from mlperturb.attacks.problem import Problem
 from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.devices import free_memory, prepare
 
@@ -20,9 +21,9 @@ pytestmark = [
 def test_an_attack_on_cuda_meets_what_it_meets_on_the_cpu(name):
     net = make_net()
     images, targets = ragged_targets(net)
-    here = ATTACKS[name](Problem.start(net, images, targets))
+    here = ATTACKS[name](Problem(net, images, ClassificationGoal(targets)))
     moved = type(targets)(*(t.cuda() for t in (targets.flip, targets.keep, targets.truth, targets.boundary)))
-    there = ATTACKS[name](Problem.start(net.cuda(), images.cuda(), moved))
+    there = ATTACKS[name](Problem(net.cuda(), images.cuda(), ClassificationGoal(moved)))
     assert there.images.is_cuda
     assert there.met.cpu().tolist() == here.met.tolist()
 

@@ -6,10 +6,13 @@ import torch
 from helpers import ATTACKS, Linear, linear_problem, make_net, mask, ragged_targets
 from torch import Tensor
 
-from mlperturb.attacks.common import ClassificationGoal, Outcome, Problem, to_lattice
+from mlperturb.attacks.best import Outcome
 from mlperturb.attacks.ddn import lattice_scale, ml_ddn
 from mlperturb.attacks.deepfool import ml_dp
-from mlperturb.quantise import quantise
+from mlperturb.attacks.goals import ClassificationGoal
+from mlperturb.attacks.lattice import to_lattice
+from mlperturb.attacks.problem import Problem
+from mlperturb.attacks.quantise import quantise
 from mlperturb.targets import Targets, decide
 
 NET = make_net()
@@ -48,7 +51,7 @@ def test_to_lattice_rounds_to_the_nearest_multiple_of_1_255():
 )
 def test_a_goal_that_plain_rounding_loses_is_met_on_the_lattice(flip, keep, seed, gap):
     model, images, targets = linear_case(1, 6, flip, keep, gap=gap / len(flip) ** 0.5, seed=seed)
-    problem = Problem.start(model, images, targets)
+    problem = Problem(model, images, ClassificationGoal(targets))
     outcome = ml_dp(problem)
     assert bool(outcome.met.all())
     assert float((outcome.images - images).abs().max()) < 0.5 / 255
@@ -79,7 +82,7 @@ def least_steps(model, images, targets) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_for_one_label_the_distortion_comes_near_the_least_on_the_lattice(gap, seed):
     model, images, targets = linear_case(1, 2, [0], [], gap=gap, seed=seed)
-    problem = Problem.start(model, images, targets)
+    problem = Problem(model, images, ClassificationGoal(targets))
     lattice = quantise(problem, ml_dp(problem))
     assert bool(lattice.met.all())
     got = float((lattice.images - images).mul(255).square().sum())
@@ -94,14 +97,14 @@ def test_for_one_label_the_distortion_comes_near_the_least_on_the_lattice(gap, s
 @pytest.mark.parametrize("seed", range(3))
 def test_ml_ddn_on_the_lattice_comes_near_the_least_for_one_label(gap, seed):
     model, images, targets = linear_case(1, 2, [0], [], gap=gap, seed=seed)
-    outcome = ml_ddn(Problem.start(model, images, targets), iterations=48)
+    outcome = ml_ddn(Problem(model, images, ClassificationGoal(targets)), iterations=48)
     assert outcome.on_lattice and bool(outcome.met.all()) and on_lattice(outcome.images)
     assert float((outcome.images - images).mul(255).square().sum()) <= 1.3 * least_steps(model, images, targets) + 1
 
 
 def test_a_result_on_the_lattice_is_taken_as_it_is_at_no_cost():
     model, images, targets = linear_case(2, 3, [0], [1])
-    problem = Problem.start(model, images, targets)
+    problem = Problem(model, images, ClassificationGoal(targets))
     outcome = ml_ddn(problem)
     spent = problem.meter.forward.clone()
     lattice = quantise(problem, outcome)
@@ -113,7 +116,7 @@ def test_a_result_on_the_lattice_is_taken_as_it_is_at_no_cost():
 def test_on_a_network_the_goal_stays_met_on_the_lattice(name):
     images, targets = ragged_targets(NET, margin=1e-3)
     images = to_lattice(images)
-    problem = Problem.start(NET, images, targets)
+    problem = Problem(NET, images, ClassificationGoal(targets))
     outcome = ATTACKS[name](problem)
     lattice = quantise(problem, outcome)
     assert on_lattice(lattice.images)
@@ -129,7 +132,7 @@ def test_on_a_network_on_which_plain_rounding_fails_the_goal_is_met_on_the_latti
     gaps = torch.tensor([0.01, -0.01, 0.012, -0.012, 0.015, -0.015], dtype=torch.double)
     boundary = logits[0] - gaps
     targets = Targets(mask(1, 6, [0]), mask(1, 6, [1, 2, 3, 4, 5]), decide(logits, boundary), boundary, MARGIN)
-    problem = Problem.start(NET, images, targets)
+    problem = Problem(NET, images, ClassificationGoal(targets))
     outcome = ml_dp(problem)
     assert bool(outcome.met.all())
     assert not bool(outcome.goal.met(NET(to_lattice(outcome.images))).any())
@@ -144,9 +147,9 @@ def test_a_result_that_falls_short_still_comes_back_with_its_best_score():
     impossible[1] = model(images)[0, 1] + 1e6  # label 1 is absent, and no photo of this size makes it present
     targets = Targets(targets.flip, targets.keep, decide(model(images), impossible), impossible, MARGIN)
     goal = ClassificationGoal(targets)
-    problem = Problem.start(model, images, targets)
+    problem = Problem(model, images, ClassificationGoal(targets))
     one = Targets(targets.flip & mask(1, 3, [0]), targets.keep, targets.truth, targets.boundary, MARGIN)
-    reached = ml_dp(Problem.start(model, images, one))
+    reached = ml_dp(Problem(model, images, ClassificationGoal(one)))
     assert bool(reached.met.all())
     lattice = quantise(problem, Outcome(reached.images, goal.met(model(reached.images)), goal))
     assert on_lattice(lattice.images)
@@ -158,7 +161,7 @@ def test_a_result_that_falls_short_still_comes_back_with_its_best_score():
 
 def test_a_result_equal_to_its_photo_stays_so_at_the_cost_of_a_pass():
     model, images, targets = linear_case(3, 3, [0], [1])
-    problem = Problem.start(model, images, targets)
+    problem = Problem(model, images, ClassificationGoal(targets))
     lattice = quantise(problem, Outcome(images.clone(), torch.zeros(3, dtype=torch.bool), ClassificationGoal(targets)))
     assert torch.equal(lattice.images, images)
     assert not bool(lattice.met.any())
@@ -168,7 +171,7 @@ def test_a_result_equal_to_its_photo_stays_so_at_the_cost_of_a_pass():
 
 def test_a_coarse_result_is_not_made_worse():
     model, images, targets = linear_case(2, 4, [0], [1, 2], gap=0.3)
-    problem = Problem.start(model, images, targets)
+    problem = Problem(model, images, ClassificationGoal(targets))
     outcome = ml_dp(problem)
     further = (images + 3 * (outcome.images - images)).clamp(0, 1)  # wide of the boundary
     goal = outcome.goal
@@ -184,7 +187,7 @@ def test_in_single_precision_the_saved_grey_levels_are_those_that_were_judged():
     model, images, targets = linear_case(1, 4, [0], [1, 2, 3])
     single = Targets(targets.flip, targets.keep, targets.truth.float(), targets.boundary.float(), 0.01)
     model = Linear(model.weight.float(), model.bias.float())
-    problem = Problem.start(model, images.float(), single)
+    problem = Problem(model, images.float(), ClassificationGoal(single))
     lattice = quantise(problem, ml_dp(problem))
     levels = (lattice.images * 255).round().to(torch.uint8)
     assert torch.equal(levels.float() / 255, lattice.images)
@@ -196,7 +199,7 @@ def test_black_and_white_photos_stay_in_range(size):
     images, targets = ragged_targets(NET)
     images = torch.full_like(images, size)
     targets = Targets(targets.flip, targets.keep, decide(NET(images), targets.boundary), targets.boundary, 1e-3)
-    problem = Problem.start(NET, images, targets)
+    problem = Problem(NET, images, ClassificationGoal(targets))
     lattice = quantise(problem, ml_dp(problem, iterations=5))
     assert on_lattice(lattice.images)
     assert float((lattice.images - images).abs().max()) > 0
@@ -204,7 +207,7 @@ def test_black_and_white_photos_stay_in_range(size):
 
 def test_no_iterations_leave_the_search_for_a_scale_alone():
     model, images, targets = linear_case(1, 3, [0], [], gap=0.3)
-    problem = Problem.start(model, images, targets)
+    problem = Problem(model, images, ClassificationGoal(targets))
     outcome = ml_dp(problem)
     before = problem.meter.backward.clone()
     lattice = quantise(problem, outcome, scales=6, iterations=0)
@@ -229,7 +232,7 @@ def test_a_first_step_is_as_long_as_rounding_needs():
 @pytest.mark.parametrize("seed", range(3))
 def test_ml_ddn_flips_one_label_in_30_passes_however_little_it_needs(gap, seed):
     model, images, targets = linear_case(1, 2, [0], [], gap=gap, seed=seed)
-    problem = Problem.start(model, images, targets, limit=30)
+    problem = Problem(model, images, ClassificationGoal(targets), limit=30)
     outcome = ml_ddn(problem, iterations=500)
     assert bool(outcome.met.all()) and int(problem.meter.forward + problem.meter.backward) <= 30
     assert float((outcome.images - images).mul(255).square().sum()) <= 1.5 * least_steps(model, images, targets) + 2

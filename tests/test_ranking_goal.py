@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
-from mlperturb.attacks.ranking import RankingGoal
+from mlperturb.attacks.goals import RankingGoal
 from mlperturb.targets import Targets
 
 BETWEEN = ("rest", "rest-positive", "rest-negative", "none", "threshold")

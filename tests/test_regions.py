@@ -8,9 +8,10 @@ import torch
 from helpers import ATTACKS, TINY_PIXELS, make_net, ragged_targets
 from PIL import Image
 
-from mlperturb.attacks.common import Problem
+from mlperturb.attacks.goals import ClassificationGoal
+from mlperturb.attacks.problem import Problem
+from mlperturb.attacks.quantise import quantise
 from mlperturb.errors import ImageError, UsageError
-from mlperturb.quantise import quantise
 from mlperturb.regions import parse_region
 
 NET = make_net()
@@ -22,7 +23,7 @@ def test_no_attack_changes_a_pixel_outside_the_region(name):
     images = (images * 255).round() / 255
     region = torch.zeros_like(images[:, :1])
     region[:, :, 2:8, 1:6] = 1
-    problem = Problem.start(NET, images, targets, region=region)
+    problem = Problem(NET, images, ClassificationGoal(targets), region=region)
     outcome = ATTACKS[name](problem)
     saved = quantise(problem, outcome, scales=4, iterations=6)
     outside = region.expand_as(images) == 0

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import mlperturb.verdict
-from mlperturb.attacks import METHODS
+from mlperturb.attacks.methods import METHODS
 from mlperturb.classifier import Classifier
 from mlperturb.errors import OutputError, StorageError, UsageError
 from mlperturb.images import magnify, read_photo

@@ -9,7 +9,8 @@ from helpers import TINY_PIXELS
 from PIL import Image
 
 from mlperturb import survival
-from mlperturb.attacks.common import Problem
+from mlperturb.attacks.goals import ClassificationGoal
+from mlperturb.attacks.problem import Problem
 from mlperturb.preprocess import pad_batch
 from mlperturb.purify import Purification
 from mlperturb.survival import SurvivingModel, compress, repeat_targets
@@ -78,7 +79,7 @@ def test_every_view_is_a_set_of_constraints_and_costs_its_passes():
     ones = torch.ones(3, 2)
     targets = repeat_targets(Targets(ones.bool(), ~ones.bool(), ones, torch.tensor([0.1, 0.2])), 3)
     assert targets.flip.shape == (3, 6) and targets.boundary.tolist() == pytest.approx([0.1, 0.2] * 3)
-    problem = Problem.start(both, images, targets, limit=10)
+    problem = Problem(both, images, ClassificationGoal(targets), limit=10)
     variable = images.clone().requires_grad_()
     problem.gradient(problem.logits(variable).sum(1), variable)
     assert problem.meter.forward.tolist() == problem.meter.backward.tolist() == [3, 3, 3]

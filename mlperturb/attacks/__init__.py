@@ -1,144 +1,69 @@
-"""The attacks, one family a file, and the dict of their names. Nothing here knows files or label names.
+"""The attacks: the second door of the library, for people who write attacks of their own.
 
-This module does not load torch; `Method.load` does.
+A `Problem` is a batch of images, a model and a `Goal`; an attack is a function of a problem that returns an `Outcome`.
+Nothing here knows files or label names. The names load on first use: the list of methods must be quick to read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from mlperturb.attacks.schedule import BALANCED, FAST, PAPER
-from mlperturb.errors import UsageError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlperturb.attacks.common import Outcome
+    from mlperturb.attacks.best import Best as Best
+    from mlperturb.attacks.best import Outcome as Outcome
+    from mlperturb.attacks.carlini_wagner import ml_cw as ml_cw
+    from mlperturb.attacks.ddn import ml_ddn as ml_ddn
+    from mlperturb.attacks.deepfool import ml_dp as ml_dp
+    from mlperturb.attacks.fast_gradient import fg as fg
+    from mlperturb.attacks.fast_gradient import fgs as fgs
+    from mlperturb.attacks.goals import ClassificationGoal as ClassificationGoal
+    from mlperturb.attacks.goals import Goal as Goal
+    from mlperturb.attacks.goals import RankingGoal as RankingGoal
+    from mlperturb.attacks.methods import METHODS as METHODS
+    from mlperturb.attacks.methods import Method as Method
+    from mlperturb.attacks.methods import find_method as find_method
+    from mlperturb.attacks.problem import Meter as Meter
+    from mlperturb.attacks.problem import Problem as Problem
+    from mlperturb.attacks.quantise import quantise as quantise
+    from mlperturb.attacks.ranking import rank_1 as rank_1
+    from mlperturb.attacks.ranking import rank_2 as rank_2
+    from mlperturb.attacks.untargeted import nearest_label as nearest_label
+    from mlperturb.targets import Targets as Targets
 
-BUDGETS = ("fast", "balanced", "paper")
-DEFAULT_METHOD = "ml-ddn"
-CHOICES: dict[str, tuple[str, ...]] = {  # the options that some methods have, and their values
-    "rounding": ("inside", "after"),
-    "between": ("rest", "rest-positive", "rest-negative", "none", "threshold"),
-    "solver": ("pinv", "nnls"),
-    "space": ("logit", "probability"),
+_PLACES = {
+    "Best": "attacks.best",
+    "ClassificationGoal": "attacks.goals",
+    "Goal": "attacks.goals",
+    "METHODS": "attacks.methods",
+    "Meter": "attacks.problem",
+    "Method": "attacks.methods",
+    "Outcome": "attacks.best",
+    "Problem": "attacks.problem",
+    "RankingGoal": "attacks.goals",
+    "Targets": "targets",
+    "fg": "attacks.fast_gradient",
+    "fgs": "attacks.fast_gradient",
+    "find_method": "attacks.methods",
+    "ml_cw": "attacks.carlini_wagner",
+    "ml_ddn": "attacks.ddn",
+    "ml_dp": "attacks.deepfool",
+    "nearest_label": "attacks.untargeted",
+    "quantise": "attacks.quantise",
+    "rank_1": "attacks.ranking",
+    "rank_2": "attacks.ranking",
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    """An attack by name.
+if not TYPE_CHECKING:  # a type checker is to refuse a name that is not in the list
 
-    Attributes:
-        place: its module and function.
-        summary: what it does, in a line.
-        equation: where the paper states it.
-        budgets: its tuning for each of `BUDGETS`.
-        options: which of `CHOICES` it has.
-    """
-
-    place: tuple[str, str]
-    summary: str
-    equation: str
-    budgets: Mapping[str, Mapping[str, Any]]
-    options: tuple[str, ...] = field(default=())
-
-    def load(self) -> Callable[..., Outcome]:
-        """Return the attack's function, of a `Problem` and its tuning."""
-        module, function = self.place
-        attack: Callable[..., Outcome] = getattr(import_module(f"mlperturb.attacks.{module}"), function)
-        return attack
-
-    def tuning(self, budget: str, **options: str | None) -> dict[str, Any]:
-        """Return the key-word arguments of a budget with the options given.
-
-        Raises:
-            UsageError: if the budget is unknown, or the method has no such option or value.
-        """
-        if budget not in self.budgets:
-            raise UsageError(f"unknown budget {budget!r}: expected {', '.join(self.budgets)}")
-        given = {name: value for name, value in options.items() if value is not None}
-        for name, value in given.items():
-            if name not in self.options:
-                having = [other for other, method in METHODS.items() if name in method.options]
-                raise UsageError(f"--{name} is an option of {', '.join(having)}, not of this method")
-            if value not in CHOICES[name]:
-                raise UsageError(f"unknown --{name} {value!r}: expected {', '.join(CHOICES[name])}")
-        return {**self.budgets[budget], **given}
+    def __getattr__(name: str) -> object:
+        """Load a public name."""
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"mlperturb.{_PLACES[name]}"), name)
 
 
-def _schedules() -> dict[str, dict[str, Any]]:
-    return {
-        "fast": {"schedule": FAST},
-        "balanced": {"schedule": BALANCED},
-        "paper": {"schedule": PAPER, "space": "probability"},
-    }
-
-
-_GRIDS = {
-    "fast": {"grid": 10, "refinements": 3},
-    "balanced": {"grid": 20, "refinements": 5},
-    "paper": {"grid": 100, "refinements": 0},
-}
-
-METHODS: dict[str, Method] = {
-    "ml-ddn": Method(
-        ("ddn", "ml_ddn"),
-        "least norm by direction and norm apart, a multiplier for each constraint",
-        "after Rony et al. 2019, 2021",
-        {name: {"iterations": count, "rounding": "inside"} for name, count in zip(BUDGETS, (13, 48, 500), strict=True)},
-        ("space", "rounding"),
-    ),
-    "fgs": Method(("fast_gradient", "fgs"), "one step along the sign of the gradient", "Section IV-C", _GRIDS),
-    "fg": Method(("fast_gradient", "fg"), "one step along the gradient", "Section IV-C", _GRIDS),
-    "ml-cw": Method(
-        ("carlini_wagner", "ml_cw"),
-        "least norm with a hinge on every constraint, weight searched per photo",
-        "Eq. 5",
-        _schedules(),
-        ("space",),
-    ),
-    "ml-dp": Method(
-        ("deepfool", "ml_dp"),
-        "linearise the constraints, step to where they hold, repeat",
-        "Eq. 6-7, Algorithm 1",
-        {
-            "fast": {"iterations": 5},
-            "balanced": {"iterations": 20},
-            "paper": {
-                "iterations": 20,
-                "solver": "pinv",
-                "space": "probability",
-                "overshoot": 0.0,
-                "stop_when_met": False,
-            },
-        },
-        ("solver", "space"),
-    ),
-    "rank-1": Method(
-        ("ranking", "rank_1"),
-        "rank what should be absent below the rest below what should be present",
-        "Eq. 9",
-        _schedules(),
-        ("between", "space"),
-    ),
-    "rank-2": Method(
-        ("ranking", "rank_2"),
-        "Rank I with the flipped labels ranked outermost",
-        "Eq. 9-11",
-        _schedules(),
-        ("between", "space"),
-    ),
-}
-
-
-def find_method(name: str) -> Method:
-    """Return the method called `name`.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    if name not in METHODS:
-        raise UsageError(f"unknown method {name!r}: expected {', '.join(METHODS)}")
-    return METHODS[name]
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return sorted(_PLACES)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from mlperturb.attacks.common import ClassificationGoal, Outcome, Problem
+from mlperturb.attacks.best import Outcome
+from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.penalty import minimise_penalty
+from mlperturb.attacks.problem import Problem
 from mlperturb.attacks.schedule import BALANCED, Schedule
 from mlperturb.targets import Space
 
@@ -20,4 +22,4 @@ def ml_cw(problem: Problem, *, space: Space = "logit", schedule: Schedule = BALA
         schedule: how long to search; `schedule.PAPER` (with space="probability") is the paper's. From its lambda of
             1e5, ten halvings never reach the small ones that give small perturbations.
     """
-    return minimise_penalty(problem, ClassificationGoal(problem.targets, space), schedule)
+    return minimise_penalty(problem.aim(ClassificationGoal(problem.targets, space)), schedule)

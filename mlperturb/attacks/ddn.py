@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mlperturb.attacks.common import Best, ClassificationGoal, Goal, Outcome, Problem, norms, spread, to_lattice
+from mlperturb.attacks.best import Best, Outcome
+from mlperturb.attacks.goals import ClassificationGoal
+from mlperturb.attacks.lattice import lattice_scale, to_lattice
+from mlperturb.attacks.problem import Problem, norms, spread
 from mlperturb.targets import Space
 
 Rounding = Literal["inside", "after"]
 
-_NEXT, _LAST = 2, 0.3  # constraints, beside those that hold, pushed where not all can hold; one in the last iterations
-_GROWTH = 5.0  # of the radius there: how often it may grow by its own length, on the way
-_ENOUGH = 40  # iterations that leave time to begin again
-_LEAST = 0.55 / 255  # the largest change of a pixel, at least, before rounding
+# The constants of the rules below. `python tests/benchmarks/constants.py` measures each at half and at twice its value.
 _OVERSHOOT = 1.3  # of the first step: logits curve away from their linearisation
-_WIDEST, _HALVINGS = 8.0, 8  # of the search for the length of the first step: up to 2^8 times, to 2^(1 / 32)
+_LEAST = 0.55 / 255  # the largest change of a pixel, at least, before rounding: what is below half a level vanishes
+_RISE, _FALL = 0.4, -0.1  # of log mu_j in an iteration, while constraint j is violated, and while it is slack
+_SMALLEST = 1e-3  # multiplier, the largest of an image being 1
+_RESTART_AFTER = 4  # an image that never met its goal in 1 / 4 of the iterations begins again
+_ENOUGH = 40  # iterations that leave time to begin again
+_NEAR = 0.1  # share of r that is left then
+_GROWTH = 5.0  # of the radius from there: how often it may grow by its own length, on the whole way
+_NEXT, _LAST = 2, 0.3  # violated constraints pushed there; a single one in the last 30 % of the iterations
+_TINY = 1e-30  # in place of a length of 0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How boldly `descend` moves; each share is that of the first iteration, and a schedule lets it decay to zero.
+
+    Attributes:
+        rate: the length of a step along -g, as a share of ||r||.
+        shrink: by which share ||r|| shrinks where all constraints hold.
+        grow: by which share it grows elsewhere.
+        need: and it grows by at least this share of the linearised distance to the violated constraints.
+        sharpness: of the softplus, which still pulls a little on constraints that hold but are near their edge.
+        restarts: let images that never meet the goal begin again, and count constraints first.
+    """
+
+    rate: float = 0.6
+    shrink: float = 0.2
+    grow: float = 0.1
+    need: float = 0.3
+    sharpness: float = 1.5
+    restarts: bool = True
+
+
+SEARCH = Pace()  # from the clean photo
+GENTLE = Pace(rate=0.3, shrink=0.05, grow=0.05, need=0.0, sharpness=4.0, restarts=False)  # a good start is at hand
 
 
 def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "inside", iterations: int = 48) -> Outcome:
@@ -32,139 +66,208 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
     6. x + r is clipped to the pixel range, and to the bound on ||r||_infinity if there is one.
     7. mu_j grows while constraint j is violated, and decays while it is slack.
     8. An image that never met its goal in a quarter of the iterations begins again near the photo, and counts
-       constraints first: those that hold and the next two (at the end, one) are pushed alike; the others wait.
+       constraints first: those that hold and the next two (at the end, the next) are pushed alike; the others wait.
     9. From 2, `iterations` times. Of the lattice points that hold the most constraints, the nearest is kept.
 
-    Sources: direction and norm apart, Rony et al. 2019 (DDN); multipliers that follow the violations, as in an
-    augmented Lagrangian, Rony et al. 2021 (ALMA, there for one constraint); steps of the linearised distance, Pintor
-    et al. 2021 (FMN). Rounding inside the loop is ours: the result is a file, not a point that rounding would erase.
+    Sources: direction and norm apart, Rony et al. 2019 (DDN), which rounds its iterates to 8 bits too (`levels=256`);
+    multipliers that follow the violations, as in an augmented Lagrangian, Rony et al. 2021 (ALMA, there for one
+    constraint); steps of the linearised distance, Pintor et al. 2021 (FMN). What is new here: r stays in floats, only
+    the point that is looked at is rounded, and the gradient passes straight through the rounding; the first step is as
+    long as the lattice needs; and there are many constraints, each with a multiplier.
 
     Args:
         problem: the batch.
         space: where the violations are measured, see `ClassificationGoal`.
-        rounding: `inside` the loop, with the gradient passed straight through; or `after` it, by `quantise`, as for the
-            other attacks: the float result is then nearer to the photo, the file further from it.
+        rounding: `inside` the loop, so that the result is a file and not a point that rounding would erase; or `after`
+            it, by `quantise`, as for the other attacks: the float result is then nearer to the photo, the file further.
         iterations: a forward and a backward pass each.
     """
-    goal, best = ClassificationGoal(problem.targets, space), Best(problem.images)
-    inside = rounding == "inside"
-    descend(problem, goal, best, None, iterations, lattice=inside)
-    return Outcome(best.images, best.met, goal, on_lattice=inside)
+    problem, inside = problem.aim(ClassificationGoal(problem.targets, space)), rounding == "inside"
+    best = Best(problem)
+    descend(problem, best, iterations, lattice=inside)
+    return best.outcome(problem.goal, on_lattice=inside)
 
 
 def descend(
     problem: Problem,
-    goal: Goal,
     best: Best,
-    latent: Tensor | None,
     iterations: int,
     *,
-    lattice: bool,
-    rate: float = 0.6,
-    shrink: float = 0.2,
-    grow: float = 0.1,
-    need: float = 0.3,
-    sharpness: float = 1.5,
-    restarts: bool = True,
+    start: Tensor | None = None,
+    lattice: bool = True,
+    pace: Pace = SEARCH,
 ) -> None:
-    """Run DDN with multipliers, and keep the best iterates in `best`.
+    """Run the loop of `ml_ddn`, and keep the best iterates in `best`.
 
     Args:
         problem: the batch; an image that cannot afford another iteration stands still.
-        goal: whose violations are to be brought to zero.
         best: takes the iterates.
-        latent: the perturbation r to begin with, before any rounding, (n, 3, H, W); None to begin at the photos.
         iterations: a forward and a backward pass each; the schedule is of as many as the limit on passes allows.
-        lattice: round x + r to 8 bits before the forward pass; the gradient passes straight through.
-        rate: the first share of ||r|| that a step along -g has.
-        shrink: the first share by which ||r|| shrinks where all constraints hold.
-        grow: the first share by which it grows elsewhere.
-        need: and it grows by at least this share of the linearised distance to the violated constraints.
-        restarts: let images that never meet the goal begin again, counting constraints first.
-        sharpness: of the softplus, which still pulls a little on constraints that hold but are near their edge.
+        start: the perturbation r to begin with, before any rounding, (n, 3, H, W); None to begin at the photos.
+        lattice: look at round(x + r) in place of x + r.
+        pace: how boldly to move.
     """
-    fresh = latent is None
-    latent = (
-        torch.zeros_like(problem.images) if latent is None else problem.clip(problem.images + latent) - problem.images
-    )
-    radius = norms(latent)  # (n,)
-    widest = latent[0].numel() ** 0.5  # no perturbation of pixels in [0, 1] is longer
-    allowed = problem.iterations_left(iterations)
-    multipliers: Tensor | None = None  # (n, K)
-    done = torch.zeros_like(radius, dtype=torch.bool)  # clean photos that meet the goal
-    ever, hard = done, done  # images that met the goal at some time; those that count constraints first
+    walk = _Walk.begin(problem, start, iterations)  # step 1
     for step in range(iterations):
-        if (step == 1 and bool(done.any())) or problem.runs_short(2):
-            keep = problem.affordable(2) & ~done
-            if not bool(keep.any()):
+        if (step == 1 and bool(walk.done.any())) or problem.runs_short(2):
+            rows = (problem.affordable(2) & ~walk.done).nonzero().flatten()
+            if not len(rows):
                 return
-            problem, goal = problem.select(keep), goal.select(keep.nonzero().flatten())
-            latent, radius, allowed = latent[keep], radius[keep], allowed[keep]
-            done, ever, hard = done[keep], ever[keep], hard[keep]
-            multipliers = None if multipliers is None else multipliers[keep]
-        decay = 1 - step / allowed  # (n,)
-        perturbed = problem.images + latent
-        if lattice and not (fresh and step == 0):
-            perturbed = to_lattice(perturbed)
-        images = perturbed.requires_grad_()
-        logits = problem.logits(images)
-        violations = goal.violations(logits)  # (n, K)
-        present = violations.isfinite()
-        violations = violations.masked_fill(~present, 0.0)
-        multipliers = present.to(latent.dtype) if multipliers is None else multipliers
-        pushed = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))
-        weights = torch.where(hard.unsqueeze(1), pushed & present, multipliers)
-        losses = (weights * functional.softplus(violations, beta=sharpness)).sum(1)
-        gradient = problem.gradient(losses, images)
-        met = best.update(problem, goal, images.detach(), logits.detach())
-        violations, length = violations.detach(), norms(gradient).clamp(min=1e-30)
-
-        first = radius == 0
-        done = met & first
-        latent = latent - spread(torch.where(first, 1.0, rate * decay * radius) / length) * gradient
-        near = torch.where(first.unsqueeze(1), _OVERSHOOT, need * torch.sigmoid(sharpness * violations))
-        distance = (near * weights * violations.clamp(min=0)).sum(1) / length
-        growth = torch.where(hard, _GROWTH / allowed, grow) * decay
-        larger = torch.maximum(radius * (1 + growth), radius + distance)
-        radius = torch.where(met, radius * (1 - shrink * decay), larger).clamp(max=widest)
-        if problem.cap is not None:
-            radius = radius.minimum(problem.cap)
-        latent = latent * spread(radius / norms(latent).clamp(min=1e-30))
-        if lattice and fresh and step == 0:
-            wider = lattice_scale(latent, gradient, distance * length)
-            latent, radius = spread(wider) * latent, wider * radius
-        if lattice:  # below half a grey level nothing would change
-            lift = torch.where(met, 1.0, _LEAST / latent.flatten(1).abs().amax(1).clamp(min=1e-30)).clamp(min=1.0)
-            latent, radius = spread(lift) * latent, lift * radius
-        latent = problem.clip(problem.images + latent) - problem.images
-
-        multipliers = multipliers * torch.exp(torch.where(violations > 0, 0.4, -0.1) * decay.unsqueeze(1))
-        multipliers = (multipliers / multipliers.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-3) * present
-
-        ever = ever | met
-        restart = ~ever & restarts & (allowed >= _ENOUGH) & (step == allowed // 4)
-        hard = hard | restart
-        latent = torch.where(spread(restart), 0.1 * latent, latent)
-        radius = torch.where(restart, 0.1 * radius, radius)
+            problem, walk = problem.select(rows), walk.select(rows)
+        decay = 1 - step / walk.allowed  # (n,)
+        seen = _look(problem, walk, decay, lattice=lattice, sharpness=pace.sharpness)  # step 2
+        met = best.update(problem, seen.images, seen.logits)
+        length = norms(seen.gradient).clamp(min=_TINY)
+        distance = _linearised_loss(walk, seen, pace) / length
+        latent = walk.latent - spread(_step_length(walk, decay, pace) / length) * seen.gradient  # steps 3, 4
+        radius = _radius(problem, walk, met, distance, decay, pace)  # step 5
+        latent = latent * spread(radius / norms(latent).clamp(min=_TINY))
+        if lattice and walk.fresh:  # step 3
+            latent, radius = _stretch(latent, radius, lattice_scale(latent, seen.gradient, distance * length))
+        if lattice:
+            latent, radius = _stretch(latent, radius, _lift(latent, met))
+        walk = replace(
+            walk,
+            latent=problem.clip(problem.images + latent) - problem.images,  # step 6
+            radius=radius,
+            multipliers=_multipliers(walk, seen, decay),  # step 7
+            done=met & (walk.radius == 0),
+            ever=walk.ever | met,
+            fresh=False,
+        )
+        if pace.restarts:
+            walk = _restart(walk, step)  # step 8
 
 
-def lattice_scale(latent: Tensor, gradient: Tensor, needed: Tensor) -> Tensor:
-    """Return how much longer r must be for round(r) to lower the linearised loss as r itself should, (n,).
+@dataclass(frozen=True)
+class _Walk:
+    """Where each image is on its way.
 
-    Rounding takes what is smaller than half a grey level, so that a small r loses most of its effect.
-
-    Args:
-        latent: r = -s g, (n, 3, H, W).
-        gradient: g, of that shape.
-        needed: by how much the loss is to fall, (n,).
+    Attributes:
+        latent: r before any rounding, (n, 3, H, W).
+        radius: ||r||_2 as it was set, before x + r was clipped, (n,).
+        multipliers: mu, (n, K), or (n, 1) before the first look.
+        allowed: iterations, (n,).
+        done: the clean photo meets the goal, (n,).
+        ever: the goal was met at some time, (n,).
+        hard: constraints are counted first (step 8), (n,).
+        fresh: the images are clean photos.
     """
-    low, high = torch.zeros_like(needed), torch.full_like(needed, _WIDEST)  # of log2 of the scale
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        rounded = (spread(torch.exp2(middle)) * latent * 255).round() / 255
-        enough = -(rounded * gradient).flatten(1).sum(1) >= needed
-        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-    return torch.exp2(high)
+
+    latent: Tensor
+    radius: Tensor
+    multipliers: Tensor
+    allowed: Tensor
+    done: Tensor
+    ever: Tensor
+    hard: Tensor
+    fresh: bool
+
+    @classmethod
+    def begin(cls, problem: Problem, start: Tensor | None, iterations: int) -> _Walk:
+        """Step 1: r = 0 (or `start`), every multiplier 1."""
+        latent = torch.zeros_like(problem.images)
+        if start is not None:
+            latent = problem.clip(problem.images + start) - problem.images
+        radius = norms(latent)
+        no = torch.zeros_like(radius, dtype=torch.bool)
+        ones = torch.ones_like(radius).unsqueeze(1)
+        return cls(latent, radius, ones, problem.iterations_left(iterations), no, no, no, start is None)
+
+    def select(self, rows: Tensor) -> _Walk:
+        """Return the way of some images."""
+        names = ("latent", "radius", "multipliers", "allowed", "done", "ever", "hard")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+
+class _Seen(NamedTuple):
+    """What a forward and a backward pass show, detached.
+
+    Attributes:
+        images: x + r, rounded if the attack is on the lattice, (n, 3, H, W).
+        logits: (n, L).
+        violations: (n, K), 0 where a constraint is absent.
+        present: which constraints there are, (n, K).
+        weights: w_j of the loss, (n, K).
+        gradient: g, (n, 3, H, W).
+    """
+
+    images: Tensor
+    logits: Tensor
+    violations: Tensor
+    present: Tensor
+    weights: Tensor
+    gradient: Tensor
+
+
+def _look(problem: Problem, walk: _Walk, decay: Tensor, *, lattice: bool, sharpness: float) -> _Seen:
+    """Step 2: g = gradient of sum_j w_j softplus(violation_j), w_j = mu_j, at round(x + r)."""
+    perturbed = problem.images + walk.latent
+    if lattice and not walk.fresh:
+        perturbed = to_lattice(perturbed)
+    images = perturbed.requires_grad_()
+    logits = problem.logits(images)
+    violations = problem.goal.violations(logits)
+    present = violations.isfinite()
+    violations = violations.masked_fill(~present, 0.0)
+    counted = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))
+    weights = torch.where(walk.hard.unsqueeze(1), counted & present, walk.multipliers * present)
+    losses = (weights * functional.softplus(violations, beta=sharpness)).sum(1)
+    gradient = problem.gradient(losses, images)
+    return _Seen(images.detach(), logits.detach(), violations.detach(), present, weights, gradient)
+
+
+def _linearised_loss(walk: _Walk, seen: _Seen, pace: Pace) -> Tensor:
+    """Return by how much the linearised loss is to fall for the violated constraints to hold, (n,).
+
+    g = sum_j w_j s_j grad v_j is the weighted sum of the constraints' gradients, s_j = sigmoid(sharpness v_j) the slope
+    of the softplus. To bring every v_j > 0 to 0, sum_j w_j s_j v_j must fall by sum_j w_j s_j max(v_j, 0); a step
+    along -g does it with a length of this over ||g||, the linearised distance. The first step aims at all of it and
+    more, without s_j; later steps at the share `need`.
+    """
+    slope = pace.need * torch.sigmoid(pace.sharpness * seen.violations)
+    share = torch.where((walk.radius == 0).unsqueeze(1), _OVERSHOOT, slope)
+    return (share * seen.weights * seen.violations.clamp(min=0)).sum(1)
+
+
+def _step_length(walk: _Walk, decay: Tensor, pace: Pace) -> Tensor:
+    """Steps 3 and 4: a share of ||r|| along -g; from the photo itself any length, which step 5 then sets, (n,)."""
+    return torch.where(walk.radius == 0, 1.0, pace.rate * decay * walk.radius)
+
+
+def _radius(problem: Problem, walk: _Walk, met: Tensor, distance: Tensor, decay: Tensor, pace: Pace) -> Tensor:
+    """Step 5: return the new ||r||, less if all constraints hold, else more by at least `distance`; (n,)."""
+    growth = torch.where(walk.hard, _GROWTH / walk.allowed, pace.grow) * decay
+    larger = torch.maximum(walk.radius * (1 + growth), walk.radius + distance)
+    widest = walk.latent[0].numel() ** 0.5  # no perturbation of pixels in [0, 1] is longer
+    radius = torch.where(met, walk.radius * (1 - pace.shrink * decay), larger).clamp(max=widest)
+    return radius if problem.cap is None else radius.minimum(problem.cap)
+
+
+def _lift(latent: Tensor, met: Tensor) -> Tensor:
+    """Return how much longer r must be for some pixel to change at all where the goal is not met, (n,)."""
+    largest = latent.flatten(1).abs().amax(1).clamp(min=_TINY)
+    return torch.where(met, 1.0, _LEAST / largest).clamp(min=1.0)
+
+
+def _stretch(latent: Tensor, radius: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return r and ||r||, each image's times its scale, (n,)."""
+    return spread(scale) * latent, scale * radius
+
+
+def _multipliers(walk: _Walk, seen: _Seen, decay: Tensor) -> Tensor:
+    """Step 7: mu_j grows while constraint j is violated, and decays while it is slack; the largest is 1; (n, K)."""
+    change = torch.exp(torch.where(seen.violations > 0, _RISE, _FALL) * decay.unsqueeze(1))
+    multipliers = walk.multipliers * seen.present * change
+    largest = multipliers.amax(1, keepdim=True).clamp(min=_TINY)
+    return (multipliers / largest).clamp(min=_SMALLEST) * seen.present
+
+
+def _restart(walk: _Walk, step: int) -> _Walk:
+    """Step 8: take images that never met their goal back to near the photo, from where they count constraints."""
+    restart = ~walk.ever & (walk.allowed >= _ENOUGH) & (step == walk.allowed // _RESTART_AFTER)
+    latent, radius = _stretch(walk.latent, walk.radius, torch.where(restart, _NEAR, torch.ones_like(walk.radius)))
+    return replace(walk, latent=latent, radius=radius, hard=walk.hard | restart)
 
 
 def count_first(violations: Tensor, following: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from mlperturb.attacks.common import Best, ClassificationGoal, Outcome, Problem
+from mlperturb.attacks.best import Best, Outcome
+from mlperturb.attacks.goals import ClassificationGoal
+from mlperturb.attacks.problem import Problem
 from mlperturb.targets import Space
 
 Solver = Literal["pinv", "nnls"]
@@ -39,14 +41,14 @@ def ml_dp(
             falls short of the curved boundary. The paper has none.
         stop_when_met: an image leaves the batch when all its constraints hold.
     """
-    whole = ClassificationGoal(problem.targets, space)
-    goal, best = whole, Best(problem.images)
+    problem = problem.aim(ClassificationGoal(problem.targets, space))
+    goal, best = problem.goal, Best(problem)
     perturbed = problem.images.clone()
     for iteration in range(iterations + 1):
-        present = goal.targets.constrained
+        present = problem.targets.constrained
         images = perturbed.requires_grad_()
         logits = problem.logits(images)
-        met = best.update(problem, goal, images.detach(), logits.detach())
+        met = best.update(problem, images.detach(), logits.detach())
         if iteration == iterations:
             break
         active = problem.affordable(present.sum(1).cpu() + 1) & logits.isfinite().all(1)
@@ -54,15 +56,15 @@ def ml_dp(
             active &= ~met
         if not bool(active.any()):
             break
-        values = goal.violations(logits)  # -q, (n, L)
+        values = problem.goal.violations(logits)  # -q, (n, L)
         matrix = problem.jacobian(values, images, present & active[:, None])  # P^T, (n, L, 3, H, W)
         kept = active.nonzero().flatten()
         q = -values.detach().masked_fill(~present, 0.0)[kept]
         q = torch.where(q < 0, q * (1 + overshoot), q)
         step = solve_step(matrix[kept].flatten(2), q, present[kept], solver)  # dr, (n, d)
-        problem, goal = problem.select(active), goal.select(kept)
+        problem = problem.select(kept)
         perturbed = problem.within_cap(problem.clip(images.detach()[kept] + step.view_as(problem.images)))
-    return Outcome(best.images, best.met, whole)
+    return best.outcome(goal)
 
 
 def solve_step(matrix: Tensor, q: Tensor, present: Tensor, solver: Solver) -> Tensor:

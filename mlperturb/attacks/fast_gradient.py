@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mlperturb.attacks.common import Best, ClassificationGoal, Outcome, Problem, norms, spread
+from mlperturb.attacks.best import Best, Outcome
+from mlperturb.attacks.goals import ClassificationGoal
+from mlperturb.attacks.problem import Problem, norms, spread
 
 MAX_EPSILON = 10.0  # on the 0-255 scale
 
@@ -47,14 +49,14 @@ def fg(problem: Problem, *, grid: int = 20, refinements: int = 5) -> Outcome:
 
 
 def _one_step(problem: Problem, normalise: Callable[[Tensor], Tensor], grid: int, refinements: int) -> Outcome:
-    goal, best = ClassificationGoal(problem.targets), Best(problem.images)
-    targets = problem.targets
+    problem = problem.aim(ClassificationGoal(problem.targets))
+    targets, best = problem.targets, Best(problem)
     images = problem.images.clone().requires_grad_()
     logits = problem.logits(images)
     wanted = (targets.desired > 0).to(logits.dtype)
     losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     direction = normalise(problem.gradient((losses * targets.constrained).sum(1), images))  # (N, 3, H, W)
-    best.update(problem, goal, problem.images, logits.detach())
+    best.update(problem, problem.images, logits.detach())
     chosen = torch.zeros_like(best.norm)  # epsilon of the best, (N,); 0 is the clean photo
 
     def try_(epsilon: Tensor) -> Tensor:
@@ -62,11 +64,12 @@ def _one_step(problem: Problem, normalise: Callable[[Tensor], Tensor], grid: int
         active = problem.affordable(1)
         if not bool(active.any()):
             return torch.zeros_like(active)
-        part, rows = problem.select(active), active.nonzero().flatten()
+        rows = active.nonzero().flatten()
+        part = problem.select(rows)
         moved = part.within_cap(part.clip(part.images - spread(epsilon[rows] / 255) * direction[rows]))
         before = best.score[rows], best.norm[rows]
         with torch.no_grad():
-            best.update(part, goal.select(rows), moved, part.logits(moved))
+            best.update(part, moved, part.logits(moved))
         improved = torch.zeros_like(active)
         improved[rows] = (best.score[rows] > before[0]) | (best.norm[rows] < before[1])
         chosen[improved] = epsilon[improved]
@@ -79,4 +82,4 @@ def _one_step(problem: Problem, normalise: Callable[[Tensor], Tensor], grid: int
     for _ in range(refinements):
         middle = (low + chosen) / 2
         low = torch.where(try_(middle), low, middle)
-    return Outcome(best.images, best.met, goal)
+    return best.outcome(problem.goal)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlperturb.attacks.common import Best, Goal, Outcome, Problem, spread
+from mlperturb.attacks.best import Best, Outcome
+from mlperturb.attacks.problem import Problem, spread
 from mlperturb.attacks.schedule import Schedule
 
 _SPAN = 1.05  # of tanh, see `minimise_penalty`
 _CHECK = 25  # least number of iterations between looks at which images are done: each look waits for the device
 
 
-def minimise_penalty(problem: Problem, goal: Goal, schedule: Schedule) -> Outcome:
+def minimise_penalty(problem: Problem, schedule: Schedule) -> Outcome:
     """Minimise ||r||_2 + lambda * sum_k max(0, violation_k) over x + r = (tanh(w) + 1) / 2 with Adam.
 
     Under a bound on ||r||_infinity, tanh spans what is left of each pixel's range.
@@ -24,8 +25,8 @@ def minimise_penalty(problem: Problem, goal: Goal, schedule: Schedule) -> Outcom
     Deviation: tanh is stretched by 5% and clipped to the pixel range. At black and white pixels its slope is 0, so
     that without it they could never move.
     """
-    best = Best(problem.images)
-    clean_met = best.update(problem, goal, problem.images, problem.logits(problem.images).detach())
+    best = Best(problem)
+    clean_met = best.update(problem, problem.images, problem.logits(problem.images).detach())
     weight = torch.full_like(best.norm, schedule.initial_weight)
     low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
     last = problem.images.clone()  # where each image's latest descent ended
@@ -34,21 +35,20 @@ def minimise_penalty(problem: Problem, goal: Goal, schedule: Schedule) -> Outcom
         open_ &= problem.affordable(2)
         if not bool(open_.any()):
             break
-        part, rows = problem.select(open_), open_.nonzero().flatten()
+        rows = open_.nonzero().flatten()
+        part = problem.select(rows)
         start = part.images
         if schedule.warm:
             start = torch.where(spread(best.met[rows]), best.images[rows], last[rows])
-        reached, last[rows] = _descend(part, goal.select(rows), start, weight[rows], best, schedule)
+        reached, last[rows] = _descend(part, start, weight[rows], best, schedule)
         high[rows] = torch.where(reached, weight[rows].minimum(high[rows]), high[rows])
         low[rows] = torch.where(reached, low[rows], weight[rows])
         weight = torch.where(high.isinf(), weight * 10, (low + high) / 2)
         open_ &= high.isinf() | (high - low > schedule.precision * high)
-    return Outcome(best.images, best.met, goal)
+    return best.outcome(problem.goal)
 
 
-def _descend(
-    problem: Problem, goal: Goal, start: Tensor, weight: Tensor, best: Best, schedule: Schedule
-) -> tuple[Tensor, Tensor]:
+def _descend(problem: Problem, start: Tensor, weight: Tensor, best: Best, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Run Adam for one lambda an image; return which images met the goal on the way, (n,), and the last iterates.
 
     A warm start may meet the goal under any lambda, so there only the second half of the way counts.
@@ -66,12 +66,12 @@ def _descend(
         w.requires_grad_()
         images = problem.within_cap(problem.clip(middle + reach * torch.tanh(w)))
         logits = problem.logits(images)
-        hinges = goal.violations(logits).clamp(min=0).sum(1)
+        hinges = problem.goal.violations(logits).clamp(min=0).sum(1)
         # The norm has no gradient at r = 0: a tiny constant under the root gives it the gradient 0 there.
         losses = ((images - problem.images).square().flatten(1).sum(1) + 1e-12).sqrt() + weight * hinges  # (n,)
         gradient = problem.gradient(losses, w)
         w = w.detach()
-        met = best.update(problem, goal, images.detach(), logits.detach())
+        met = best.update(problem, images.detach(), logits.detach())
         if step >= schedule.iterations // 2 or not schedule.warm:
             reached[place] |= met
         mean.lerp_(gradient, 0.1)
@@ -87,9 +87,10 @@ def _descend(
         if keep is not None and not bool(keep.all()):
             if not bool(keep.any()):
                 break
-            problem, goal, place = problem.select(keep), goal.select(keep.nonzero().flatten()), place[keep]
+            rows = keep.nonzero().flatten()
+            problem, place = problem.select(rows), place[rows]
             middle, reach = _tanh_range(problem)
-            w, mean, square, weight, previous = (t[keep] for t in (w, mean, square, weight, previous))
+            w, mean, square, weight, previous = (t[rows] for t in (w, mean, square, weight, previous))
     return reached, last
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlperturb.attacks import BUDGETS, DEFAULT_METHOD, METHODS, find_method
+from mlperturb.attacks.methods import BUDGETS, DEFAULT_METHOD, METHODS, find_method
 from mlperturb.cli.console import print_note
 from mlperturb.cli.options import (
     ANYWHERE,

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from mlperturb import __version__
-from mlperturb.attacks import DEFAULT_METHOD
+from mlperturb.attacks.methods import DEFAULT_METHOD
 from mlperturb.cli.attack import JOURNAL
 from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlperturb import __version__
-from mlperturb.attacks import BUDGETS
+from mlperturb.attacks.methods import BUDGETS
 from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.options import (

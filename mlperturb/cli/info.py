@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from mlperturb.attacks import METHODS
+from mlperturb.attacks.methods import METHODS
 from mlperturb.cli.console import out
 from mlperturb.cli.options import Arch, Checkpoint, Json, Labels, find_source
 from mlperturb.text import printable

@@ -10,17 +10,19 @@ by all of them. RMSD is on the 0-255 scale, over the photos on which the goal wa
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 from photos import add_options, load_batches, save_rows
 from torch import Tensor
 from torch.nn import functional
 
-from mlperturb.attacks import find_method
-from mlperturb.attacks.common import Best, ClassificationGoal, Outcome, Problem, norms, spread
+from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.ddn import descend
 from mlperturb.attacks.deepfool import solve_step
-from mlperturb.quantise import quantise
+from mlperturb.attacks.methods import find_method
+from mlperturb.attacks.problem import Problem, norms, spread
+from mlperturb.attacks.quantise import quantise
 
 _SHARE = 3  # one in so many passes is kept for the 8-bit search
 
@@ -30,17 +32,17 @@ def ddn(problem: Problem, weighted: bool) -> Outcome:
 
     With `weighted`, each constraint has a multiplier that grows while it is violated and decays while it is slack.
     """
-    goal, best = ClassificationGoal(problem.targets), Best(problem.images)
+    goal, best = problem.goal, Best(problem)
     latent, radius = torch.zeros_like(problem.images), problem.images.new_ones(len(problem))
     multipliers = problem.targets.constrained.to(latent.dtype)
-    steps = (problem.meter.limit or 0) // 2
+    steps = (problem.limit or 0) // 2
     for step in range(steps):
         images = (problem.images + latent).requires_grad_()
         logits = problem.logits(images)
         violations = goal.violations(logits).masked_fill(~problem.targets.constrained, -1e9)
         losses = (multipliers * functional.softplus(violations)).sum(1)
         gradient = problem.gradient(losses, images)
-        met = best.update(problem, goal, images.detach(), logits.detach())
+        met = best.update(problem, images.detach(), logits.detach())
         rate = 0.01 + 0.99 * (1 + torch.cos(torch.tensor(step / steps * torch.pi))) / 2
         latent = latent - rate * gradient / spread(norms(gradient).clamp(min=1e-30))
         radius = radius * torch.where(met, 0.95, 1.05)
@@ -49,7 +51,7 @@ def ddn(problem: Problem, weighted: bool) -> Outcome:
         if weighted:
             multipliers = multipliers * torch.where(violations.detach() > 0, 1.5, 0.9)
             multipliers = multipliers / multipliers.amax(1, keepdim=True)
-    return Outcome(best.images, best.met, goal)
+    return best.outcome(goal)
 
 
 def linearised(problem: Problem, *, from_clean: bool, trust: float, near: int = 6) -> Outcome:
@@ -60,18 +62,17 @@ def linearised(problem: Problem, *, from_clean: bool, trust: float, near: int = 
     point, its length found by a line search of forward passes (JMA with the identity for its metric). Once the goal
     is met, a radial search goes back towards the clean photo.
     """
-    whole = ClassificationGoal(problem.targets)
-    goal, best = whole, Best(problem.images)
+    goal, best = problem.goal, Best(problem)
     current = problem.images.clone()
     span = problem.images.new_full((len(problem),), torch.inf)
     while bool((active := problem.affordable(near + 4)).any()):
         if not bool(active.all()):
-            problem, goal = problem.select(active), goal.select(active.nonzero().flatten())
-            current, span = current[active], span[active]
+            rows = active.nonzero().flatten()
+            problem, current, span = problem.select(rows), current[rows], span[rows]
         images = current.requires_grad_()
         logits = problem.logits(images)
-        values = goal.violations(logits)
-        met = best.update(problem, goal, images.detach(), logits.detach())
+        values = problem.goal.violations(logits)
+        met = best.update(problem, images.detach(), logits.detach())
         least = values.detach().argsort(1, descending=True)[:, :near]
         present = torch.zeros_like(values, dtype=torch.bool).scatter_(1, least, True) & problem.targets.constrained
         matrix = problem.jacobian(values, images, present).flatten(2)
@@ -91,18 +92,18 @@ def linearised(problem: Problem, *, from_clean: bool, trust: float, near: int = 
         for share in (1.0, 0.9, 0.8):  # back towards the photo, or a little beyond
             with torch.no_grad():
                 tried = torch.where(spread(met), share, 2 - share) * (current - problem.images) + problem.images
-                found = best.update(problem, goal, tried.clamp(0, 1), problem.logits(tried.clamp(0, 1)))
+                found = best.update(problem, tried.clamp(0, 1), problem.logits(tried.clamp(0, 1)))
             if not from_clean and bool(found.all()):
                 break
         rows = problem.rows.to(current.device)
         held = best.met[rows]
         current = torch.where(spread(held & ~met), best.images[rows], current) if not from_clean else current
-    return Outcome(best.images, best.met, whole)
+    return best.outcome(goal)
 
 
 def jacobian_start(problem: Problem) -> Outcome:
     """ML-DDN from the exact solution of the problem linearised at the clean photo, in place of its gradient step."""
-    goal, best = ClassificationGoal(problem.targets), Best(problem.images)
+    goal, best = problem.goal, Best(problem)
     images = problem.images.clone().requires_grad_()
     logits = problem.logits(images)
     values, present = goal.violations(logits), problem.targets.constrained.clone()
@@ -111,8 +112,8 @@ def jacobian_start(problem: Problem) -> Outcome:
     matrix = problem.jacobian(values, images, present).flatten(2)
     bounds = -1.3 * values.detach().masked_fill(~present, 0.0)
     step = solve_step(matrix, bounds, present, "nnls").view_as(images)
-    descend(problem, goal, best, step.detach(), (problem.meter.limit or 0) // 2, lattice=True)
-    return Outcome(best.images, best.met, goal, on_lattice=True)
+    descend(problem, best, (problem.limit or 0) // 2, start=step.detach())
+    return best.outcome(goal, on_lattice=True)
 
 
 RIVALS = {
@@ -152,11 +153,10 @@ def main() -> None:
             for batch in batches:
                 problem = batch.problem(passes if name in INSIDE else passes - passes // _SHARE)
                 outcome = rival(problem)
-                problem.meter.limit = passes
-                lattice = quantise(problem, outcome)
+                lattice = quantise(replace(problem, limit=passes), outcome)
                 found["float"] += rmsd(outcome.images, batch.images, outcome.met)
                 found["saved"] += rmsd(lattice.images, batch.images, lattice.met)
-                spent += (problem.meter.forward + problem.meter.backward).tolist()
+                spent += problem.meter.spent.tolist()
             row = {"attack": name, "passes": sum(spent) / count}
             for which, values in found.items():
                 row |= {f"{which}_success": len(values) / count, f"{which}_rmsd": sum(values) / max(len(values), 1)}

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from photos import save_rows
 
-from mlperturb.attacks import METHODS, find_method
-from mlperturb.attacks.common import Problem
+from mlperturb.attacks.goals import ClassificationGoal
+from mlperturb.attacks.methods import METHODS, find_method
+from mlperturb.attacks.problem import Problem
 from mlperturb.checkpoints import build_network, default_preprocess
 from mlperturb.classifier import BoundClassifier, Classifier, fold_batch_norm
 from mlperturb.devices import prepare
@@ -51,7 +52,7 @@ def build(arguments: argparse.Namespace) -> tuple[BoundClassifier, torch.Tensor,
 
 def attack(model: BoundClassifier, images: torch.Tensor, targets: Targets, method: str, passes: int) -> Problem:
     """Run one method under a cap on passes; return its problem, with the passes counted."""
-    problem = Problem.start(model, images, targets, limit=passes)
+    problem = Problem(model, images, ClassificationGoal(targets), limit=passes)
     budget = "paper" if method == "ml-ddn" else "balanced"
     find_method(method).load()(problem, **find_method(method).tuning(budget))
     return problem

@@ -22,8 +22,10 @@ import torch
 from photos import Batch, add_options, load_batches, save_rows
 from torch import Tensor, nn
 
-from mlperturb.attacks import find_method
-from mlperturb.attacks.common import Problem, to_lattice
+from mlperturb.attacks.goals import ClassificationGoal
+from mlperturb.attacks.lattice import to_lattice
+from mlperturb.attacks.methods import find_method
+from mlperturb.attacks.problem import Problem
 from mlperturb.targets import Targets
 
 LABEL = 14  # person
@@ -116,7 +118,7 @@ def ours(batch: Batch, passes: int) -> tuple[Tensor, int, int]:
     flip = torch.zeros_like(batch.targets.flip)
     flip[:, LABEL] = True
     targets = Targets(flip, torch.zeros_like(flip), batch.targets.truth, batch.targets.boundary)
-    problem = Problem.start(batch.model, batch.images, targets, limit=passes)
+    problem = Problem(batch.model, batch.images, ClassificationGoal(targets), limit=passes)
     outcome = find_method("ml-ddn").load()(problem, iterations=500)
     return outcome.images, int(problem.meter.forward.sum()), int(problem.meter.backward.sum())
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mlperturb.attacks.common import Problem
+from mlperturb.attacks.goals import ClassificationGoal
+from mlperturb.attacks.problem import Problem
 from mlperturb.cases import align, parse_cases
 from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.classifier import BoundClassifier, Classifier
@@ -32,7 +33,7 @@ class Batch:
     targets: Targets
 
     def problem(self, passes: int | None) -> Problem:
-        return Problem.start(self.model, self.images, self.targets, limit=passes)
+        return Problem(self.model, self.images, ClassificationGoal(self.targets), limit=passes)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 from mlperturb import runner
-from mlperturb.attacks.common import Problem
+from mlperturb.attacks.problem import Problem
 from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.devices import prepare
 from mlperturb.images import find_photos

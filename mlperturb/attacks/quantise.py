@@ -12,32 +12,16 @@ A result that is on the lattice already, as that of ML-DDN itself, is taken as i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from mlperturb.attacks.common import Best, Goal, Outcome, Problem, spread, to_lattice
-from mlperturb.attacks.ddn import descend
-
-_STEP = 1 / 255
-_GENTLE = {"rate": 0.3, "shrink": 0.05, "grow": 0.05, "need": 0.0, "sharpness": 4.0}  # a good start is at hand
-
-
-@dataclass(frozen=True)
-class Lattice:
-    """What was found on the 8-bit lattice.
-
-    Attributes:
-        images: multiples of 1/255, (N, 3, H, W).
-        met: whether the goal is met, (N,).
-    """
-
-    images: Tensor
-    met: Tensor
+from mlperturb.attacks.best import Best, Outcome
+from mlperturb.attacks.ddn import GENTLE, descend
+from mlperturb.attacks.lattice import STEP, to_lattice
+from mlperturb.attacks.problem import Problem, spread
 
 
-def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations: int = 40) -> Lattice:
+def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations: int = 40) -> Outcome:
     """Find the lattice point of the best score, then of the least distortion, near an attack's result.
 
     Args:
@@ -47,27 +31,26 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
         iterations: of the second stage, a forward and a backward pass each.
     """
     if outcome.on_lattice:
-        return Lattice(outcome.images, outcome.met)
-    best = Best(problem.images)
-    goal = outcome.goal
+        return outcome
+    problem = problem.aim(outcome.goal)
+    best = Best(problem)
     difference = problem.within_region(outcome.images - problem.images)
     if not bool(problem.affordable(1).all()):
-        return Lattice(best.images, best.met)
-    best.update(problem, goal, problem.images, problem.logits(problem.images).detach())
+        return best.outcome(outcome.goal, on_lattice=True)
+    best.update(problem, problem.images, problem.logits(problem.images).detach())
     largest = difference.flatten(1).abs().amax(1)
     moved = largest > 0
-    least = (_STEP / 2 / largest.clamp(min=1e-30) * 1.1).clamp(min=1.0)  # below it everything rounds to the clean photo
-    scale = _search_scale(problem, goal, difference, moved, best, least, scales)
+    least = (STEP / 2 / largest.clamp(min=1e-30) * 1.1).clamp(min=1.0)  # below it everything rounds to the clean photo
+    scale = _search_scale(problem, difference, moved, best, least, scales)
     if bool(moved.any()) and iterations:
         latent, rows = difference * spread(torch.minimum(scale, 1.3 * least)), moved.nonzero().flatten()
-        part, aim = problem.select(moved), goal.select(rows)
-        descend(part, aim, best, latent[rows], iterations, lattice=True, restarts=False, **_GENTLE)
-    return Lattice(best.images, best.met)
+        descend(problem.select(rows), best, iterations, start=latent[rows], pace=GENTLE)
+    return best.outcome(outcome.goal, on_lattice=True)
 
 
 @torch.no_grad()
 def _search_scale(
-    problem: Problem, goal: Goal, difference: Tensor, active: Tensor, best: Best, start: Tensor, tries: int
+    problem: Problem, difference: Tensor, active: Tensor, best: Best, start: Tensor, tries: int
 ) -> Tensor:
     """Bracket and bisect, from `start`, the least scale that meets the goal; return the best one known, (N,)."""
     scale = start.clone()
@@ -76,9 +59,10 @@ def _search_scale(
         active = active & problem.affordable(1)
         if not bool(active.any()):
             break
-        part, rows = problem.select(active), active.nonzero().flatten()
+        rows = active.nonzero().flatten()
+        part = problem.select(rows)
         images = to_lattice(part.clip(part.images + spread(scale[rows]) * difference[rows]))
-        met = best.update(part, goal.select(rows), images, part.logits(images))
+        met = best.update(part, images, part.logits(images))
         high[rows] = torch.where(met, scale[rows], high[rows])
         low[rows] = torch.where(met, low[rows], scale[rows])
         scale = torch.where(high.isinf(), low * 1.25, torch.where(low > 0, (low + high) / 2, high * 0.8))

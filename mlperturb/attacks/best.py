@@ -1,0 +1,78 @@
+"""The best iterate of each image of a batch, and what an attack returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlperturb.attacks.goals import Goal
+from mlperturb.attacks.problem import Problem, norms, spread
+
+
+class Best:
+    """The best iterate of each image of a problem: the highest score, then the least L2 distortion, within the cap.
+
+    Args:
+        problem: whose images these are; a part of it, made by `Problem.select`, updates its own images.
+
+    Attributes:
+        images: (N, 3, H, W); the clean photos until something better comes.
+        score: (N,), of `Goal.score`.
+        norm: ||x* - x||_2 in [0, 1] units, (N,).
+        met: whether the goal is met, (N,).
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        images = problem.images
+        count = len(images)
+        self.images = images.clone()
+        self.score = images.new_full((count,), -torch.inf)
+        self.norm = images.new_full((count,), torch.inf)
+        self.met = torch.zeros(count, dtype=torch.bool, device=images.device)
+        self._place = torch.full((len(problem.meter),), -1)  # of an image of the whole batch, on the CPU
+        self._place[problem.rows] = torch.arange(count)
+
+    @torch.no_grad()
+    def update(self, problem: Problem, images: Tensor, logits: Tensor) -> Tensor:
+        """Take over the iterates that beat those held; return which images meet the goal now, (n,).
+
+        Args:
+            problem: the part of the batch whose iterates these are.
+            images: its iterates, (n, 3, H, W).
+            logits: of the iterates, (n, L).
+        """
+        goal = problem.goal
+        rows = self._place[problem.rows].to(images.device)
+        score, norm, met = goal.score(logits), norms(images - problem.images), goal.met(logits)
+        held_score, held_norm = self.score[rows], self.norm[rows]
+        better = (score > held_score) | ((score == held_score) & (norm < held_norm))
+        if problem.cap is not None:
+            better &= norm <= problem.cap
+        self.score[rows] = torch.where(better, score, held_score)
+        self.norm[rows] = torch.where(better, norm, held_norm)
+        self.met[rows] = torch.where(better, met, self.met[rows])
+        self.images[rows] = torch.where(spread(better), images, self.images[rows])
+        return met
+
+    def outcome(self, goal: Goal, *, on_lattice: bool = False) -> Outcome:
+        """Return what is held as the result of an attack that was after `goal`."""
+        return Outcome(self.images, self.met, goal, on_lattice)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack found.
+
+    Attributes:
+        images: the best iterates x*, float, in [0, 1], (N, 3, H, W).
+        met: whether the goal is met, (N,).
+        goal: what the attack was after; the search for an 8-bit photo is after the same.
+        on_lattice: whether the images are 8-bit already, found with the rounding inside the attack.
+    """
+
+    images: Tensor
+    met: Tensor
+    goal: Goal
+    on_lattice: bool = False

@@ -1,0 +1,181 @@
+"""What an attack is after, apart from how it gets there: a classification (Eq. 1) or a ranking (Eq. 2, 9-11)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from mlperturb.metrics import kendall_tau
+from mlperturb.targets import Space, Targets
+
+Between = Literal["rest", "rest-positive", "rest-negative", "none", "threshold"]
+
+
+class Goal(Protocol):
+    """What an attack is after.
+
+    Attributes:
+        targets: the sets A and B, and y, of the batch.
+    """
+
+    @property
+    def targets(self) -> Targets:
+        """The sets A and B, and y, of the batch."""
+        ...
+
+    def violations(self, logits: Tensor) -> Tensor:
+        """Return how far each of K constraints is from holding, (N, K): positive if violated, -inf if absent."""
+        ...
+
+    def met(self, logits: Tensor) -> Tensor:
+        """Say for which images every constraint holds, (N,)."""
+        ...
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Return how good each image is, distortion apart, (N,); images that meet the goal score highest."""
+        ...
+
+    def select(self, rows: Tensor) -> Self:
+        """Return the goal of some images: rows of the batch, (n,)."""
+        ...
+
+    def aimed_at(self, targets: Targets) -> Self:
+        """Return the same kind of goal for other targets."""
+        ...
+
+    def describe(self, logits: Tensor) -> dict[str, Any] | None:
+        """Return what a record says of the first image beside its decisions; None where these say everything."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClassificationGoal:
+    """Eq. 1: every label of A flipped, every label of B kept; the more constraints hold, the better.
+
+    Attributes:
+        targets: A, B and y.
+        space: violations are measured on the logits, whose gradient never dies, or on the probabilities.
+    """
+
+    targets: Targets
+    space: Space = "logit"
+
+    def violations(self, logits: Tensor) -> Tensor:
+        """Return y'_j F'_j - c_j of Eq. 4, (N, L); -inf outside A u B."""
+        return self.targets.violations(logits, self.space)
+
+    def met(self, logits: Tensor) -> Tensor:
+        """Say for which images every constraint holds, (N,)."""
+        return self.targets.holds(logits).all(1)
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Count the constraints that hold, (N,)."""
+        return self.targets.holds(logits).sum(1).to(logits.dtype)
+
+    def select(self, rows: Tensor) -> ClassificationGoal:
+        """Return the goal of some images: rows of the batch, (n,)."""
+        return replace(self, targets=self.targets.select(rows))
+
+    def aimed_at(self, targets: Targets) -> ClassificationGoal:
+        """Return the goal of other targets."""
+        return replace(self, targets=targets)
+
+    def describe(self, logits: Tensor) -> None:
+        """Return None: the decisions say everything."""
+
+
+@dataclass(frozen=True)
+class RankingGoal:
+    """Eq. 2, and for Rank II Eq. 10, as hinges of exp(f) between the extremes of two sets of labels.
+
+    Attributes:
+        targets: A, B and y.
+        between: Omega0, the labels that are to lie between Omega- and Omega+: C (`rest`), its positive or negative
+            half, no label, or the fixed decision threshold in place of a label (Section III-A2).
+        separate: add Eq. 10, which tells A from B inside Omega- and Omega+.
+        space: the hinge lies on exp(f), as in the paper, or on the logits. The constraints are the same, for exp and
+            sigmoid rise; but the order of two confident labels has hardly a gradient in exp(f).
+    """
+
+    targets: Targets
+    between: Between = "rest"
+    separate: bool = False
+    space: Space = "probability"
+
+    def violations(self, logits: Tensor) -> Tensor:
+        """Return max exp(f) over the lower set - min exp(f) over the higher one, (N, K); -inf where a set is empty."""
+        if self.space == "logit":
+            return self._terms(logits, lambda values: values)
+        return self._terms(logits, lambda values: torch.sigmoid(values).exp())
+
+    def met(self, logits: Tensor) -> Tensor:
+        """Say for which images every ranking constraint holds, (N,); a NaN never holds.
+
+        The order of the logits is that of the probabilities, and is not lost where those round to 0 or 1.
+        """
+        return (self._terms(logits, lambda values: values) <= 0).all(1)
+
+    def _terms(self, logits: Tensor, rising: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the pairs of sets of Eq. 9, then of Eq. 10, measured after a rising function of the logits."""
+        margin = self.targets.margin  # a lower label's logit must stay that much below a higher one's
+        above, below = rising(logits + margin), rising(logits)
+        targets, positive = self.targets, self.targets.truth > 0
+        low = targets.constrained & (targets.desired < 0)  # Omega- = A_1 u B_-1
+        high = targets.constrained & (targets.desired > 0)  # Omega+ = A_-1 u B_1
+        if self.between == "threshold":
+            edge, edge_above = rising(targets.boundary), rising(targets.boundary + margin)
+            terms = [_largest(above - edge, low), _largest(edge_above - below, high)]
+        else:
+            middle = self._middle()
+            direct = _gap(above, below, low, high)
+            # Where Omega0 is empty its terms vanish; where it is not, the direct term follows from them.
+            terms = [
+                direct.masked_fill(middle.any(1), -torch.inf),
+                _gap(above, below, low, middle),
+                _gap(above, below, middle, high),
+            ]
+        if self.separate:
+            a, b = targets.flip, targets.keep
+            terms += [_gap(above, below, a & positive, b & ~positive), _gap(above, below, b & positive, a & ~positive)]
+        return torch.stack(terms, 1)
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Return Kendall's tau_b against y^tau, and 2 more where every ranking constraint holds, (N,)."""
+        return kendall_tau(logits, self.targets.ranks).nan_to_num(0.0).to(logits.dtype) + 2 * self.met(logits)
+
+    def select(self, rows: Tensor) -> RankingGoal:
+        """Return the goal of some images: rows of the batch, (n,)."""
+        return replace(self, targets=self.targets.select(rows))
+
+    def aimed_at(self, targets: Targets) -> RankingGoal:
+        """Return the goal of other targets."""
+        return replace(self, targets=targets)
+
+    def describe(self, logits: Tensor) -> dict[str, Any]:
+        """Say of the first image whether every ranking constraint holds, and its Kendall tau_b; None for no tau."""
+        tau = float(kendall_tau(logits, self.targets.ranks)[0])
+        return {"satisfied": bool(self.met(logits)[0]), "kendall_tau": None if tau != tau else tau}
+
+    def _middle(self) -> Tensor:
+        rest, positive = ~self.targets.constrained, self.targets.truth > 0
+        if self.between == "rest":
+            return rest
+        if self.between == "rest-positive":
+            return rest & positive
+        if self.between == "rest-negative":
+            return rest & ~positive
+        return torch.zeros_like(rest)
+
+
+def _largest(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return the largest chosen value of each row, (n,); -inf if none is chosen."""
+    return values.masked_fill(~chosen, -torch.inf).amax(1)
+
+
+def _gap(above: Tensor, below: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return the largest value of the lower set less the smallest of the higher one, (n,); -inf if one is empty."""
+    return _largest(above, low) + _largest(-below, high)

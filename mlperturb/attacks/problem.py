@@ -1,0 +1,207 @@
+"""The problem that every attack solves: a batch, its goal and limits, and the count of the passes spent on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mlperturb.attacks.goals import Goal
+from mlperturb.errors import UsageError
+from mlperturb.protocol import Model, narrow
+from mlperturb.targets import Targets
+
+
+@dataclass(frozen=True)
+class Meter:
+    """The forward and backward passes spent on each image of a batch, on the CPU.
+
+    Attributes:
+        forward: (N,), counted in place.
+        backward: (N,), counted in place.
+    """
+
+    forward: Tensor
+    backward: Tensor
+
+    @classmethod
+    def of(cls, count: int) -> Meter:
+        """Return the meter of so many images, nothing spent."""
+        return cls(torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long))
+
+    def __len__(self) -> int:
+        return len(self.forward)
+
+    @property
+    def spent(self) -> Tensor:
+        """Forward and backward passes together, (N,)."""
+        return self.forward + self.backward
+
+
+@torch.no_grad()
+def observe(model: Model, images: Tensor) -> tuple[Tensor, Meter]:
+    """Look at the clean photos before there is a goal: return their logits, (N, L), and the meter that counted it."""
+    meter = Meter.of(len(images))
+    meter.forward.add_(passes_of(model))
+    return model(images), meter
+
+
+def passes_of(model: Model) -> int:
+    """Return how many passes of the network a call of the model costs for each image."""
+    return int(getattr(model, "passes", 1))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A batch to attack, or some images of it.
+
+    Attributes:
+        model: maps images in [0, 1] to logits.
+        images: the clean photos x, (n, 3, H, W), in [0, 1].
+        goal: what the attacked images are to be, one row of targets for each image.
+        limit: no image may spend more passes, forward and backward together; None for no limit.
+        cap: the largest ||x* - x||_2 allowed, in [0, 1] units, (n,); None for no cap.
+        bound: the largest ||x* - x||_infinity allowed, in [0, 1] units; None for no bound.
+        region: the pixels that may change, 1 or 0, (n, 1, H, W); None for all. Gradients vanish outside it.
+        meter: the passes spent, shared by all parts of the batch; by default a new one.
+        rows: the places of the images in the whole batch that the meter counts, (n,), on the CPU; by default all.
+
+    Raises:
+        UsageError: if the images are not (n, 3, H, W) with one row of targets each.
+    """
+
+    model: Model
+    images: Tensor
+    goal: Goal
+    limit: int | None = None
+    cap: Tensor | None = None
+    bound: float | None = None
+    region: Tensor | None = None
+    meter: Meter = field(default_factory=lambda: Meter.of(0))
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def __post_init__(self) -> None:
+        count, wanted = len(self.images), len(self.targets.truth)
+        if self.images.dim() != 4 or count != wanted:
+            raise UsageError(f"expected images (N, 3, H, W) with {wanted} targets, got {tuple(self.images.shape)}")
+        if not len(self.meter):
+            object.__setattr__(self, "meter", Meter.of(count))
+        if not len(self.rows):
+            object.__setattr__(self, "rows", torch.arange(count))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def targets(self) -> Targets:
+        """A, B and y of these images."""
+        return self.goal.targets
+
+    @property
+    def cost(self) -> int:
+        """Passes of the network for one call of the model."""
+        return passes_of(self.model)
+
+    def aim(self, goal: Goal) -> Self:
+        """Return the same problem with another goal."""
+        return replace(self, goal=goal)
+
+    def select(self, rows: Tensor) -> Self:
+        """Return the problem of some of these images: their places here, integers, (m,)."""
+        return replace(
+            self,
+            model=narrow(self.model, rows),
+            images=self.images[rows],
+            goal=self.goal.select(rows),
+            cap=None if self.cap is None else self.cap[rows],
+            region=None if self.region is None else self.region[rows],
+            rows=self.rows[rows.cpu()],
+        )
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return z, (n, L): one forward pass for each image."""
+        self.meter.forward[self.rows] += self.cost
+        return self.model(images)
+
+    def gradient(self, losses: Tensor, images: Tensor) -> Tensor:
+        """Return the gradient of each image's own loss, (n,), at `images`: one backward pass for each."""
+        self.meter.backward[self.rows] += self.cost
+        return self.within_region(torch.autograd.grad(losses.sum(), images)[0])
+
+    def jacobian(self, outputs: Tensor, images: Tensor, present: Tensor) -> Tensor:
+        """Return d outputs / d images, (n, K, 3, H, W); zero where `present`, (n, K), is false.
+
+        A backward pass is counted for each output present. On CUDA they run as one batched pass; on the CPU, where
+        that measures slower, one after the other.
+        """
+        self.meter.backward[self.rows] += self.cost * present.sum(1).cpu()
+        slots = int(present.sum(1).max())
+        order = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
+        seeds = torch.zeros(slots, *outputs.shape, dtype=outputs.dtype, device=outputs.device)
+        seeds.scatter_(2, order.T.unsqueeze(2), present.gather(1, order).T.unsqueeze(2).to(outputs.dtype))
+        if outputs.is_cuda:
+            packed = torch.autograd.grad(outputs, images, seeds, is_grads_batched=True)[0]
+        else:
+            packed = torch.stack([torch.autograd.grad(outputs, images, s, retain_graph=True)[0] for s in seeds])
+        full = packed.new_zeros(outputs.shape[1], *images.shape)
+        rows = torch.arange(len(images), device=images.device).expand(slots, -1)
+        full[order.T, rows] = packed * present.gather(1, order).T.view(slots, -1, 1, 1, 1)
+        jacobian = full.transpose(0, 1)
+        return jacobian if self.region is None else jacobian * self.region.unsqueeze(1)
+
+    def within_region(self, values: Tensor) -> Tensor:
+        """Return gradients or perturbations, (n, 3, H, W), that are 0 where nothing may change."""
+        return values if self.region is None else values * self.region
+
+    @cached_property
+    def pixel_range(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest value that each pixel may take, to be broadcast to (n, 3, H, W)."""
+        if self.bound is None:
+            return self.images.new_zeros(()), self.images.new_ones(())
+        return (self.images - self.bound).clamp(min=0), (self.images + self.bound).clamp(max=1)
+
+    def clip(self, images: Tensor) -> Tensor:
+        """Clip iterates, (n, 3, H, W), to the pixel range and the bound."""
+        return images.clamp(*self.pixel_range)
+
+    def within_cap(self, images: Tensor) -> Tensor:
+        """Pull iterates, (n, 3, H, W), back toward the clean photos until none lies beyond the cap; differentiable."""
+        if self.cap is None:
+            return images
+        difference = images - self.images
+        share = (self.cap * (1 - 1e-6) / (norms(difference) + 1e-12)).clamp(max=1)
+        return self.images + spread(share) * difference
+
+    def affordable(self, passes: int | Tensor) -> Tensor:
+        """Say which images may spend so many more calls of the model, (n,), on the images' device."""
+        return self._affordable(passes).to(self.images.device)
+
+    def runs_short(self, passes: int) -> bool:
+        """Say whether some image may not spend so many more calls; unlike `affordable`, never waits for the device."""
+        return not bool(self._affordable(passes).all())
+
+    def _affordable(self, passes: int | Tensor) -> Tensor:
+        limit = torch.iinfo(torch.long).max if self.limit is None else self.limit
+        return self.meter.spent[self.rows] + self.cost * passes <= limit
+
+    def iterations_left(self, iterations: int) -> Tensor:
+        """Return how many iterations of two calls each image may still have, (n,), at most so many."""
+        if self.limit is None:
+            return torch.full((len(self),), float(iterations), device=self.images.device)
+        return (
+            ((self.limit - self.meter.spent[self.rows]) // (2 * self.cost)).clamp(1, max(iterations, 1)).to(self.images)
+        )
+
+
+def norms(images: Tensor) -> Tensor:
+    """Return the L2 norm of each image, (n,)."""
+    lengths: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
+    return lengths
+
+
+def spread(values: Tensor) -> Tensor:
+    """Shape one value an image, (n,), to meet images, (n, 1, 1, 1)."""
+    return values.view(-1, 1, 1, 1)

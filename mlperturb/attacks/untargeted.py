@@ -1,0 +1,31 @@
+"""The non-targeted adversarial example (Section II): any label of y changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlperturb.attacks.problem import Problem
+
+MAX_COMPARED = 20  # labels whose gradients are compared
+
+
+def nearest_label(problem: Problem, candidates: Tensor, *, compared: int = MAX_COMPARED) -> Tensor:
+    """Return, for a non-targeted attack (Section II), the label nearest to its threshold, one-hot boolean, (N, L).
+
+    Nearest is by the linearised distance |z_j - logit(t_j)| / ||grad z_j||, as DeepFool measures it.
+
+    Args:
+        problem: the batch.
+        candidates: labels that may be flipped, boolean, (N, L).
+        compared: how many of them, those of the least |z_j - logit(t_j)|, are compared: a backward pass each.
+    """
+    images = problem.images.clone().requires_grad_()
+    logits = problem.logits(images)
+    margins = (logits.detach() - problem.targets.boundary).abs().masked_fill(~candidates, torch.inf)
+    least = margins.argsort(1).argsort(1) < max(compared, 1)
+    gradients = torch.linalg.vector_norm(problem.jacobian(logits, images, candidates & least).flatten(2), dim=2)
+    nearest = (margins / gradients.clamp(min=1e-12)).masked_fill(~(candidates & least), torch.inf).argmin(1)
+    chosen = torch.zeros_like(candidates)
+    chosen[torch.arange(len(chosen), device=chosen.device), nearest] = True
+    return chosen & candidates
