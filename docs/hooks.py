@@ -10,7 +10,7 @@ from textwrap import dedent, indent
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 HELP = re.compile(r"^<!-- help: ([\w-]+) -->$", re.MULTILINE)
-CODE = re.compile(r"^<!-- code: (mlperturb[\w.]+) -->$", re.MULTILINE)
+CODE = re.compile(r"^( *)<!-- code: (mlperturb[\w.]+) -->$", re.MULTILINE)
 NAME = re.compile(r"(?<!\[)`(mlperturb(?:\.[A-Za-z_]\w*)+)`(?!\])")
 
 
@@ -23,7 +23,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
       reference does not have the name.
     """
     markdown = HELP.sub(lambda match: show_help(match[1]), markdown)
-    markdown = CODE.sub(lambda match: show_code(match[1]), markdown)
+    markdown = CODE.sub(lambda match: indent(show_code(match[2]), match[1]), markdown)
     parts, end = [], 0
     for fence in FENCE.finditer(markdown):
         parts += [NAME.sub(r"[`\1`][\1]", markdown[end : fence.start()]), fence[0]]
@@ -73,7 +73,8 @@ def show_code(name: str) -> str:
         assert text.end_lineno is not None
         shown = lines[first : text.lineno - 1] + lines[text.end_lineno : node.end_lineno]
     block = f"```python\n{dedent(chr(10).join(shown))}\n```"
-    return f'??? quote "{name}"\n\n{indent(block, "    ")}\n\nDocumented at `{name}`.\n'
+    link = "" if "._" in name else f"\n    Documented at `{name}`.\n"  # the reference has public names alone
+    return f'??? quote "{name}"\n\n{indent(block, "    ")}\n{link}'
 
 
 def find_module(name: str) -> tuple[Path, list[str]]:
