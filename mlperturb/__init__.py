@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from mlperturb.api import attack as attack
     from mlperturb.api import load as load
     from mlperturb.api import predict as predict
-    from mlperturb.classifier import Classifier as Classifier
     from mlperturb.errors import MlperturbError as MlperturbError
     from mlperturb.limits import Limits as Limits
-    from mlperturb.preprocess import Preprocess as Preprocess
+    from mlperturb.model.classifier import Classifier as Classifier
+    from mlperturb.model.preprocess import Preprocess as Preprocess
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "Classifier": "classifier",
+    "Classifier": "model.classifier",
     "Limits": "limits",
     "MlperturbError": "errors",
-    "Preprocess": "preprocess",
+    "Preprocess": "model.preprocess",
     "Result": "api",
     "attack": "api",
     "load": "api",

@@ -14,18 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
-from mlperturb.classifier import Classifier
-from mlperturb.devices import prepare
 from mlperturb.errors import CheckpointError, UsageError
-from mlperturb.images import Photo, Pixels, convert_image, read_photo
 from mlperturb.limits import Limits
 from mlperturb.metrics import distortion
-from mlperturb.preprocess import to_tensor
-from mlperturb.record import Status
-from mlperturb.search import Found, Searcher
-from mlperturb.settings import Settings, Words, read_settings
-from mlperturb.verdict import look
+from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import to_tensor
+from mlperturb.photos.images import Photo, Pixels, convert_image, read_photo
+from mlperturb.run.record import Status
+from mlperturb.run.search import Found, Searcher
+from mlperturb.run.settings import Settings, Words, read_settings
+from mlperturb.run.verdict import look
+from mlperturb.system.devices import prepare
 
 if TYPE_CHECKING:
     from mlperturb.labels import Request

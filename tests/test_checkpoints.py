@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from mlperturb import checkpoints
-from mlperturb.checkpoints import (
+from mlperturb.errors import CheckpointError, OutputError
+from mlperturb.model import checkpoints
+from mlperturb.model.checkpoints import (
     Metadata,
     build_network,
     bundled_checkpoint,
@@ -22,9 +23,8 @@ from mlperturb.checkpoints import (
     read_tensors,
     save_checkpoint,
 )
-from mlperturb.classifier import Classifier
-from mlperturb.errors import CheckpointError, OutputError
-from mlperturb.preprocess import Preprocess
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Preprocess
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 LABELS = ("cat", "dog", "pérson, or people")
@@ -99,7 +99,7 @@ def test_metadata_is_read_as_written(saved):
 
 def test_metadata_is_read_without_torch(saved, run_python):
     code = (
-        "import sys; from pathlib import Path; from mlperturb.checkpoints import read_metadata;"
+        "import sys; from pathlib import Path; from mlperturb.model.checkpoints import read_metadata;"
         f"print(read_metadata(Path({str(saved)!r})).architecture, 'torch' in sys.modules)"
     )
     assert run_python(code) == f"{ARCHITECTURE} False"
@@ -347,14 +347,14 @@ def test_default_preprocessing_is_that_of_torchvisions_weights():
 
 
 def test_a_missing_bundled_checkpoint_is_a_checkpoint_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "mlperturb" / "checkpoints.py"))
+    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "mlperturb" / "model" / "checkpoints.py"))
     with pytest.raises(CheckpointError, match="bundled checkpoint .* is missing"):
         bundled_checkpoint()
 
 
 @pytest.mark.parametrize("folder", ["weights", "mlperturb/weights"])
 def test_the_bundled_checkpoint_lies_in_the_wheel_or_the_source_tree(monkeypatch, tmp_path, folder):
-    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "mlperturb" / "checkpoints.py"))
+    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "mlperturb" / "model" / "checkpoints.py"))
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / checkpoints.BUNDLED).write_bytes(b"")
     assert bundled_checkpoint() == tmp_path / folder / checkpoints.BUNDLED

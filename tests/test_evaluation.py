@@ -14,19 +14,19 @@ from PIL import Image
 from scipy import stats
 from sklearn import metrics as reference
 
-from mlperturb import evaluation_statistics
 from mlperturb.attacks.methods import METHODS
-from mlperturb.cases import Protocol, parse_cases, parse_variants
-from mlperturb.checkpoints import load_checkpoint
 from mlperturb.errors import StorageError, UsageError
-from mlperturb.evaluation import predict_photos, run
-from mlperturb.evaluation_records import failures
-from mlperturb.evaluation_statistics import METRICS, make_row, measure
-from mlperturb.images import read_photo
-from mlperturb.journal import Journal
+from mlperturb.experiment import statistics
+from mlperturb.experiment.cases import Protocol, parse_cases, parse_variants
+from mlperturb.experiment.evaluate import predict_photos, run
+from mlperturb.experiment.records import failures
+from mlperturb.experiment.statistics import METRICS, make_row, measure
 from mlperturb.limits import Limits
-from mlperturb.tables import evaluation_grid, to_csv, to_latex, to_markdown
-from mlperturb.voc import Dataset
+from mlperturb.model.checkpoints import load_checkpoint
+from mlperturb.photos.datasets import Dataset
+from mlperturb.photos.images import read_photo
+from mlperturb.show.tables import evaluation_grid, to_csv, to_latex, to_markdown
+from mlperturb.system.journal import Journal
 
 LABELS = ("cat", "dog", "potted plant", "hen", "cow")
 BOUNDARY = torch.logit(torch.tensor([0.5, 0.4, 0.6, 0.5, 0.5]))
@@ -118,7 +118,7 @@ def test_the_bootstrap_interval_covers_a_known_mean():
     rng = np.random.default_rng(1)
     inside = 0
     for _ in range(60):
-        low, high = evaluation_statistics._mean(rng.exponential(2.0, 80))[1]
+        low, high = statistics._mean(rng.exponential(2.0, 80))[1]
         inside += low < 2.0 < high
     assert inside >= 51  # 95% less what chance and the skew take
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mlperturb.errors import UsageError
-from mlperturb.purify import KINDS, Purification, parse_purifications, parse_qualities, parse_survival
+from mlperturb.photos.purify import KINDS, Purification, parse_purifications, parse_qualities, parse_survival
 
 RGB = np.random.default_rng(0).integers(0, 256, (21, 34, 3), dtype=np.uint8)
 

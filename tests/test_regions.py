@@ -12,7 +12,7 @@ from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.problem import Problem
 from mlperturb.attacks.quantise import quantise
 from mlperturb.errors import ImageError, UsageError
-from mlperturb.regions import parse_region
+from mlperturb.photos.regions import parse_region
 
 NET = make_net()
 

@@ -11,20 +11,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-import mlperturb.verdict
+import mlperturb.run.verdict
 from mlperturb.attacks.methods import METHODS
-from mlperturb.classifier import Classifier
 from mlperturb.errors import OutputError, StorageError, UsageError
-from mlperturb.images import magnify, read_photo
-from mlperturb.jobs import plan_outputs
 from mlperturb.labels import parse_request
 from mlperturb.limits import MIN_PASSES, Limits
 from mlperturb.metrics import Distortion
-from mlperturb.preprocess import Preprocess
-from mlperturb.record import Failure, Record, Summary
-from mlperturb.report import read_schema, report_lines, to_json
-from mlperturb.runner import run_attack
-from mlperturb.settings import Settings, Words, read_settings
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Preprocess
+from mlperturb.photos.images import magnify, read_photo
+from mlperturb.run.jobs import plan_outputs
+from mlperturb.run.record import Failure, Record, Summary
+from mlperturb.run.report import read_schema, report_lines, to_json
+from mlperturb.run.runner import run_attack
+from mlperturb.run.settings import Settings, Words, read_settings
 
 LABELS = ("cat", "dog", "cow", "hen")
 SETTINGS = {
@@ -331,22 +331,22 @@ def test_a_full_disk_stops_the_run(classifier, photos, monkeypatch, which):
             raise StorageError(f"cannot write {path}: No space left on device")
         real(path, rgb, alpha)
 
-    real = mlperturb.verdict.write_png
-    monkeypatch.setattr(mlperturb.verdict, "write_png", write)
+    real = mlperturb.run.verdict.write_png
+    monkeypatch.setattr(mlperturb.run.verdict, "write_png", write)
     with pytest.raises(StorageError, match="No space left"):
         attack(classifier, photos, batch_size=1)
     assert len(calls) == (3 if which == "write_png" else 4)
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_that_photo(classifier, photos, monkeypatch):
-    real = mlperturb.verdict.write_png
+    real = mlperturb.run.verdict.write_png
 
     def write(path, rgb, alpha=None):
         if path.name.startswith("b."):
             raise OutputError(f"cannot write {path}: File name too long")
         real(path, rgb, alpha)
 
-    monkeypatch.setattr(mlperturb.verdict, "write_png", write)
+    monkeypatch.setattr(mlperturb.run.verdict, "write_png", write)
     records, _ = attack(classifier, photos)
     assert records["b.png"].status == "failed"
     assert records["b.png"].error.type == "OutputError"

@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mlperturb import training
-from mlperturb.checkpoints import build_network, load_checkpoint, read_metadata, read_tensors, save_checkpoint
-from mlperturb.classifier import Classifier
 from mlperturb.errors import CheckpointError, DatasetError, OutputError
-from mlperturb.fitter import Fitter, Progress, Recipe
-from mlperturb.loading import PhotoDataset, augmentation, predict_dataset
 from mlperturb.metrics import classifier_metrics
-from mlperturb.preprocess import Preprocess
-from mlperturb.probe import find_head
-from mlperturb.training import initialise, train
-from mlperturb.voc import Dataset
+from mlperturb.model.checkpoints import build_network, load_checkpoint, read_metadata, read_tensors, save_checkpoint
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Preprocess
+from mlperturb.photos.datasets import Dataset
+from mlperturb.training import train as training
+from mlperturb.training.fitter import Fitter, Progress, Recipe
+from mlperturb.training.loading import PhotoDataset, augmentation, predict_dataset
+from mlperturb.training.probe import find_head
+from mlperturb.training.train import initialise, train
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 RECIPE = Recipe(ARCHITECTURE, epochs=2, batch_size=4, learning_rate=2e-3, size=32, average=0.5, seed=3)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from mlperturb.attacks.methods import DEFAULT_METHOD
 from mlperturb.cli.console import print_note
-from mlperturb.record import Record, Summary
-from mlperturb.settings import Settings
+from mlperturb.run.record import Record, Summary
+from mlperturb.run.settings import Settings
 
 SHOWN = 3  # photos at most, of a run that shows each of them
 _LINES = 20  # notes, and errors, at most

@@ -29,8 +29,8 @@ from mlperturb.cli.options import (
 from mlperturb.limits import Limits
 
 if TYPE_CHECKING:
-    from mlperturb.outputs import Outputs
-    from mlperturb.settings import Settings
+    from mlperturb.run.outputs import Outputs
+    from mlperturb.run.settings import Settings
 
 
 def attack(
@@ -105,9 +105,9 @@ def attack(
     """
     source = find_source(checkpoint, arch, labels)
 
-    from mlperturb.images import find_photos
-    from mlperturb.outputs import Outputs
-    from mlperturb.settings import Words, read_settings
+    from mlperturb.photos.images import find_photos
+    from mlperturb.run.outputs import Outputs
+    from mlperturb.run.settings import Words, read_settings
 
     settings = read_settings(
         Words(flip or [], keep or [], add or [], remove or [], survive or [], region),
@@ -140,9 +140,9 @@ def run(
     """Attack photos; return the exit code."""
     from mlperturb.cli.attack_run import AttackRun
     from mlperturb.cli.longrun import LongRun
-    from mlperturb.jobs import plan_outputs
-    from mlperturb.outputs import fingerprint, prepare_folder
-    from mlperturb.sharing import join
+    from mlperturb.run.jobs import plan_outputs
+    from mlperturb.run.outputs import fingerprint, prepare_folder
+    from mlperturb.system.processes import join
 
     jobs = plan_outputs(photos)
     long, existing = LongRun(join(), quiet=quiet), frozenset[str]()

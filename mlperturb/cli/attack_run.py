@@ -18,19 +18,19 @@ from mlperturb.cli.console import print_error, print_note
 from mlperturb.cli.longrun import LongRun
 from mlperturb.cli.options import Source
 from mlperturb.errors import StorageError
-from mlperturb.files import is_remote, remove_temporary, writing
-from mlperturb.interrupts import Interrupts
-from mlperturb.jobs import Job
-from mlperturb.outputs import JOURNAL, Outputs
-from mlperturb.record import Record, Summary
-from mlperturb.report import report_lines
-from mlperturb.resume import Ledger, Part, size_of
-from mlperturb.runner import run_attack
-from mlperturb.settings import Settings
-from mlperturb.text import printable
+from mlperturb.run.jobs import Job
+from mlperturb.run.ledger import Ledger, Part, size_of
+from mlperturb.run.outputs import JOURNAL, Outputs
+from mlperturb.run.record import Record, Summary
+from mlperturb.run.report import report_lines
+from mlperturb.run.runner import run_attack
+from mlperturb.run.settings import Settings
+from mlperturb.system.files import is_remote, remove_temporary, writing
+from mlperturb.system.interrupts import Interrupts
+from mlperturb.system.text import printable
 
 if TYPE_CHECKING:
-    from mlperturb.preprocess import Size
+    from mlperturb.model.preprocess import Size
 
 
 @dataclass
@@ -148,8 +148,8 @@ class AttackRun:
             for part in report_lines(settings, description, told.listen(self.ledger.records(self.part)), seconds):
                 stream.write(part.encode())
         if self.outputs.page is not None:
-            from mlperturb.gallery import write_gallery
-            from mlperturb.report import read_report
+            from mlperturb.run.report import read_report
+            from mlperturb.show.gallery import write_gallery
 
             write_gallery(read_report(report)[0], folder, self.outputs.page)
         if self.json:
@@ -171,7 +171,7 @@ class AttackRun:
         return os.path.relpath(folder, report.parent)
 
     def _print_tables(self, told: Told, seconds: float) -> None:
-        from mlperturb.tables import image_line, image_table, summary_table
+        from mlperturb.show.tables import image_line, image_table, summary_table
 
         if len(told.first) <= SHOWN:
             for record in told.first:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from mlperturb.text import printable
+from mlperturb.system.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress

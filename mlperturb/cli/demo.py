@@ -19,8 +19,8 @@ def demo(
     """Attack the public-domain portrait that ships inside Matplotlib: flip `person`, keep the rest."""
     import matplotlib
 
-    from mlperturb.outputs import Outputs
-    from mlperturb.settings import Words, read_settings
+    from mlperturb.run.outputs import Outputs
+    from mlperturb.run.settings import Words, read_settings
 
     portrait = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     if not portrait.is_file():

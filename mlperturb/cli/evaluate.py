@@ -34,13 +34,13 @@ from mlperturb.cli.options import (
 )
 from mlperturb.errors import UsageError
 from mlperturb.limits import Limits
-from mlperturb.text import printable
+from mlperturb.system.text import printable
 
 if TYPE_CHECKING:
-    from mlperturb.cases import Protocol
     from mlperturb.cli.longrun import LongRun
-    from mlperturb.tables import Grid
-    from mlperturb.voc import Dataset
+    from mlperturb.experiment.cases import Protocol
+    from mlperturb.photos.datasets import Dataset
+    from mlperturb.show.tables import Grid
 
 _CASES = ("random", "extreme", "person", "sheep")
 
@@ -100,12 +100,12 @@ def evaluate(
         raise UsageError("--clean attacks nothing: it goes without --cases, --reduce, --augment and --methods")
     source = find_source(checkpoint, arch, labels)
 
-    from mlperturb.cases import Protocol, align, parse_cases, parse_variants
     from mlperturb.cli.longrun import LongRun
-    from mlperturb.evaluation import make_settings
-    from mlperturb.outputs import make_folder
-    from mlperturb.sharing import join
-    from mlperturb.voc import read_csv, read_splits
+    from mlperturb.experiment.cases import Protocol, align, parse_cases, parse_variants
+    from mlperturb.experiment.evaluate import make_settings
+    from mlperturb.photos.datasets import read_csv, read_splits
+    from mlperturb.run.outputs import make_folder
+    from mlperturb.system.processes import join
 
     if cases is None and not reduce and not augment:
         cases = list(_CASES)
@@ -146,9 +146,9 @@ class _Run:
         """Measure the classifier itself: Table III. Of several processes one does it."""
         import torch
 
-        from mlperturb.evaluation import predict_photos
+        from mlperturb.experiment.evaluate import predict_photos
         from mlperturb.metrics import classifier_metrics
-        from mlperturb.tables import classifier_grid
+        from mlperturb.show.tables import classifier_grid
 
         if not self.long.share.first:
             return 0
@@ -169,8 +169,8 @@ class _Run:
 
     def go(self, *, overwrite: bool) -> int:
         """Attack, and write the tables; return the exit code."""
-        from mlperturb.journal import find_journal, move_journal, remove_journal
-        from mlperturb.voc import join
+        from mlperturb.photos.datasets import join
+        from mlperturb.system.journal import find_journal, move_journal, remove_journal
 
         dataset, long = join(self.parts.values()), self.long
         path, old = self.out / "records.jsonl", self.out / "records.old.jsonl"
@@ -200,8 +200,8 @@ class _Run:
 
     def _attack(self, dataset: Dataset, path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         """Attack; return the rows of the tables, and a line for each photo that could not be read or attacked."""
-        from mlperturb import evaluation
-        from mlperturb.evaluation_records import failures
+        from mlperturb.experiment.evaluate import run as run_evaluation
+        from mlperturb.experiment.records import failures
 
         long = self.long
         with (
@@ -209,7 +209,7 @@ class _Run:
             long.bar("classified", len(dataset), "classifying"),
             long.stoppable(),
         ):
-            rows = evaluation.run(
+            rows = run_evaluation(
                 self.classifier,
                 dataset,
                 self.protocol,
@@ -225,7 +225,7 @@ class _Run:
 
     def _report(self, rows: list[dict[str, Any]]) -> None:
         """Write the tables, and print them."""
-        from mlperturb.tables import evaluation_grid, to_csv
+        from mlperturb.show.tables import evaluation_grid, to_csv
 
         for case in self.protocol.cases:
             if not any(row["case"] == case.name for row in rows):
@@ -236,7 +236,7 @@ class _Run:
 
     def _drop_old_images(self, old: Path, new: Path) -> None:
         """Delete the images that the replaced run kept and this one did not write again."""
-        from mlperturb.evaluation_records import kept_images
+        from mlperturb.experiment.records import kept_images
 
         current = kept_images(new) if self.protocol.keep_images else set()
         for name in kept_images(old) - current:
@@ -259,8 +259,8 @@ class _Run:
         )
 
     def _finish(self, name: str, values: Any, grids: list[Grid], shown: list[Grid] | None = None) -> None:
-        from mlperturb.report import to_json
-        from mlperturb.tables import show, to_latex, to_markdown
+        from mlperturb.run.report import to_json
+        from mlperturb.show.tables import show, to_latex, to_markdown
 
         self._write(f"{name}.json", to_json(values) + "\n")
         self._write(f"{name}.md", to_markdown(grids))
@@ -274,7 +274,7 @@ class _Run:
             stdout.print(f"tables in {printable(str(self.out))}: {name}{forms}", soft_wrap=True)
 
     def _write(self, name: str, text: str) -> None:
-        from mlperturb.files import write_file
+        from mlperturb.system.files import write_file
 
         write_file(self.out / name, text.encode())
 

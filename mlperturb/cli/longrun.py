@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from mlperturb import __version__
 from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.errors import StorageError
-from mlperturb.interrupts import Interrupts
-from mlperturb.journal import Journal
-from mlperturb.sharing import Share, local_device
+from mlperturb.system.interrupts import Interrupts
+from mlperturb.system.journal import Journal
+from mlperturb.system.processes import Share, local_device
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -56,7 +56,7 @@ class LongRun:
         Raises:
             UsageError: if there is no such device.
         """
-        from mlperturb.devices import prepare
+        from mlperturb.system.devices import prepare
 
         name = prepare(local_device(device), seed)
         self.device = name if self.share.size == 1 else name.partition(":")[0]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlperturb.errors import CheckpointError, UsageError
-from mlperturb.files import parse_local, parse_path
+from mlperturb.system.files import parse_local, parse_path
 
 if TYPE_CHECKING:
-    from mlperturb.classifier import Classifier
+    from mlperturb.model.classifier import Classifier
 
 ANYWHERE: dict[str, Any] = {"parser": parse_path, "metavar": "PATH"}  # a path of this machine, or a URL
 HERE: dict[str, Any] = {"parser": parse_local, "metavar": "PATH"}  # a path of this machine
@@ -67,8 +67,8 @@ class Source:
 
     def load(self, device: str) -> tuple[Classifier, dict[str, Any]]:
         """Load the classifier, and describe it as a report does."""
-        from mlperturb.checkpoints import load_checkpoint
-        from mlperturb.files import file_sha256
+        from mlperturb.model.checkpoints import load_checkpoint
+        from mlperturb.system.files import file_sha256
 
         classifier, metadata = load_checkpoint(
             self.path, architecture=self.architecture, labels=self.names, device=device
@@ -89,7 +89,7 @@ def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) 
         CheckpointError: if it is missing or no checkpoint.
         UsageError: if --arch and --labels do not come together, or the label file is unreadable.
     """
-    from mlperturb.checkpoints import bundled_checkpoint, read_metadata
+    from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
 
     if (arch is None) != (labels is None) or (arch is not None and checkpoint is None):
         raise UsageError("plain weights need --checkpoint, --arch and --labels together")
@@ -115,8 +115,8 @@ def named_source(described: dict[str, Any]) -> Source:
     Raises:
         UsageError: if it is no longer where it was.
     """
-    from mlperturb.checkpoints import bundled_checkpoint, read_metadata
-    from mlperturb.files import file_sha256
+    from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
+    from mlperturb.system.files import file_sha256
 
     path, names = Path(described["checkpoint"]), tuple(described["labels"])
     if not path.is_file():

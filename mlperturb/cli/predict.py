@@ -25,7 +25,7 @@ def predict(
     json: Json = False,
 ) -> None:
     """Show the labels that a classifier sees in photos, adversarial PNGs included."""
-    from mlperturb.images import find_photos
+    from mlperturb.photos.images import find_photos
 
     source = find_source(checkpoint, arch, labels)
     photos = find_photos(paths, recursive=recursive)
@@ -36,12 +36,12 @@ def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool 
     """Predict and print; return the exit code."""
     import torch
 
-    from mlperturb.devices import prepare
-    from mlperturb.images import read_photo
-    from mlperturb.preprocess import to_tensor
-    from mlperturb.record import NOT_FINITE, Failure
-    from mlperturb.report import to_json
-    from mlperturb.tables import clean, prediction_table
+    from mlperturb.model.preprocess import to_tensor
+    from mlperturb.photos.images import read_photo
+    from mlperturb.run.record import NOT_FINITE, Failure
+    from mlperturb.run.report import to_json
+    from mlperturb.show.tables import clean, prediction_table
+    from mlperturb.system.devices import prepare
     from mlperturb.targets import present
 
     classifier, description = source.load(prepare(device, 0))

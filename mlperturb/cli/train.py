@@ -11,11 +11,11 @@ import typer
 
 from mlperturb.cli.options import HERE, LabelTable, PhotoFolder, Voc, Year, check_data
 from mlperturb.errors import UsageError
-from mlperturb.files import parse_local
+from mlperturb.system.files import parse_local
 
 if TYPE_CHECKING:
-    from mlperturb.fitter import Progress
-    from mlperturb.voc import Dataset
+    from mlperturb.photos.datasets import Dataset
+    from mlperturb.training.fitter import Progress
 
 
 def train(
@@ -96,12 +96,12 @@ def train(
         raise UsageError(f"expected --out to end in .safetensors, got {out}")
     files = [parse_local(name) for name in init or () if name != "torchvision"]
 
-    from mlperturb.devices import prepare
-    from mlperturb.fitter import Recipe
-    from mlperturb.sharing import join as join_run
-    from mlperturb.sharing import local_device
-    from mlperturb.training import train as run
-    from mlperturb.voc import join, read_csv, read_splits
+    from mlperturb.photos.datasets import join, read_csv, read_splits
+    from mlperturb.system.devices import prepare
+    from mlperturb.system.processes import join as join_run
+    from mlperturb.system.processes import local_device
+    from mlperturb.training.fitter import Recipe
+    from mlperturb.training.train import train as run
 
     validation: Dataset | None = None
     tests: dict[str, Dataset] = {}
@@ -173,7 +173,7 @@ def train(
         return
     if metadata.metrics:
         from mlperturb.cli.console import out as stdout
-        from mlperturb.tables import classifier_grid, show
+        from mlperturb.show.tables import classifier_grid, show
 
         stdout.print(show(classifier_grid(metadata.metrics)))
     typer.echo(f"wrote {out}")

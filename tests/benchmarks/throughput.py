@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mlperturb import runner
 from mlperturb.attacks.problem import Problem
-from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
-from mlperturb.devices import prepare
-from mlperturb.images import find_photos
-from mlperturb.jobs import plan_outputs
 from mlperturb.labels import parse_request
 from mlperturb.limits import Limits
-from mlperturb.settings import Settings
+from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
+from mlperturb.photos.images import find_photos
+from mlperturb.run import runner
+from mlperturb.run.jobs import plan_outputs
+from mlperturb.run.settings import Settings
+from mlperturb.system.devices import prepare
 
 
 def timed(spent: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
