@@ -22,6 +22,8 @@ ORDER = [
     "targets",
     "metrics",
     "preprocess",
+    "taps",
+    "readers",
     "images",
     "regions",
     "purify",
