@@ -43,7 +43,8 @@ def show_help(name: str) -> str:
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     lines = [f"```text\n{usage}\n```", "", dedent(command.help or ""), "", "| option | meaning |", "|---|---|"]
     for option, meaning in rows:
-        lines.append("| `" + option.replace("|", "\\|") + "` | " + meaning.replace("|", "\\|").replace("<", "&lt;") + " |")
+        cells = f"`{option}`".replace("|", "\\|"), meaning.replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
