@@ -1,41 +1,52 @@
 """Multi-label adversarial perturbations for image files that work when they are opened again.
 
-The public names load on first use, so that `import mlperturb` is quick.
+    import mlperturb
+
+    classifier = mlperturb.load()
+    result = mlperturb.attack(classifier, ["photo.jpg"], flip=["person"], keep="rest")
+
+The public names load on first use, so that `import mlperturb` is quick. `mlperturb.attacks` is the second door, for
+people who write attacks.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlperturb.api import Result as Result
+    from mlperturb.api import attack as attack
+    from mlperturb.api import load as load
+    from mlperturb.api import predict as predict
+    from mlperturb.errors import MlperturbError as MlperturbError
+    from mlperturb.limits import Limits as Limits
+    from mlperturb.model.classifier import Classifier as Classifier
+    from mlperturb.model.preprocess import Preprocess as Preprocess
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "Classifier": "classifier",
-    "METHODS": "attacks.methods",
+    "Classifier": "model.classifier",
+    "Limits": "limits",
     "MlperturbError": "errors",
-    "Outcome": "attacks.best",
-    "Preprocess": "preprocess",
-    "Problem": "attacks.problem",
-    "Request": "labels",
-    "Targets": "targets",
-    "bundled_checkpoint": "checkpoints",
-    "fg": "attacks.fast_gradient",
-    "fgs": "attacks.fast_gradient",
-    "load_checkpoint": "checkpoints",
-    "make_targets": "targets",
-    "ml_cw": "attacks.carlini_wagner",
-    "ml_dp": "attacks.deepfool",
-    "parse_request": "labels",
-    "rank_1": "attacks.ranking",
-    "rank_2": "attacks.ranking",
+    "Preprocess": "model.preprocess",
+    "Result": "api",
+    "attack": "api",
+    "load": "api",
+    "predict": "api",
 }
 
-__all__ = ["__version__", *_PLACES]  # noqa: PLE0604
+
+if not TYPE_CHECKING:  # a type checker is to refuse a name that is not in the list above
+
+    def __getattr__(name: str) -> object:
+        """Load a public name."""
+        if name not in _PLACES:
+            raise AttributeError(f"module 'mlperturb' has no attribute {name!r}")
+        return getattr(import_module(f"mlperturb.{_PLACES[name]}"), name)
 
 
-def __getattr__(name: str) -> Any:
-    """Load a public name."""
-    if name not in _PLACES:
-        raise AttributeError(f"module 'mlperturb' has no attribute {name!r}")
-    return getattr(import_module(f"mlperturb.{_PLACES[name]}"), name)
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return sorted([*_PLACES, "__version__"])

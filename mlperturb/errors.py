@@ -1,5 +1,7 @@
 """The one error tree; the command line is the one place that catches it.
 
+A message names a parameter in backquotes, as in "expected `rmsd` above 0"; the command line names the option instead.
+
 MlperturbError              what a user can put right; the message is one line
 |-- UsageError              the call cannot be carried out as it was given
 |   `-- LabelError          an unknown label, or a label in two sets

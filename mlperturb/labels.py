@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlperturb.errors import LabelError, UsageError
@@ -30,7 +30,12 @@ class Request:
     any_label: bool = False
 
 
-_WORDS = {"all": "--flip", "any": "--flip", "rest": "--keep"}
+def present_labels(probabilities: Mapping[str, float], thresholds: Mapping[str, float]) -> list[str]:
+    """Return the labels that are present, f_j >= t_j, in the order of `probabilities`."""
+    return [label for label, value in probabilities.items() if value >= thresholds[label]]
+
+
+_WORDS = {"all": "`flip`", "any": "`flip`", "rest": "`keep`"}
 
 
 def split_names(values: Iterable[str], labels: Sequence[str] = ()) -> list[str]:
@@ -87,9 +92,9 @@ def parse_request(
     flip_all = _take_word("all", flips, labels)
     keep_rest = _take_word("rest", keeps, labels)
     if any_label and (flip_all or flips):
-        raise UsageError("--flip any stands alone: expected no further label to flip")
+        raise UsageError("`flip` any stands alone: expected no further label to flip")
     if flip_all and keep_rest:
-        raise UsageError("--flip all leaves nothing for --keep rest")
+        raise UsageError("`flip` all leaves nothing for `keep` rest")
     sets = {"flip": flips, "keep": keeps, "add": split_names(add, labels), "remove": split_names(remove, labels)}
     chosen: dict[str, list[int]] = {}
     taken: dict[int, str] = {}
@@ -98,7 +103,7 @@ def parse_request(
         for name in names:
             number = find_label(name, labels)
             if taken.setdefault(number, option) != option:
-                raise LabelError(f"label {labels[number]!r} stands in both --{taken[number]} and --{option}")
+                raise LabelError(f"label {labels[number]!r} stands in both `{taken[number]}` and `{option}`")
             if number not in chosen[option]:
                 chosen[option].append(number)
     rest = [number for number in range(len(labels)) if number not in taken]
@@ -107,9 +112,9 @@ def parse_request(
     if keep_rest and not any_label:
         chosen["keep"] = sorted(chosen["keep"] + rest)
     if any_label and not rest:
-        raise UsageError("--flip any has no label left to flip: every label is named elsewhere")
+        raise UsageError("`flip` any has no label left to flip: every label is named elsewhere")
     if not (chosen["flip"] or chosen["add"] or chosen["remove"] or any_label):
-        raise UsageError("nothing to change: expected at least one label in --flip, --add or --remove")
+        raise UsageError("nothing to change: expected at least one label in `flip`, `add` or `remove`")
     return Request(
         flip=tuple(chosen["flip"]),
         keep=tuple(chosen["keep"]),

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mlperturb.targets import decide
+
 
 @dataclass(frozen=True)
 class Distortion:
@@ -116,7 +118,7 @@ def classifier_metrics(logits: Tensor, truth: Tensor, boundary: Tensor, labels: 
         boundary: logit(t), (L,).
         labels: L names.
     """
-    decisions = torch.where(logits >= boundary, 1, -1)
+    decisions = decide(logits, boundary)
     by_label = average_precision(logits.T, truth.T)
     losses = ranking_loss(logits, truth)
     figures = {

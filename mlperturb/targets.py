@@ -89,9 +89,17 @@ class Targets:
         return Targets(self.flip.cpu(), self.keep.cpu(), self.truth.cpu(), self.boundary.cpu(), self.margin)
 
 
+def present(logits: Tensor, boundary: Tensor) -> Tensor:
+    """Decide which labels are present, boolean, in the shape of `logits`: z_j >= logit(t_j); a NaN is absent.
+
+    Every decision of the project is made here, or in `labels.present_labels` where there are no tensors.
+    """
+    return logits >= boundary
+
+
 def decide(logits: Tensor, boundary: Tensor) -> Tensor:
     """Return the decisions h_j as +1 / -1, (N, L), in the dtype of `logits`."""
-    return torch.where(logits >= boundary, 1.0, -1.0).to(logits.dtype)
+    return torch.where(present(logits, boundary), 1.0, -1.0).to(logits.dtype)
 
 
 def make_targets(

@@ -15,10 +15,10 @@ from helpers import TINY_LABELS, TINY_PIXELS, contents, write_photos
 from hypothesis import settings
 from PIL import Image
 
-from mlperturb.checkpoints import Metadata, build_network, save_checkpoint
-from mlperturb.classifier import Classifier
 from mlperturb.cli.main import main
-from mlperturb.preprocess import Preprocess
+from mlperturb.model.checkpoints import Metadata, build_network, save_checkpoint
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Preprocess
 
 settings.register_profile("mlperturb", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("mlperturb")
@@ -102,7 +102,7 @@ def cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mlperturb", *map(str, arguments)])
-        monkeypatch.setattr("mlperturb.devices.keep_freed_memory", lambda: False)
+        monkeypatch.setattr("mlperturb.system.devices.keep_freed_memory", lambda: False)
         try:
             with pytest.raises(SystemExit) as stop:
                 main()

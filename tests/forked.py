@@ -66,8 +66,7 @@ if __name__ == "__main__":
     import torchvision.models  # noqa: F401
     from safetensors import torch as _tensors  # noqa: F401
 
-    import mlperturb.gallery
-    import mlperturb.runner  # noqa: F401
+    import mlperturb.run.runner  # noqa: F401
 
     torch.set_num_threads(1)
     commands, results = map(Path, sys.argv[1:])

@@ -18,9 +18,10 @@ import torch._weights_only_unpickler as unpickler
 from safetensors.torch import save_file
 
 with atheris.instrument_imports(include=["mlperturb", "PIL"]):
-    from mlperturb import checkpoints, images
     from mlperturb.errors import CheckpointError, ImageError
-    from mlperturb.preprocess import Preprocess
+    from mlperturb.model import checkpoints
+    from mlperturb.model.preprocess import Preprocess
+    from mlperturb.photos import images
 
 MOST = 30_000  # bytes of a file to start from
 

@@ -489,8 +489,8 @@ def test_an_unknown_method_budget_or_option_is_refused():
         find_method("cw")
     with pytest.raises(UsageError, match="unknown budget 'long': expected fast, balanced, paper"):
         find_method("ml-cw").tuning("long")
-    with pytest.raises(UsageError, match="--solver is an option of ml-dp, not of this method"):
+    with pytest.raises(UsageError, match="`solver` is an option of ml-dp, not of this method"):
         find_method("ml-cw").tuning("fast", solver="nnls")
-    with pytest.raises(UsageError, match="unknown --between 'above': expected rest"):
+    with pytest.raises(UsageError, match="unknown `between` 'above': expected rest"):
         find_method("rank-1").tuning("fast", between="above")
     assert find_method("ml-dp").tuning("fast", solver=None, space="probability")["space"] == "probability"

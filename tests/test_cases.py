@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlperturb.attacks.methods import METHODS
-from mlperturb.cases import Case, Protocol, align, choose, parse_cases, parse_variants
 from mlperturb.errors import LabelError, UsageError
-from mlperturb.voc import Dataset
+from mlperturb.experiment.cases import Case, Protocol, align, choose, parse_cases, parse_variants
+from mlperturb.photos.datasets import Dataset
 
 LABELS = ("person", "sheep", "cat", "dog")
 TRUTH = np.random.default_rng(0).choice(np.array([-1, -1, 0, 1], dtype=np.int8), (200, 4))

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from mlperturb import checkpoints
-from mlperturb.checkpoints import (
+from mlperturb.errors import CheckpointError, OutputError
+from mlperturb.model import checkpoints
+from mlperturb.model.checkpoints import (
     Metadata,
     build_network,
     bundled_checkpoint,
@@ -22,9 +23,8 @@ from mlperturb.checkpoints import (
     read_tensors,
     save_checkpoint,
 )
-from mlperturb.classifier import Classifier
-from mlperturb.errors import CheckpointError, OutputError
-from mlperturb.preprocess import Preprocess
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Preprocess
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 LABELS = ("cat", "dog", "pérson, or people")
@@ -99,7 +99,7 @@ def test_metadata_is_read_as_written(saved):
 
 def test_metadata_is_read_without_torch(saved, run_python):
     code = (
-        "import sys; from pathlib import Path; from mlperturb.checkpoints import read_metadata;"
+        "import sys; from pathlib import Path; from mlperturb.model.checkpoints import read_metadata;"
         f"print(read_metadata(Path({str(saved)!r})).architecture, 'torch' in sys.modules)"
     )
     assert run_python(code) == f"{ARCHITECTURE} False"
@@ -138,7 +138,7 @@ def test_a_plain_state_dict_loads_with_architecture_and_labels(save_plain, netwo
 
 def test_plain_weights_without_architecture_or_labels_say_what_is_missing(save_plain, tmp_path):
     path = save_plain()
-    with pytest.raises(CheckpointError, match="give --arch and --labels"):
+    with pytest.raises(CheckpointError, match="give `architecture` and `labels`"):
         load_checkpoint(path)
     with pytest.raises(CheckpointError, match="need both"):
         load_checkpoint(path, architecture=ARCHITECTURE)
@@ -284,7 +284,7 @@ def test_a_header_that_is_no_object_is_refused(tmp_path, header):
 
 @pytest.mark.parametrize("header", [b"{}", b'{"__metadata__": {"format": "pt"}}', b'{"__metadata__": 3}'])
 def test_a_safetensors_file_of_others_is_told_from_ours(tmp_path, header):
-    with pytest.raises(CheckpointError, match="holds no mlperturb metadata.*--arch and --labels"):
+    with pytest.raises(CheckpointError, match="holds no mlperturb metadata.*`architecture` and `labels`"):
         read_metadata(_write(tmp_path / "x.safetensors", header))
 
 
@@ -347,14 +347,14 @@ def test_default_preprocessing_is_that_of_torchvisions_weights():
 
 
 def test_a_missing_bundled_checkpoint_is_a_checkpoint_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "mlperturb" / "checkpoints.py"))
+    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "mlperturb" / "model" / "checkpoints.py"))
     with pytest.raises(CheckpointError, match="bundled checkpoint .* is missing"):
         bundled_checkpoint()
 
 
 @pytest.mark.parametrize("folder", ["weights", "mlperturb/weights"])
 def test_the_bundled_checkpoint_lies_in_the_wheel_or_the_source_tree(monkeypatch, tmp_path, folder):
-    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "mlperturb" / "checkpoints.py"))
+    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "mlperturb" / "model" / "checkpoints.py"))
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / checkpoints.BUNDLED).write_bytes(b"")
     assert bundled_checkpoint() == tmp_path / folder / checkpoints.BUNDLED

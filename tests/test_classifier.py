@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from mlperturb.checkpoints import build_network
-from mlperturb.classifier import Classifier, fold_batch_norm
 from mlperturb.errors import CheckpointError, UsageError
-from mlperturb.preprocess import Preprocess
+from mlperturb.model.checkpoints import build_network
+from mlperturb.model.classifier import Classifier, fold_batch_norm
+from mlperturb.model.preprocess import Preprocess
 
 PREPROCESS = Preprocess((8, 8))
 

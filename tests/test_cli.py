@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -17,9 +18,10 @@ from helpers import TINY_PIXELS as PIXELS
 from PIL import Image
 
 from mlperturb.attacks.methods import METHODS
-from mlperturb.checkpoints import Metadata, bundled_checkpoint, read_metadata, save_checkpoint
-from mlperturb.images import read_photo
-from mlperturb.report import read_schema
+from mlperturb.cli.console import name_options
+from mlperturb.model.checkpoints import Metadata, bundled_checkpoint, read_metadata, save_checkpoint
+from mlperturb.photos.images import read_photo
+from mlperturb.run.report import read_schema
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 PORTRAIT = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
@@ -295,6 +297,13 @@ def test_a_wrong_call_is_refused_in_one_line(attack, photo, tmp_path, arguments,
     assert not (tmp_path / "out" / "report.json").exists()
 
 
+def test_an_error_names_the_option_of_a_parameter_and_leaves_paths_and_quotes():
+    assert name_options("expected `rmsd` above 0, got 0") == "expected --max-rmsd above 0, got 0"
+    assert name_options("give `architecture` and `labels`: (`years`)") == "give --arch and --labels: (--year)"
+    for kept in ("expected `rgb`", "cannot read a/`out`", "cannot read `out`/a", "unknown label '`flip`'"):
+        assert name_options(kept) == kept
+
+
 def test_an_unknown_option_or_command_is_refused(cli, photo):
     for arguments in (
         ["attack", photo, "--flop", "cat"],
@@ -403,18 +412,18 @@ def test_an_output_folder_that_is_a_file_is_refused(attack, photo, tmp_path):
 
 
 def test_a_full_disk_stops_the_run_and_leaves_what_is_done(attack, photo, tmp_path, monkeypatch):
-    import mlperturb.verdict
+    import mlperturb.run.verdict
     from mlperturb.errors import StorageError
 
     (tmp_path / "q.png").write_bytes(photo.read_bytes())
-    real = mlperturb.verdict.write_png
+    real = mlperturb.run.verdict.write_png
 
     def write(path, rgb, alpha=None):
         if path.name.startswith("q."):
             raise StorageError(f"cannot write {path}: No space left on device")
         real(path, rgb, alpha)
 
-    monkeypatch.setattr(mlperturb.verdict, "write_png", write)
+    monkeypatch.setattr(mlperturb.run.verdict, "write_png", write)
     code, _, stderr, report = attack(photo, tmp_path / "q.png", "--flip", "cat", "--batch-size", "1")
     assert code == 3
     assert "No space left on device" in stderr and "Traceback" not in stderr
@@ -593,15 +602,15 @@ def test_max_linf_bounds_the_change_of_every_pixel(attack, photo, tmp_path, leve
 
 
 def test_a_photo_on_which_the_attack_fails_is_no_error_but_gets_advice(attack, tmp_path, tiny, photo, monkeypatch):
-    import mlperturb.search
+    import mlperturb.run.search
 
-    real = mlperturb.search.quantise
+    real = mlperturb.run.search.quantise
 
     def hopeless(problem, outcome, **options):
         found = real(problem, outcome, **options)
-        return type(found)(problem.images.clone(), torch.zeros_like(found.met))
+        return replace(found, images=problem.images.clone(), met=torch.zeros_like(found.met))
 
-    monkeypatch.setattr(mlperturb.search, "quantise", hopeless)
+    monkeypatch.setattr(mlperturb.run.search, "quantise", hopeless)
     code, stdout, stderr, report = attack(photo, "--flip", "cat", "--method", "fgs")
     assert code == 0
     assert report["images"][0]["status"] == "failed"

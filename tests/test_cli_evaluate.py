@@ -11,9 +11,9 @@ from helpers import TINY_LABELS as LABELS
 from helpers import finish, launch, linux
 from PIL import Image
 
-from mlperturb.checkpoints import load_checkpoint
-from mlperturb.evaluation import predict_photos
-from mlperturb.voc import Dataset
+from mlperturb.experiment.evaluate import predict_photos
+from mlperturb.model.checkpoints import load_checkpoint
+from mlperturb.photos.datasets import Dataset
 
 QUICK = ("--budget", "fast", "--passes", 20, "--images", 2, "--methods", "fgs,ml-cw", "--cases", "random,extreme")
 
@@ -130,7 +130,7 @@ def test_an_interrupted_run_says_how_to_go_on(evaluate, table, monkeypatch):
     def interrupt(*_: object, **__: object):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlperturb.evaluation.run", interrupt)
+    monkeypatch.setattr("mlperturb.experiment.evaluate.run", interrupt)
     code, stdout, stderr = evaluate(*QUICK)
     assert (code, stdout) == (130, "") and "the same command goes on" in stderr
 

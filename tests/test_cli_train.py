@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlperturb.checkpoints import load_checkpoint, read_metadata
 from mlperturb.cli.main import main
+from mlperturb.model.checkpoints import load_checkpoint, read_metadata
 
 LABELS = ("cat", "dog")
 TINY = ["--arch", "shufflenet_v2_x0_5", "--size", "32", "--batch-size", "4", "--epochs", "1", "--device", "cpu"]

@@ -9,13 +9,13 @@ import torch
 from helpers import TINY_LABELS, TINY_PIXELS
 from PIL import Image
 
-from mlperturb.checkpoints import load_checkpoint
-from mlperturb.defence import SCHEMA, find_attacked, sweep
 from mlperturb.errors import UsageError
-from mlperturb.images import read_photo
-from mlperturb.preprocess import to_tensor
-from mlperturb.purify import parse_purifications
-from mlperturb.report import read_report
+from mlperturb.experiment.defence import SCHEMA, find_attacked, sweep
+from mlperturb.model.checkpoints import load_checkpoint
+from mlperturb.model.preprocess import to_tensor
+from mlperturb.photos.images import read_photo
+from mlperturb.photos.purify import parse_purifications
+from mlperturb.run.report import read_report
 
 QUALITIES = ("jpeg:20", "jpeg:95", "median:3")
 
@@ -133,7 +133,7 @@ def test_without_the_photos_there_is_no_control_and_that_is_said(cli, attacked, 
     ],
 )
 def test_what_cannot_be_defended_is_refused_in_a_line(cli, attacked, tiny, tmp_path, arguments, message):
-    from mlperturb.checkpoints import bundled_checkpoint
+    from mlperturb.model.checkpoints import bundled_checkpoint
 
     names = {"out": attacked, "tiny": tiny, "other": bundled_checkpoint()}
     code, _, err = cli("jpeg-defend", *(text.format(**names) for text in arguments), "--device", "cpu")
@@ -237,7 +237,7 @@ def test_a_report_edited_by_hand_never_ends_in_a_traceback(cli, attacked, damage
         assert code == 0 or err.startswith("mlperturb: ")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": "mlperturb.report/1", "settings": NaN}', "5", "\xff"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": "mlperturb.run.report/1", "settings": NaN}', "5", "\xff"])
 def test_what_is_no_report_is_refused(cli, tmp_path, text):
     (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
     for command in ("jpeg-defend", "figures", "gallery"):

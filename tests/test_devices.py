@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mlperturb import devices
-from mlperturb.devices import free_memory, prepare, resolve_device
 from mlperturb.errors import UsageError
+from mlperturb.system import devices
+from mlperturb.system.devices import free_memory, prepare, resolve_device
 
 
 @pytest.fixture

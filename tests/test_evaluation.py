@@ -14,16 +14,19 @@ from PIL import Image
 from scipy import stats
 from sklearn import metrics as reference
 
-from mlperturb import evaluation
 from mlperturb.attacks.methods import METHODS
-from mlperturb.cases import Protocol, parse_cases, parse_variants
-from mlperturb.checkpoints import load_checkpoint
 from mlperturb.errors import StorageError, UsageError
-from mlperturb.evaluation import METRICS, failures, make_row, measure, predict_photos, run
-from mlperturb.images import read_photo
-from mlperturb.journal import Journal
-from mlperturb.tables import evaluation_grid, to_csv, to_latex, to_markdown
-from mlperturb.voc import Dataset
+from mlperturb.experiment import statistics
+from mlperturb.experiment.cases import Protocol, parse_cases, parse_variants
+from mlperturb.experiment.evaluate import predict_photos, run
+from mlperturb.experiment.records import failures
+from mlperturb.experiment.statistics import METRICS, make_row, measure
+from mlperturb.limits import Limits
+from mlperturb.model.checkpoints import load_checkpoint
+from mlperturb.photos.datasets import Dataset
+from mlperturb.photos.images import read_photo
+from mlperturb.show.tables import evaluation_grid, to_csv, to_latex, to_markdown
+from mlperturb.system.journal import Journal
 
 LABELS = ("cat", "dog", "potted plant", "hen", "cow")
 BOUNDARY = torch.logit(torch.tensor([0.5, 0.4, 0.6, 0.5, 0.5]))
@@ -115,7 +118,7 @@ def test_the_bootstrap_interval_covers_a_known_mean():
     rng = np.random.default_rng(1)
     inside = 0
     for _ in range(60):
-        low, high = evaluation._mean(rng.exponential(2.0, 80))[1]
+        low, high = statistics._mean(rng.exponential(2.0, 80))[1]
         inside += low < 2.0 < high
     assert inside >= 51  # 95% less what chance and the skew take
 
@@ -143,7 +146,7 @@ def data(tmp_path_factory, classifier) -> Dataset:
 
 
 def make_protocol(**more) -> Protocol:
-    options = {"images": 3, "budget": "fast", "passes": 20, "batch_size": 2, **more}
+    options = {"images": 3, "budget": "fast", "limits": Limits(passes=20), "batch_size": 2, **more}
     cases = parse_cases(["random,extreme"], ["cat"], [], ("cat", "dog", "potted plant", "hen"))
     return Protocol(cases, parse_variants(["fgs,ml-dp:solver=pinv"], "fast"), **options)
 
@@ -223,11 +226,11 @@ def test_a_stopped_evaluation_goes_on_to_the_identical_tables(classifier, data, 
 
 @pytest.mark.parametrize(
     ("limit", "distance", "least", "most"),
-    [({"max_rmsd": 0.7}, "rmsd", 0.6, 0.7), ({"max_linf": 2}, "linf", 1.9, 2 + 1e-5)],
+    [({"rmsd": 0.7}, "rmsd", 0.6, 0.7), ({"linf": 2}, "linf", 1.9, 2 + 1e-5)],
 )
 def test_a_limit_holds_for_every_method_and_both_results(classifier, data, tmp_path, limit, distance, least, most):
     cases = parse_cases(["extreme"], [], [], classifier.labels)
-    protocol = Protocol(cases, parse_variants(["all"], "fast"), images=3, budget="fast", passes=60, **limit)
+    protocol = Protocol(cases, parse_variants(["all"], "fast"), images=3, budget="fast", limits=Limits(60, **limit))
     with Journal(tmp_path / "j.jsonl", {}) as journal:
         run(classifier, data, protocol, journal)
         records = [record for entry in journal.entries() for record in entry.get("records", ())]

@@ -7,7 +7,7 @@ import pytest
 from helpers import TINY_PIXELS
 from PIL import Image
 
-from mlperturb.figures import attacked_labels, draw_case, draw_curve, draw_histogram
+from mlperturb.show.figures import attacked_labels, draw_case, draw_curve, draw_histogram
 
 
 @pytest.fixture

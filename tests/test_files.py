@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mlperturb.errors import OutputError, StorageError
-from mlperturb.files import file_sha256, write_file
+from mlperturb.system.files import file_sha256, write_file
 
 
 def test_a_file_is_written_whole_and_replaces_what_was_there(tmp_path):

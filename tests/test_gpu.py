@@ -8,8 +8,8 @@ from helpers import ATTACKS, make_net, ragged_targets
 
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.problem import Problem
-from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
-from mlperturb.devices import free_memory, prepare
+from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
+from mlperturb.system.devices import free_memory, prepare
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,10 +19,10 @@ from PIL import Image
 
 from mlperturb.errors import LabelError, UsageError
 from mlperturb.labels import parse_request
-from mlperturb.purify import parse_purifications, parse_qualities, parse_survival
-from mlperturb.regions import parse_region
-from mlperturb.report import read_schema
-from mlperturb.text import file_stem, printable
+from mlperturb.photos.purify import parse_purifications, parse_qualities, parse_survival
+from mlperturb.photos.regions import parse_region
+from mlperturb.run.report import read_schema
+from mlperturb.system.text import file_stem, printable
 
 TEXT = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1, max_size=12)
 VALUES = {
@@ -169,7 +169,7 @@ def test_what_is_read_from_the_command_line_is_understood_or_refused(text):
     try:
         parse_region(text)
     except UsageError as error:
-        assert "--region" in str(error)
+        assert "`region`" in str(error)
 
 
 @given(st.text(max_size=400))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mlperturb.errors import ImageError, OutputError, UsageError
-from mlperturb.images import MAX_PIXELS, find_photos, is_output, magnify, read_photo, read_pixels, write_png
+from mlperturb.photos.images import MAX_PIXELS, find_photos, is_output, magnify, read_photo, read_pixels, write_png
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5

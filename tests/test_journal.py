@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from mlperturb.errors import StorageError, UsageError
-from mlperturb.journal import Journal
+from mlperturb.system.journal import Journal
 
 KEY = {"version": "1", "seed": 0}
 

@@ -53,7 +53,7 @@ def test_a_label_repeated_in_one_set_counts_once():
     ("one", "other"), [("flip", "keep"), ("flip", "add"), ("keep", "remove"), ("add", "remove"), ("keep", "add")]
 )
 def test_a_label_in_two_sets_is_refused_with_both_named(one, other):
-    with pytest.raises(LabelError, match=f"'dog' stands in both --{one} and --{other}"):
+    with pytest.raises(LabelError, match=f"'dog' stands in both `{one}` and `{other}`"):
         parse_request(LABELS, **{one: ["dog"], other: ["cat", "DOG"]})
 
 
@@ -81,7 +81,7 @@ def test_rest_is_every_label_not_named_elsewhere():
 
 
 def test_all_and_rest_contradict_each_other():
-    with pytest.raises(UsageError, match="leaves nothing for --keep rest"):
+    with pytest.raises(UsageError, match="leaves nothing for `keep` rest"):
         parse_request(LABELS, flip=["all"], keep=["rest"])
 
 

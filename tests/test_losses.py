@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mlperturb.losses import calibrate, eq12_loss
+from mlperturb.training.losses import calibrate, eq12_loss
 
 
 def _truth() -> torch.Tensor:

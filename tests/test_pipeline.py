@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mlperturb.pipeline import Behind, ahead, count_workers
+from mlperturb.system.threads import Behind, ahead, count_workers
 
 
 def test_results_come_in_order_whatever_takes_long():

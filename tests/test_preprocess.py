@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from mlperturb.errors import CheckpointError, ImageError
-from mlperturb.preprocess import Preprocess, pad_batch
+from mlperturb.model.preprocess import Preprocess, pad_batch
 
 STRETCH = Preprocess((24, 20))
 SHORT_SIDE = Preprocess(26, (22, 21), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

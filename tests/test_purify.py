@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mlperturb.errors import UsageError
-from mlperturb.purify import KINDS, Purification, parse_purifications, parse_qualities, parse_survival
+from mlperturb.photos.purify import KINDS, Purification, parse_purifications, parse_qualities, parse_survival
 
 RGB = np.random.default_rng(0).integers(0, 256, (21, 34, 3), dtype=np.uint8)
 
@@ -55,7 +55,7 @@ def test_what_is_no_purification_is_refused(name):
 
 @pytest.mark.parametrize("value", ["0", "101", "x", "", "50-60"])
 def test_what_is_no_quality_is_refused(value):
-    with pytest.raises(UsageError, match="--quality"):
+    with pytest.raises(UsageError, match="`qualities`"):
         parse_qualities([value])
 
 
@@ -68,5 +68,5 @@ def test_a_range_to_survive_is_seen_at_four_qualities_and_checked_at_all():
 
 @pytest.mark.parametrize("value", ["jpeg", "webp:80", "jpeg:90-60", "jpeg:0", "jpeg:101", "jpeg:60-"])
 def test_what_cannot_be_survived_is_refused(value):
-    with pytest.raises(UsageError, match="--survive"):
+    with pytest.raises(UsageError, match="`survive`"):
         parse_survival([value])

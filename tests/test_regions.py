@@ -12,7 +12,7 @@ from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.problem import Problem
 from mlperturb.attacks.quantise import quantise
 from mlperturb.errors import ImageError, UsageError
-from mlperturb.regions import parse_region
+from mlperturb.photos.regions import parse_region
 
 NET = make_net()
 
@@ -40,7 +40,7 @@ def test_a_rectangle_is_cut_at_the_edges_of_the_photo():
 
 @pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "1,2,0,4", "-1,0,3,3", "", "nowhere.png"])
 def test_what_is_no_region_is_refused(text):
-    with pytest.raises(UsageError, match="--region"):
+    with pytest.raises(UsageError, match="`region`"):
         parse_region(text)
 
 

@@ -12,11 +12,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from helpers import TINY_PIXELS
 from PIL import Image
 
-import mlperturb.runner
+import mlperturb.run.search
 from mlperturb.errors import StorageError, UsageError
-from mlperturb.files import is_remote, list_names, parse_path, write_file, writing
-from mlperturb.images import find_photos
-from mlperturb.journal import Journal, find_journal
+from mlperturb.photos.images import find_photos
+from mlperturb.system.files import is_remote, list_names, parse_path, write_file, writing
+from mlperturb.system.journal import Journal, find_journal
 
 MEMORY = fsspec.filesystem("memory")
 
@@ -82,13 +82,13 @@ def test_a_run_at_a_url_goes_on_and_refuses_other_settings(cli, command, monkeyp
     assert cli(*command(out))[0] == 1
     before = contents("/bucket/out")
     MEMORY.rm_file("/bucket/out/2 x.adv.png")
-    attacked, search = [], mlperturb.runner.search
+    attacked, search = [], mlperturb.run.search.search
 
     def watch(classifier, photos, requests, settings):
         attacked.append(len(photos))
         return search(classifier, photos, requests, settings)
 
-    monkeypatch.setattr(mlperturb.runner, "search", watch)
+    monkeypatch.setattr(mlperturb.run.search, "search", watch)
     code, _, err = cli(*command(out))
     assert code == 1 and "going on: 5 of 6" in err and attacked == [2]  # its batch alone
     assert contents("/bucket/out") == before

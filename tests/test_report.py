@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import jsonschema
@@ -10,17 +11,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-import mlperturb.verdict
+import mlperturb.run.verdict
 from mlperturb.attacks.methods import METHODS
-from mlperturb.classifier import Classifier
 from mlperturb.errors import OutputError, StorageError, UsageError
-from mlperturb.images import magnify, read_photo
-from mlperturb.jobs import MIN_PASSES, Settings, plan_outputs
 from mlperturb.labels import parse_request
+from mlperturb.limits import MIN_PASSES, Limits
 from mlperturb.metrics import Distortion
-from mlperturb.preprocess import Preprocess
-from mlperturb.report import Record, Summary, read_schema, report_lines, to_json
-from mlperturb.runner import run_attack
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Preprocess
+from mlperturb.photos.images import magnify, read_photo
+from mlperturb.run.jobs import plan_outputs
+from mlperturb.run.record import Failure, Record, Summary
+from mlperturb.run.report import read_schema, report_lines, to_json
+from mlperturb.run.runner import run_attack
+from mlperturb.run.settings import Settings, Words, read_settings
 
 LABELS = ("cat", "dog", "cow", "hen")
 SETTINGS = {
@@ -179,7 +183,7 @@ def test_no_photo_costs_more_passes_than_asked_for(classifier, photos, method, p
     classifier.network.register_forward_hook(lambda _, inputs, output: calls.append(len(output)))
     for flip in ("cat", "all", "any"):
         calls.clear()
-        records, out = attack(classifier, photos, method=method, flip=[flip], keep=[], passes=passes)
+        records, out = attack(classifier, photos, method=method, flip=[flip], keep=[], limits=Limits(passes))
         for record in records.values():
             assert 0 < record.cost["forward"] + record.cost["backward"] <= passes
         assert sum(calls) == sum(record.cost["forward"] for record in records.values())
@@ -220,7 +224,7 @@ def test_an_unreadable_photo_is_recorded_and_the_others_are_done(classifier, pho
     unreadable = [name for name, record in records.items() if record.status == "unreadable"]
     assert sorted(unreadable) == ["0.jpg", "b2.png", "z.gif"]
     for name in unreadable:
-        assert records[name].error["type"] == "ImageError" and name in records[name].error["message"]
+        assert records[name].error.type == "ImageError" and name in records[name].error.message
         assert records[name].files == {"adversarial": None, "map": None}
     assert [records[name].status for name in ("a.png", "b.png", "c.bmp")] == ["success"] * 3
     assert exit_code(list(records.values())) == 1
@@ -247,7 +251,7 @@ def test_a_network_that_gives_nan_is_an_error_of_that_photo(classifier, photos, 
     for name, record in records.items():
         if always or name == "b-dark.png":
             assert record.status == "failed"
-            assert record.error == {"type": "NumericalError", "message": "the network's outputs are not finite"}
+            assert record.error == Failure("NumericalError", "the network's outputs are not finite")
             assert record.files["adversarial"] is None and record.probabilities is None
             assert not (out / f"{Path(name).stem}.adv.png").exists()
         else:
@@ -270,7 +274,7 @@ def test_a_failed_attack_leaves_no_file_and_is_no_error(photos, method):
     out = photos.parent / "out"
     out.mkdir()
     (out / "a.adv.png").write_bytes(b"of an earlier run")
-    records, _ = attack(classifier, photos, method=method, passes=20)
+    records, _ = attack(classifier, photos, method=method, limits=Limits(passes=20))
     for record in records.values():
         assert record.status == "failed" and record.error is None
         assert record.files == {"adversarial": None, "map": None}
@@ -327,25 +331,25 @@ def test_a_full_disk_stops_the_run(classifier, photos, monkeypatch, which):
             raise StorageError(f"cannot write {path}: No space left on device")
         real(path, rgb, alpha)
 
-    real = mlperturb.verdict.write_png
-    monkeypatch.setattr(mlperturb.verdict, "write_png", write)
+    real = mlperturb.run.verdict.write_png
+    monkeypatch.setattr(mlperturb.run.verdict, "write_png", write)
     with pytest.raises(StorageError, match="No space left"):
         attack(classifier, photos, batch_size=1)
     assert len(calls) == (3 if which == "write_png" else 4)
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_that_photo(classifier, photos, monkeypatch):
-    real = mlperturb.verdict.write_png
+    real = mlperturb.run.verdict.write_png
 
     def write(path, rgb, alpha=None):
         if path.name.startswith("b."):
             raise OutputError(f"cannot write {path}: File name too long")
         real(path, rgb, alpha)
 
-    monkeypatch.setattr(mlperturb.verdict, "write_png", write)
+    monkeypatch.setattr(mlperturb.run.verdict, "write_png", write)
     records, _ = attack(classifier, photos)
     assert records["b.png"].status == "failed"
-    assert records["b.png"].error["type"] == "OutputError"
+    assert records["b.png"].error.type == "OutputError"
     assert records["a.png"].status == records["c.bmp"].status == "success"
     assert exit_code(list(records.values())) == 1
     check_schema(records.values())
@@ -361,15 +365,67 @@ def test_photos_of_one_name_get_numbered_outputs():
     assert [job.source for job in jobs] == paths
 
 
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"passes": MIN_PASSES - 1}, "expected `passes` of at least 10, got 9"),
+        ({"rmsd": 0.0}, "expected `rmsd` above 0, got 0.0"),
+        ({"rmsd": float("nan")}, "expected `rmsd` above 0, got nan"),
+        ({"rmsd": float("inf")}, "expected `rmsd` above 0, got inf"),
+        ({"linf": 0}, "expected `linf` from 1 to 255 grey levels, got 0"),
+        ({"linf": 256}, "expected `linf` from 1 to 255 grey levels, got 256"),
+    ],
+)
+def test_a_limit_out_of_its_range_is_refused_by_its_name(limits, message):
+    with pytest.raises(UsageError) as refused:
+        Limits(**limits)
+    assert str(refused.value) == message
+    Limits(passes=MIN_PASSES, rmsd=0.1, linf=255)
+
+
+def test_settings_say_in_a_report_what_was_asked_for_as_it_was_written():
+    words = Words(flip=["cat,dog"], survive=["jpeg:70-72"], region="0,0,9,9")
+    settings = read_settings(words, LABELS, limits=Limits(100, linf=4), options={"space": "logit", "solver": None})
+    assert settings.request.flip == (0, 1) and len(settings.survive[1]) == 3
+    assert list(settings.describe(seed=3, device="cpu").items()) == [
+        ("method", "ml-ddn"),
+        ("budget", "balanced"),
+        ("flip", ["cat,dog"]),
+        ("keep", []),
+        ("add", []),
+        ("remove", []),
+        ("seed", 3),
+        ("device", "cpu"),
+        ("passes", 100),
+        ("max_rmsd", None),
+        ("max_linf", 4),
+        ("survive", ["jpeg:70-72"]),
+        ("region", "0,0,9,9"),
+        ("batch_size", "auto"),
+        ("margin", 0.01),
+        ("space", "logit"),
+    ]
+
+
+def test_a_record_comes_back_from_its_json_whole_or_not_at_all(classifier, photos):
+    (photos / "broken.png").write_bytes(b"nonsense")
+    for one in attack(classifier, photos)[0].values():
+        values = json.loads(to_json(asdict(one)))
+        assert Record.from_dict(values) == one
+        for damaged in ({**values, "more": 1}, {name: value for name, value in values.items() if name != "notes"}):
+            with pytest.raises((KeyError, TypeError)):
+                Record.from_dict(damaged)
+
+
 def test_settings_that_cannot_be_carried_out_are_refused():
     request = parse_request(LABELS, flip=["cat"])
-    with pytest.raises(UsageError, match="expected --passes of at least"):
-        Settings("ml-cw", "fast", request, passes=MIN_PASSES - 1)
+    with pytest.raises(UsageError, match="expected more `passes` than 10"):
+        read_settings(Words(flip=["cat"], survive=["jpeg:70-72"]), LABELS, limits=Limits(10))
     with pytest.raises(UsageError, match="unknown method"):
         Settings("nothing", "fast", request)
     with pytest.raises(UsageError, match="unknown budget"):
         Settings("ml-cw", "nothing", request)
-    with pytest.raises(UsageError, match="--solver is an option of ml-dp"):
+    with pytest.raises(UsageError, match="`solver` is an option of ml-dp"):
         Settings("ml-cw", "fast", request, options={"solver": "nnls"})
 
 
@@ -379,7 +435,7 @@ def record(status: str, rmsd: float | None = None, *, forward: int = 3, error: b
         status=status,
         distortion=None if rmsd is None else Distortion(rmsd, 2 * rmsd, 3.0),
         cost={"forward": forward, "backward": 2, "seconds": 0.5},
-        error={"type": "ImageError", "message": "x"} if error else None,
+        error=Failure("ImageError", "x") if error else None,
     )
 
 

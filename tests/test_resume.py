@@ -14,16 +14,16 @@ import torch
 from helpers import TINY_PIXELS, attacked, contents
 from PIL import Image
 
-import mlperturb.runner
-from mlperturb.files import file_sha256
-from mlperturb.interrupts import Interrupts
-from mlperturb.journal import Journal
+import mlperturb.run.search
+from mlperturb.system.files import file_sha256
+from mlperturb.system.interrupts import Interrupts
+from mlperturb.system.journal import Journal
 
 
 def test_a_run_that_is_done_is_not_done_again(cli, command, tmp_path, monkeypatch):
     assert cli(*command(tmp_path / "out"))[0] == 1  # one file is no photo
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(mlperturb.runner, "search", None)  # would fail if it were called
+    monkeypatch.setattr(mlperturb.run.search, "search", None)  # would fail if it were called
     code, text, err = cli(*command(tmp_path / "out"))
     assert code == 1 and "going on: 9 of 10" in err and "9" in text
     assert contents(tmp_path / "out") == before
@@ -136,7 +136,7 @@ def test_a_signal_is_told_by_130_whatever_it_breaks(command, tmp_path, moment):
     program.write_text(
         f"""
 import signal, sys
-import mlperturb.cli.attack_run
+import mlperturb.cli.longrun
 from mlperturb.cli.main import run
 
 class Member:
@@ -147,7 +147,7 @@ def make_bar(quiet):
     {moment}
     raise AssertionError("no signal came")
 
-mlperturb.cli.attack_run.make_bar = make_bar
+mlperturb.cli.longrun.make_bar = make_bar
 sys.argv = ["mlperturb", *{command(tmp_path / "out")!r}]
 run()
 """
@@ -209,7 +209,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_out_of_memory_halves_the_batch_is_said_once_and_every_photo_comes_out(cli, command, tmp_path, monkeypatch):
     cli(*command(tmp_path / "whole", "--batch-size", 8))
-    search, sizes = mlperturb.runner.search, []
+    search, sizes = mlperturb.run.search.search, []
 
     def short_of_memory(classifier, photos, requests, settings):
         sizes.append(len(photos))
@@ -217,7 +217,7 @@ def test_out_of_memory_halves_the_batch_is_said_once_and_every_photo_comes_out(c
             raise torch.OutOfMemoryError("CUDA out of memory")
         return search(classifier, photos, requests, settings)
 
-    monkeypatch.setattr(mlperturb.runner, "search", short_of_memory)
+    monkeypatch.setattr(mlperturb.run.search, "search", short_of_memory)
     code, _, err = cli(*command(tmp_path / "out", "--batch-size", 8))
     assert code == 1 and err.count("ran out of memory") == 1
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
@@ -226,14 +226,14 @@ def test_out_of_memory_halves_the_batch_is_said_once_and_every_photo_comes_out(c
 
 
 def test_a_photo_too_large_by_itself_fails_and_the_rest_goes_on(cli, command, photos, tmp_path, monkeypatch):
-    search, large = mlperturb.runner.search, file_sha256(photos / "4.png")
+    search, large = mlperturb.run.search.search, file_sha256(photos / "4.png")
 
     def short_of_memory(classifier, photos, requests, settings):
         if any(photo.sha256 == large for photo in photos):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return search(classifier, photos, requests, settings)
 
-    monkeypatch.setattr(mlperturb.runner, "search", short_of_memory)
+    monkeypatch.setattr(mlperturb.run.search, "search", short_of_memory)
     code, _, err = cli(*command(tmp_path / "out"))
     records = contents(tmp_path / "out")[1]
     assert code == 1 and "4.png: too large" in err
@@ -302,16 +302,16 @@ def test_what_a_killed_run_left_half_written_goes(cli, command, tmp_path):
 def test_a_photo_for_which_there_is_no_memory_is_an_error_of_its_own(cli, command, tmp_path, monkeypatch, error):
     if error is None:
         free = 36 * 30 * 200 - 1  # the largest photos need more
-        monkeypatch.setattr(mlperturb.runner, "free_memory", lambda device: free)
+        monkeypatch.setattr(mlperturb.run.search, "free_memory", lambda device: free)
     else:
-        search = mlperturb.runner.search
+        search = mlperturb.run.search.search
 
         def fail(classifier, photos, requests, settings):
             if max(photo.rgb.shape[0] * photo.rgb.shape[1] for photo in photos) == 36 * 30:
                 raise error
             return search(classifier, photos, requests, settings)
 
-        monkeypatch.setattr(mlperturb.runner, "search", fail)
+        monkeypatch.setattr(mlperturb.run.search, "search", fail)
     code, _, err = cli(*command(tmp_path / "out"))
     records = contents(tmp_path / "out")[1]
     failed = [Path(record["source"]).name for record in records if record["status"] == "failed"]

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint, read_metadata
-from mlperturb.images import read_photo
-from mlperturb.jobs import Settings, plan_outputs
 from mlperturb.labels import Request
-from mlperturb.runner import run_attack
-from mlperturb.voc import VOC_LABELS, read_voc
+from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint, read_metadata
+from mlperturb.photos.datasets import VOC_LABELS, read_voc
+from mlperturb.photos.images import read_photo
+from mlperturb.run.jobs import plan_outputs
+from mlperturb.run.runner import run_attack
+from mlperturb.run.settings import Settings
 
 VOC = Path(__file__).resolve().parents[2] / "shared" / "voc"
 pytestmark = [

@@ -13,9 +13,9 @@ import pytest
 import torch.distributed as dist
 from helpers import contents, find_rank, finish, launch, linux, write_photos
 
-from mlperturb.checkpoints import load_checkpoint, read_metadata
 from mlperturb.errors import StorageError, UsageError
-from mlperturb.sharing import Share, join, local_device
+from mlperturb.model.checkpoints import load_checkpoint, read_metadata
+from mlperturb.system.processes import Share, join, local_device
 
 
 def test_alone_a_process_does_everything_and_waits_for_nobody():
@@ -134,8 +134,8 @@ def test_half_an_environment_of_several_processes_is_refused(monkeypatch, cli, c
 
 
 def test_a_process_that_falls_silent_is_not_waited_for_for_ever(shares, monkeypatch):
-    monkeypatch.setattr("mlperturb.sharing._LIFE", 0.4)
-    monkeypatch.setattr("mlperturb.sharing._QUIET", 0.1)
+    monkeypatch.setattr("mlperturb.system.processes._LIFE", 0.4)
+    monkeypatch.setattr("mlperturb.system.processes._QUIET", 0.1)
     said: list[str] = []
     with pytest.raises(StorageError, match="process 1 of 2 has been silent"):
         shares[0].gather(warn=said.append)
@@ -143,7 +143,7 @@ def test_a_process_that_falls_silent_is_not_waited_for_for_ever(shares, monkeypa
 
 
 def test_a_process_that_lives_is_waited_for(shares, monkeypatch):
-    monkeypatch.setattr("mlperturb.sharing._LIFE", 1.5)
+    monkeypatch.setattr("mlperturb.system.processes._LIFE", 1.5)
     shares[1].live()
 
     def finish_late() -> None:

@@ -8,12 +8,12 @@ import torch
 from helpers import TINY_PIXELS
 from PIL import Image
 
-from mlperturb import survival
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.problem import Problem
-from mlperturb.preprocess import pad_batch
-from mlperturb.purify import Purification
-from mlperturb.survival import SurvivingModel, compress, repeat_targets
+from mlperturb.model import survival
+from mlperturb.model.preprocess import pad_batch
+from mlperturb.model.survival import SurvivingModel, compress, repeat_targets
+from mlperturb.photos.purify import Purification
 from mlperturb.targets import Targets
 
 SIZES = [(21, 34), (16, 40), (5, 3)]

@@ -9,22 +9,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mlperturb import training
-from mlperturb.checkpoints import build_network, load_checkpoint, read_metadata, read_tensors, save_checkpoint
-from mlperturb.classifier import Classifier
 from mlperturb.errors import CheckpointError, DatasetError, OutputError
 from mlperturb.metrics import classifier_metrics
-from mlperturb.preprocess import Preprocess
-from mlperturb.training import (
-    PhotoDataset,
-    Recipe,
-    augmentation,
-    find_head,
-    initialise,
-    predict_dataset,
-    train,
-)
-from mlperturb.voc import Dataset
+from mlperturb.model.checkpoints import build_network, load_checkpoint, read_metadata, read_tensors, save_checkpoint
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Preprocess
+from mlperturb.photos.datasets import Dataset
+from mlperturb.training import train as training
+from mlperturb.training.fitter import Fitter, Progress, Recipe
+from mlperturb.training.loading import PhotoDataset, augmentation, predict_dataset
+from mlperturb.training.probe import find_head
+from mlperturb.training.train import initialise, train
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 RECIPE = Recipe(ARCHITECTURE, epochs=2, batch_size=4, learning_rate=2e-3, size=32, average=0.5, seed=3)
@@ -168,7 +163,7 @@ class _Interrupted(Exception):
 def _interrupt(recipe: Recipe, data: Dataset, output: Path, **options) -> None:
     """Train, and stop in the middle of the second epoch."""
 
-    def stop(progress: training.Progress) -> None:
+    def stop(progress: Progress) -> None:
         if (progress.epoch, progress.step) == (2, 2):
             raise _Interrupted
 
@@ -206,7 +201,7 @@ def test_resuming_with_another_recipe_is_refused_and_names_what_differs(data, tm
     with pytest.raises(CheckpointError, match="another learning_rate, seed: expected the same"):
         _train(replace(RECIPE, learning_rate=1.0, seed=4), data, output, resume=True)
     more_workers = replace(RECIPE, workers=1)
-    fitter = training._Fitter(more_workers, build_network(ARCHITECTURE, 2), data, Preprocess((32, 32)), "cpu")
+    fitter = Fitter(more_workers, build_network(ARCHITECTURE, 2), data, Preprocess((32, 32)), "cpu")
     fitter.load(Path(f"{output}.resume.pt"))
     assert fitter.epoch == 1
 

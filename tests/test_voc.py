@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlperturb.errors import DatasetError
-from mlperturb.voc import VOC_LABELS, Dataset, read_csv, read_voc
+from mlperturb.photos.datasets import VOC_LABELS, Dataset, read_csv, read_voc
 
 
 @pytest.fixture

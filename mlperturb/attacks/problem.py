@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlperturb.attacks.goals import Goal
 from mlperturb.errors import UsageError
-from mlperturb.protocol import Model, narrow
+from mlperturb.model.protocol import Model, narrow
 from mlperturb.targets import Targets
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlperturb.attacks.methods import BUDGETS, DEFAULT_METHOD, METHODS, find_method
-from mlperturb.cli.console import print_note
+from mlperturb.attacks.methods import BUDGETS, DEFAULT_METHOD, METHODS
 from mlperturb.cli.options import (
     ANYWHERE,
     Arch,
@@ -27,17 +24,13 @@ from mlperturb.cli.options import (
     Seed,
     Source,
     find_source,
-    make_folder,
     parse_batch_size,
 )
-from mlperturb.errors import UsageError
-from mlperturb.files import is_remote
-from mlperturb.labels import Request, parse_request
+from mlperturb.limits import Limits
 
 if TYPE_CHECKING:
-    from mlperturb.jobs import Job
-
-JOURNAL = "journal.jsonl"  # in the output folder
+    from mlperturb.run.outputs import Outputs
+    from mlperturb.run.settings import Settings
 
 
 def attack(
@@ -111,155 +104,57 @@ def attack(
     Beside each NAME.adv.png lies NAME.map.png, the magnified perturbation, and for all of them report.json.
     """
     source = find_source(checkpoint, arch, labels)
-    request = parse_request(source.labels, flip=flip or (), keep=keep or (), add=add or (), remove=remove or ())
-    options = {"between": between, "solver": solver, "rounding": rounding, "space": space}
-    find_method(method).tuning(budget, **options)
-    names = {"flip": flip or [], "keep": keep or [], "add": add or [], "remove": remove or []}
+
+    from mlperturb.photos.images import find_photos
+    from mlperturb.run.outputs import Outputs
+    from mlperturb.run.settings import Words, read_settings
+
+    settings = read_settings(
+        Words(flip or [], keep or [], add or [], remove or [], survive or [], region),
+        source.labels,
+        method=method,
+        budget=budget,
+        limits=Limits(passes, max_rmsd, max_linf),
+        batch_size=parse_batch_size(batch_size),
+        options={"between": between, "solver": solver, "rounding": rounding, "space": space},
+    )
+    photos = find_photos(paths, recursive=recursive)
+    outputs = Outputs(out, report or out / "report.json", html)
     raise typer.Exit(
-        run(
-            source, paths, request, names, method=method, budget=budget, passes=passes, max_rmsd=max_rmsd,
-            max_linf=max_linf, survive=survive, region=region, options=options, out=out, report=report, html=html,
-            overwrite=overwrite, recursive=recursive, batch_size=parse_batch_size(batch_size), device=device, seed=seed,
-            json=json, quiet=quiet,
-        )
-    )  # fmt: skip
+        run(source, photos, settings, outputs, overwrite=overwrite, device=device, seed=seed, json=json, quiet=quiet)
+    )
 
 
 def run(
     source: Source,
-    paths: list[Path],
-    request: Request,
-    names: dict[str, list[str]],
+    photos: list[Path],
+    settings: Settings,
+    outputs: Outputs,
     *,
-    method: str = DEFAULT_METHOD,
-    budget: str = "balanced",
-    passes: int | None = None,
-    max_rmsd: float | None = None,
-    max_linf: int | None = None,
-    survive: list[str] | None = None,
-    region: str | None = None,
-    options: dict[str, str | None] | None = None,
-    out: Path,
-    report: Path | None = None,
-    html: bool = False,
     overwrite: bool = False,
-    recursive: bool = False,
-    batch_size: int | None = None,
     device: str = "auto",
     seed: int = 0,
     json: bool = False,
     quiet: bool = False,
 ) -> int:
-    """Run an attack whose labels have been checked; return the exit code."""
+    """Attack photos; return the exit code."""
     from mlperturb.cli.attack_run import AttackRun
-    from mlperturb.images import find_photos
-    from mlperturb.jobs import Settings, plan_outputs
-    from mlperturb.purify import parse_survival
-    from mlperturb.regions import parse_region
-    from mlperturb.sharing import join, local_device
+    from mlperturb.cli.longrun import LongRun
+    from mlperturb.run.jobs import plan_outputs
+    from mlperturb.run.outputs import fingerprint, prepare_folder
+    from mlperturb.system.processes import join
 
-    settings = Settings(
-        method,
-        budget,
-        request,
-        passes,
-        batch_size,
-        max_rmsd=max_rmsd,
-        max_linf=max_linf,
-        survive=parse_survival(survive or ()),
-        region=None if region is None else parse_region(region),
-        options=options or {},
-    )
-    jobs = plan_outputs(find_photos(paths, recursive=recursive))
-    report = report or out / "report.json"
-    share, existing = join(), frozenset[str]()
-    overwrite = overwrite and not share.any_restarted()  # what was to be replaced is gone: go on
-    if share.first:
-        existing = prepare_folder(out, report, jobs, overwrite=overwrite, page=out / "index.html" if html else None)
+    jobs = plan_outputs(photos)
+    long, existing = LongRun(join(), quiet=quiet), frozenset[str]()
+    overwrite = long.starts_again(overwrite)
+    if long.share.first:
+        existing = prepare_folder(outputs, jobs, overwrite=overwrite)
         renamed = [job for job in jobs if job.adversarial != f"{job.source.stem}.adv.png"]
-        if renamed and not quiet:
+        if renamed:
             first = renamed[0]
-            print_note(f"{len(renamed)} photos share another's name; {first.source} becomes {first.adversarial}")
-    photos = fingerprint([(str(job.source), job.adversarial) for job in jobs])
-    share.agree(photos, "photos")
-
-    from mlperturb.devices import prepare
-
-    name = prepare(local_device(device), seed)
-    described: dict[str, Any] = {
-        "method": method,
-        "budget": budget,
-        **names,
-        "seed": seed,
-        "device": name if share.size == 1 else name.partition(":")[0],
-        "passes": passes,
-        "max_rmsd": max_rmsd,
-        "max_linf": max_linf,
-        "survive": survive or [],
-        "region": region,
-        "batch_size": batch_size or "auto",
-        "margin": settings.margin,
-        **{key: value for key, value in settings.options.items() if value is not None},
-    }
-    return AttackRun(source, settings, jobs, out, report, described, name, share, html, json, quiet).go(
-        photos, existing
-    )
-
-
-def prepare_folder(out: Path, report: Path, jobs: list[Job], *, overwrite: bool, page: Path | None) -> frozenset[str]:
-    """Make the output folder; refuse outputs that exist, unless a run goes on there or they may be replaced.
-
-    Returns:
-        The names of outputs that exist, if a run goes on.
-
-    Raises:
-        UsageError: if the folder cannot be made or written, or something is there already.
-        StorageError: if the journal of the run to be replaced cannot be deleted.
-    """
-    from mlperturb.files import list_names, reaching
-    from mlperturb.journal import find_journal, remove_journal
-
-    make_folder(out)
-    make_folder(report.parent)
-    with reaching(report):
-        if report.exists() and not report.is_file():
-            raise UsageError(f"expected a file for --report, got {report}, which is none")
-        taken_report = report.is_symlink() or report.exists()
-    there, journal = list_names(out), out / JOURNAL
-    targets = {name for job in jobs for name in (job.adversarial, job.map)} | ({page.name} if page else set())
-    if report.name in targets | {JOURNAL} and same_folder(report.parent, out):
-        raise UsageError(f"the report would replace another file of the run: choose another --report than {report}")
-    existing = [out / name for name in sorted(targets & there)] + ([report] if taken_report else [])
-    outputs = {identity(target) for target in existing} - {None}
-    taken = [job for job in jobs if job.source in existing or outputs and identity(job.source) in outputs]
-    if taken:
-        raise UsageError(f"an output would replace the photo {taken[0].source}: choose another --out than {out}")
-    if existing and not overwrite and not find_journal(journal):
-        raise UsageError(
-            f"{existing[0]} and {len(existing) - 1} more outputs exist already: give --overwrite or another --out"
-        )
-    if overwrite:
-        remove_journal(journal)
-        return frozenset()
-    return frozenset(targets & there)
-
-
-def identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells whether two paths are one file, links followed; None if there is none."""
-    if is_remote(path):
-        return None
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def same_folder(one: Path, other: Path) -> bool:
-    """Say whether two paths are one folder."""
-    return one == other or (identity(one) is not None and identity(one) == identity(other))
-
-
-def fingerprint(value: object) -> str:
-    """Return a short text that two processes have alike if they have the same value."""
-    return sha256(repr(value).encode("utf-8", "surrogateescape")).hexdigest()
+            long.note(f"{len(renamed)} photos share another's name; {first.source} becomes {first.adversarial}")
+    planned = fingerprint([(str(job.source), job.adversarial) for job in jobs])
+    long.share.agree(planned, "photos")
+    place = long.prepare(device, seed)
+    described = settings.describe(seed=seed, device=long.device)
+    return AttackRun(long, source, settings, jobs, outputs, described, json).go(place, planned, existing)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from mlperturb.text import printable
+from mlperturb.system.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -15,10 +16,28 @@ if TYPE_CHECKING:
 out = Console(highlight=False, emoji=False, markup=False)
 err = Console(stderr=True, highlight=False, emoji=False, markup=False)
 
+OPTIONS = {  # by parameter of the library
+    **{name: f"--{name}" for name in ("flip", "keep", "add", "remove", "passes", "survive", "region")},
+    **{name: f"--{name}" for name in ("between", "solver", "rounding", "space", "reduce", "augment")},
+    **{name: f"--{name}" for name in ("labels", "out", "overwrite", "report", "subsampling")},
+    "rmsd": "--max-rmsd",
+    "linf": "--max-linf",
+    "architecture": "--arch",
+    "initial": "--init",
+    "qualities": "--quality",
+    "years": "--year",
+}
+_PARAMETER = re.compile(r"(?<![^\s(])`([a-z_]+)`(?![^\s),:;])")  # a word by itself: not in a path, not in quotes
+
 
 def print_error(message: str) -> None:
-    """Print one line on stderr."""
-    print(f"mlperturb: error: {printable(message)}", file=sys.stderr)
+    """Print one line on stderr; a parameter that the message names becomes its option."""
+    print(f"mlperturb: error: {printable(name_options(message))}", file=sys.stderr)
+
+
+def name_options(message: str) -> str:
+    """Put the option, such as `--max-rmsd`, where an error of the library names a parameter in backquotes."""
+    return _PARAMETER.sub(lambda found: OPTIONS.get(found[1], found[0]), message)
 
 
 def print_note(message: str) -> None:

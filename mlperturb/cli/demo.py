@@ -10,7 +10,6 @@ import typer
 from mlperturb.cli import attack, predict
 from mlperturb.cli.options import HERE, Device, find_source
 from mlperturb.errors import UsageError
-from mlperturb.labels import parse_request
 
 
 def demo(
@@ -20,11 +19,15 @@ def demo(
     """Attack the public-domain portrait that ships inside Matplotlib: flip `person`, keep the rest."""
     import matplotlib
 
+    from mlperturb.run.outputs import Outputs
+    from mlperturb.run.settings import Words, read_settings
+
     portrait = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     if not portrait.is_file():
         raise UsageError(f"this Matplotlib comes without its sample photo: expected {portrait}")
     source = find_source(None, None, None)
-    request = parse_request(source.labels, flip=["person"], keep=["rest"])
-    names: dict[str, list[str]] = {"flip": ["person"], "keep": ["rest"], "add": [], "remove": []}
+    settings = read_settings(Words(flip=["person"], keep=["rest"]), source.labels)
     predict.run(source, [portrait], device=device)
-    raise typer.Exit(attack.run(source, [portrait], request, names, out=out, overwrite=True, device=device))
+    raise typer.Exit(
+        attack.run(source, [portrait], settings, Outputs(out, out / "report.json"), overwrite=True, device=device)
+    )

@@ -11,10 +11,11 @@ import typer
 
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error, print_note
-from mlperturb.cli.options import ANYWHERE, Overwrite, folder_of, make_folder, refuse_existing
+from mlperturb.cli.options import ANYWHERE, Overwrite
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.labels import split_names
-from mlperturb.text import file_stem, printable
+from mlperturb.run.outputs import folder_of, make_folder, refuse_existing
+from mlperturb.system.text import file_stem, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def figures(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw the paper's figures: a case study for each image, histograms over all, the JPEG defence."""
-    from mlperturb.figures import FORMATS, save_figure
+    from mlperturb.show.figures import FORMATS, save_figure
 
     if kind not in KINDS:
         raise UsageError(f"unknown --kind {kind!r}: expected {', '.join(KINDS)}")
@@ -76,8 +77,8 @@ def figures(
 
 def _read(paths: list[Path], kind: str) -> tuple[list[tuple[Path, Path, dict[str, Any]]], list[dict[str, Any]]]:
     """Return the reports of `attack`, each with its path and the folder of its PNGs; and results of `jpeg-defend`."""
-    from mlperturb.defence import SCHEMA
-    from mlperturb.report import read_json, read_report, reading
+    from mlperturb.experiment.defence import SCHEMA
+    from mlperturb.run.report import read_json, read_report, reading
 
     attacks, defences = [], []
     for path in paths:
@@ -104,7 +105,7 @@ def _plan(
     attacks: list[tuple[Path, Path, dict[str, Any]]], defences: list[dict[str, Any]], kind: str, labels: list[str]
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Yield the figures' names, and how each is drawn."""
-    from mlperturb.figures import attacked_labels, draw_case, draw_curve, draw_histogram, draw_jpeg_histogram
+    from mlperturb.show.figures import attacked_labels, draw_case, draw_curve, draw_histogram, draw_jpeg_histogram
 
     if kind in ("case", "all"):
         for path, folder, report in attacks:
@@ -128,7 +129,7 @@ def _plan(
 
 def _guarded(path: Path, draw: Callable[[], Figure]) -> Callable[[], Figure]:
     """Let what a damaged report leads to be one line that names it."""
-    from mlperturb.report import reading
+    from mlperturb.run.report import reading
 
     def call() -> Figure:
         with reading(path):

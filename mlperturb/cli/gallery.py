@@ -9,9 +9,10 @@ import typer
 
 from mlperturb.cli.console import make_bar, print_error
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.options import ANYWHERE, Overwrite, Quiet, folder_of, make_folder, refuse_existing
+from mlperturb.cli.options import ANYWHERE, Overwrite, Quiet
 from mlperturb.errors import UsageError
-from mlperturb.text import printable
+from mlperturb.run.outputs import folder_of, make_folder, refuse_existing
+from mlperturb.system.text import printable
 
 
 def gallery(
@@ -25,8 +26,8 @@ def gallery(
     quiet: Quiet = False,
 ) -> None:
     """Make one self-contained page of a report: photos, adversarial photos, maps, probabilities."""
-    from mlperturb.gallery import write_gallery
-    from mlperturb.report import read_report, reading
+    from mlperturb.run.report import read_report, reading
+    from mlperturb.show.gallery import write_gallery
 
     result, folder = read_report(report)
     path = out or folder_of(report) / "index.html"

@@ -7,13 +7,13 @@ from rich.table import Table
 from mlperturb.attacks.methods import METHODS
 from mlperturb.cli.console import out
 from mlperturb.cli.options import Arch, Checkpoint, Json, Labels, find_source
-from mlperturb.text import printable
+from mlperturb.system.text import printable
 
 
 def labels(checkpoint: Checkpoint = None, arch: Arch = None, labels: Labels = None, json: Json = False) -> None:
     """Show the label names, thresholds and metadata of a checkpoint."""
-    from mlperturb.checkpoints import check_architecture, read_metadata
-    from mlperturb.report import to_json
+    from mlperturb.model.checkpoints import check_architecture, read_metadata
+    from mlperturb.run.report import to_json
 
     source = find_source(checkpoint, arch, labels)
     if source.architecture is not None:

@@ -20,18 +20,16 @@ from mlperturb.cli.options import (
     Quiet,
     Source,
     find_source,
-    folder_of,
-    make_folder,
     named_source,
-    refuse_existing,
 )
 from mlperturb.errors import UsageError
 from mlperturb.labels import parse_request
-from mlperturb.text import printable
+from mlperturb.run.outputs import folder_of, make_folder, refuse_existing
+from mlperturb.system.text import printable
 
 if TYPE_CHECKING:
-    from mlperturb.defence import Attacked
-    from mlperturb.purify import Purification
+    from mlperturb.experiment.defence import Attacked
+    from mlperturb.photos.purify import Purification
 
 OUTPUTS = ("jpeg-defence.json", "jpeg-histogram.png", "jpeg-curve.png")
 
@@ -76,7 +74,7 @@ def jpeg_defend(
 
     Writes jpeg-defence.json, and for Figure 3 jpeg-histogram.png and jpeg-curve.png.
     """
-    from mlperturb.purify import QUALITIES, parse_purifications, parse_qualities
+    from mlperturb.photos.purify import QUALITIES, parse_purifications, parse_qualities
 
     qualities = parse_qualities(quality) if quality is not None else QUALITIES
     purifications = parse_purifications(["jpeg"] if defence is None else defence, qualities, subsampling)
@@ -113,12 +111,12 @@ def _run(
     quiet: bool,
 ) -> int:
     """Sweep, write, print; return the exit code."""
-    from mlperturb.defence import sweep
-    from mlperturb.devices import prepare
-    from mlperturb.figures import draw_curve, draw_jpeg_histogram, save_figure
-    from mlperturb.files import write_file
-    from mlperturb.report import reading, to_json
-    from mlperturb.tables import defence_table
+    from mlperturb.experiment.defence import sweep
+    from mlperturb.run.report import reading, to_json
+    from mlperturb.show.figures import draw_curve, draw_jpeg_histogram, save_figure
+    from mlperturb.show.tables import defence_table
+    from mlperturb.system.devices import prepare
+    from mlperturb.system.files import write_file
 
     classifier, description = source.load(prepare(device, 0))
     bar = make_bar(quiet=quiet)
@@ -153,9 +151,9 @@ def _read_reports(
     paths: list[Path], checkpoint: Path | None, arch: str | None, labels: Path | None, photos: Path | None
 ) -> tuple[Source, list[Attacked]]:
     """Read the images and the one classifier of some reports."""
-    from mlperturb.defence import find_attacked
-    from mlperturb.files import file_sha256
-    from mlperturb.report import read_report, reading
+    from mlperturb.experiment.defence import find_attacked
+    from mlperturb.run.report import read_report, reading
+    from mlperturb.system.files import file_sha256
 
     attacked: list[Attacked] = []
     described: dict[str, Any] = {}
@@ -182,8 +180,8 @@ def _name_attacked(
     source: Source, paths: list[Path], flip: list[str], keep: list[str], photos: Path | None
 ) -> list[Attacked]:
     """Take PNGs by themselves, with what was asked of them; of folders, those that `attack` names NAME.adv.png."""
-    from mlperturb.defence import Attacked
-    from mlperturb.images import EXTENSIONS
+    from mlperturb.experiment.defence import Attacked
+    from mlperturb.photos.images import EXTENSIONS
 
     if not flip:
         raise UsageError("for PNGs alone, --flip names the labels that were flipped: got --keep alone")

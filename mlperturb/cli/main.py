@@ -26,7 +26,7 @@ try:
     from mlperturb.cli.predict import predict
     from mlperturb.cli.train import train
     from mlperturb.errors import MlperturbError, StorageError, UsageError
-    from mlperturb.interrupts import handle, restore
+    from mlperturb.system.interrupts import handle, restore
 except KeyboardInterrupt:  # while the libraries load, in the first tenths of a second
     sys.exit(130)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlperturb.errors import CheckpointError, UsageError
-from mlperturb.files import is_remote, parse_local, parse_path
+from mlperturb.system.files import parse_local, parse_path
 
 if TYPE_CHECKING:
-    from mlperturb.classifier import Classifier
+    from mlperturb.model.classifier import Classifier
 
 ANYWHERE: dict[str, Any] = {"parser": parse_path, "metavar": "PATH"}  # a path of this machine, or a URL
 HERE: dict[str, Any] = {"parser": parse_local, "metavar": "PATH"}  # a path of this machine
@@ -69,8 +67,8 @@ class Source:
 
     def load(self, device: str) -> tuple[Classifier, dict[str, Any]]:
         """Load the classifier, and describe it as a report does."""
-        from mlperturb.checkpoints import load_checkpoint
-        from mlperturb.files import file_sha256
+        from mlperturb.model.checkpoints import load_checkpoint
+        from mlperturb.system.files import file_sha256
 
         classifier, metadata = load_checkpoint(
             self.path, architecture=self.architecture, labels=self.names, device=device
@@ -91,7 +89,7 @@ def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) 
         CheckpointError: if it is missing or no checkpoint.
         UsageError: if --arch and --labels do not come together, or the label file is unreadable.
     """
-    from mlperturb.checkpoints import bundled_checkpoint, read_metadata
+    from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
 
     if (arch is None) != (labels is None) or (arch is not None and checkpoint is None):
         raise UsageError("plain weights need --checkpoint, --arch and --labels together")
@@ -117,8 +115,8 @@ def named_source(described: dict[str, Any]) -> Source:
     Raises:
         UsageError: if it is no longer where it was.
     """
-    from mlperturb.checkpoints import bundled_checkpoint, read_metadata
-    from mlperturb.files import file_sha256
+    from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
+    from mlperturb.system.files import file_sha256
 
     path, names = Path(described["checkpoint"]), tuple(described["labels"])
     if not path.is_file():
@@ -142,35 +140,3 @@ def parse_batch_size(value: str) -> int | None:
     if not (value.isascii() and value.isdecimal()) or int(value) < 1:
         raise UsageError(f"expected --batch-size auto or a number of at least 1, got {value!r}")
     return int(value)
-
-
-def make_folder(folder: Path) -> None:
-    """Make an output folder.
-
-    Raises:
-        UsageError: if it cannot be made or written to.
-    """
-    if is_remote(folder):
-        return  # a store has no folders: a file's name is enough
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the output folder {error.filename}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write to the output folder {folder}")
-
-
-def folder_of(report: Path) -> Path:
-    """Return the folder in which a report lies that is given as its file or its folder."""
-    return report if report.is_dir() else report.parent
-
-
-def refuse_existing(targets: Iterable[Path], *, overwrite: bool) -> None:
-    """Refuse to replace a file without being asked.
-
-    Raises:
-        UsageError: that names the first one.
-    """
-    taken = None if overwrite else next((target for target in targets if target.exists()), None)
-    if taken is not None:
-        raise UsageError(f"{taken} exists already: give --overwrite or another --out")

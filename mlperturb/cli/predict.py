@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def predict(
     json: Json = False,
 ) -> None:
     """Show the labels that a classifier sees in photos, adversarial PNGs included."""
-    from mlperturb.images import find_photos
+    from mlperturb.photos.images import find_photos
 
     source = find_source(checkpoint, arch, labels)
     photos = find_photos(paths, recursive=recursive)
@@ -35,11 +36,13 @@ def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool 
     """Predict and print; return the exit code."""
     import torch
 
-    from mlperturb.devices import prepare
-    from mlperturb.images import read_photo
-    from mlperturb.preprocess import to_tensor
-    from mlperturb.report import to_json
-    from mlperturb.tables import clean, prediction_table
+    from mlperturb.model.preprocess import to_tensor
+    from mlperturb.photos.images import read_photo
+    from mlperturb.run.record import NOT_FINITE, Failure
+    from mlperturb.run.report import to_json
+    from mlperturb.show.tables import clean, prediction_table
+    from mlperturb.system.devices import prepare
+    from mlperturb.targets import present
 
     classifier, description = source.load(prepare(device, 0))
     images: list[dict[str, Any]] = []
@@ -52,17 +55,17 @@ def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool 
             with torch.inference_mode():
                 logits = classifier([image])[0]
         except ImageError as error:
-            entry["error"] = {"type": type(error).__name__, "message": str(error)}
+            entry["error"] = asdict(Failure.of(error))
             print_error(f"{photo}: {error}" if str(photo) not in str(error) else str(error))
             continue
         if not bool(logits.isfinite().all()):
-            entry["error"] = {"type": "NumericalError", "message": "the network's outputs are not finite"}
-            print_error(f"{photo}: the network's outputs are not finite")
+            entry["error"] = asdict(NOT_FINITE)
+            print_error(f"{photo}: {NOT_FINITE.message}")
             continue
         values = torch.sigmoid(logits.double().cpu()).tolist()
         entry["probabilities"] = dict(zip(classifier.labels, values, strict=True))
-        present = (logits >= classifier.boundary).tolist()
-        entry["labels"] = [label for label, there in zip(classifier.labels, present, strict=True) if there]
+        there = present(logits, classifier.boundary).tolist()
+        entry["labels"] = [label for label, is_there in zip(classifier.labels, there, strict=True) if is_there]
         if not json:
             out.print(clean(str(photo)), soft_wrap=True)
             out.print(prediction_table(entry["probabilities"], thresholds))

@@ -11,11 +11,11 @@ import typer
 
 from mlperturb.cli.options import HERE, LabelTable, PhotoFolder, Voc, Year, check_data
 from mlperturb.errors import UsageError
-from mlperturb.files import parse_local
+from mlperturb.system.files import parse_local
 
 if TYPE_CHECKING:
-    from mlperturb.training import Progress
-    from mlperturb.voc import Dataset
+    from mlperturb.photos.datasets import Dataset
+    from mlperturb.training.fitter import Progress
 
 
 def train(
@@ -30,26 +30,60 @@ def train(
     photos: PhotoFolder = None,
     csv: LabelTable = None,
     test_csv: Annotated[Path | None, typer.Option(**HERE, help="Like --csv, of the photos to measure on.")] = None,
-    arch: Annotated[str, typer.Option(help="Any torchvision classification model.")] = "mobilenet_v2",
+    arch: Annotated[
+        str, typer.Option(help="Any torchvision classification model, or timm/NAME for any of timm's.")
+    ] = "mobilenet_v2",
     init: Annotated[
         list[str] | None,
         typer.Option(help="Weights to start from: a file (repeatable, later ones override) or `torchvision`."),
     ] = None,
     head_only: Annotated[bool, typer.Option(help="Train the last layer on cached features (the paper's).")] = False,
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    probe: Annotated[
+        bool,
+        typer.Option(help="First fit the last layer on cached features, its weight decay chosen on held-out photos."),
+    ] = False,
+    blend: Annotated[
+        bool, typer.Option(help="At the end mix the weights with those after --probe, as is best on held-out photos.")
+    ] = False,
+    teacher: Annotated[
+        list[Path] | None,
+        typer.Option(**HERE, help="A checkpoint whose probabilities are targets too (repeatable: their mean)."),
+    ] = None,
+    teacher_weight: Annotated[float, typer.Option(min=0, max=1, help="Their share of the targets.")] = 0.5,
+    epochs: Annotated[int, typer.Option(min=0, help="0: the initial weights, or --probe alone.")] = 10,
     batch_size: Annotated[int, typer.Option(min=2)] = 100,
     lr: Annotated[float, typer.Option(min=0, help="AdamW's peak learning rate.")] = 5e-4,
     fresh_rate: Annotated[
         float,
         typer.Option(min=0, help="Times --lr for the tensors that the last --init did not give, such as the head."),
     ] = 1.0,
+    layer_decay: Annotated[
+        float, typer.Option(min=0, max=1, help="Times the learning rate, for each block further from the head.")
+    ] = 1.0,
+    weight_decay: Annotated[float, typer.Option(min=0, help="AdamW's.")] = 1e-2,
+    freeze: Annotated[
+        list[str] | None, typer.Option(help="Parameters that stay as they are, such as 'blocks.0.*' (repeatable).")
+    ] = None,
+    norm_momentum: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Of batch normalisation's statistics; 0 freezes them.")
+    ] = None,
+    mixup: Annotated[
+        float, typer.Option(min=0, help="Lay a second photo over each, its share from Beta(MIXUP, MIXUP).")
+    ] = 0.0,
     instance_weight: Annotated[float, typer.Option(min=0, help="Lambda of Eq. 12.")] = 0.5,
     calibration_weight: Annotated[
         float, typer.Option(min=0, help="Weight of the cross-entropy beside Eq. 12; 0 for Eq. 12 alone.")
     ] = 1.0,
-    size: Annotated[int, typer.Option(min=0, help="Input side, stretched; 0: torchvision's for --arch.")] = 224,
+    size: Annotated[int, typer.Option(min=0, help="Input side, stretched; 0: that of --arch.")] = 224,
+    mean: Annotated[float, typer.Option(help="With --size: subtracted from pixels in [0, 1].")] = 0.5,
+    std: Annotated[float, typer.Option(min=1e-3, help="With --size: then divided by.")] = 0.5,
     train_size: Annotated[int, typer.Option(min=0, help="Side of the crops trained on; 0: --size.")] = 0,
+    least_crop: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Smallest share of a photo's area that a random crop keeps.")
+    ] = 0.5,
     average: Annotated[float, typer.Option(min=0, max=0.9999, help="Decay of the averaged weights.")] = 0.99,
+    amp: Annotated[bool, typer.Option(help="Compute in bfloat16 on the CPU; CUDA has float16 always.")] = False,
+    half: Annotated[bool, typer.Option(help="Write matrices in float16.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode photos.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
@@ -62,12 +96,12 @@ def train(
         raise UsageError(f"expected --out to end in .safetensors, got {out}")
     files = [parse_local(name) for name in init or () if name != "torchvision"]
 
-    from mlperturb.devices import prepare
-    from mlperturb.sharing import join as join_run
-    from mlperturb.sharing import local_device
-    from mlperturb.training import Recipe
-    from mlperturb.training import train as run
-    from mlperturb.voc import join, read_csv, read_splits
+    from mlperturb.photos.datasets import join, read_csv, read_splits
+    from mlperturb.system.devices import prepare
+    from mlperturb.system.processes import join as join_run
+    from mlperturb.system.processes import local_device
+    from mlperturb.training.fitter import Recipe
+    from mlperturb.training.train import train as run
 
     validation: Dataset | None = None
     tests: dict[str, Dataset] = {}
@@ -85,13 +119,37 @@ def train(
     if validation is None:
         training, validation = _hold_out(training, seed)
     recipe = Recipe(
-        arch, epochs, batch_size, lr, fresh_rate, 1e-2, instance_weight, calibration_weight, head_only, size,
-        train_size, average, seed, workers,
-    )  # fmt: skip
+        architecture=arch,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=lr,
+        fresh_rate=fresh_rate,
+        weight_decay=weight_decay,
+        instance_weight=instance_weight,
+        calibration_weight=calibration_weight,
+        head_only=head_only,
+        probe=probe,
+        blend=blend,
+        layer_decay=layer_decay,
+        freeze=tuple(freeze or ()),
+        norm_momentum=norm_momentum,
+        amp=amp,
+        mixup=mixup,
+        teacher_weight=teacher_weight,
+        size=size,
+        mean=mean,
+        std=std,
+        train_size=train_size,
+        least_crop=least_crop,
+        average=average,
+        seed=seed,
+        workers=workers,
+    )
     provenance = {
         "command": shlex.join(["mlperturb", *sys.argv[1:]]),
         "source": source,
         "initial": [path.name for path in files] or list(init or ()),
+        "teachers": [path.name for path in teacher or ()],
         "photos": {"training": len(training), "validation": len(validation)},
     }
     share = join_run()
@@ -103,6 +161,8 @@ def train(
         output=out,
         initial=files,
         pretrained="torchvision" in (init or ()),
+        teachers=teacher or (),
+        half=half,
         device=prepare(local_device(device), seed),
         resume=resume,
         provenance=provenance,
@@ -113,7 +173,7 @@ def train(
         return
     if metadata.metrics:
         from mlperturb.cli.console import out as stdout
-        from mlperturb.tables import classifier_grid, show
+        from mlperturb.show.tables import classifier_grid, show
 
         stdout.print(show(classifier_grid(metadata.metrics)))
     typer.echo(f"wrote {out}")

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mlperturb.checkpoints import Metadata, build_network, save_checkpoint
-from mlperturb.preprocess import Preprocess
+from mlperturb.model.checkpoints import Metadata, build_network, save_checkpoint
+from mlperturb.model.preprocess import Preprocess
 
 LABELS = ("cat", "dog", "hen")
 

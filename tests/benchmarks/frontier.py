@@ -16,13 +16,16 @@ from typing import Any
 
 import matplotlib
 
-from mlperturb import attacks, evaluation, search
-from mlperturb.cases import Protocol, align, parse_cases, parse_variants
-from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
-from mlperturb.devices import prepare
-from mlperturb.files import file_sha256
-from mlperturb.journal import Journal
-from mlperturb.voc import read_voc
+from mlperturb import attacks
+from mlperturb.experiment.cases import Protocol, align, parse_cases, parse_variants
+from mlperturb.experiment.evaluate import run as run_evaluation
+from mlperturb.limits import Limits
+from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
+from mlperturb.photos.datasets import read_voc
+from mlperturb.run import search
+from mlperturb.system.devices import prepare
+from mlperturb.system.files import file_sha256
+from mlperturb.system.journal import Journal
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,8 +46,7 @@ def measure(arguments: argparse.Namespace, method: str, passes: int) -> list[dic
         parse_variants([method], budget),
         arguments.images,
         budget,
-        max_rmsd=10.0,
-        passes=passes,
+        Limits(passes, rmsd=10.0),
         seed=arguments.seed,
     )
     key = {"checkpoint": file_sha256(checkpoint), "data": dataset.fingerprint, "passes": passes, "budget": budget}
@@ -58,7 +60,7 @@ def measure(arguments: argparse.Namespace, method: str, passes: int) -> list[dic
     known = arguments.out / "correct.json"  # the same for every point
     if known.exists() and not journal.resumed:
         journal.append(json.loads(known.read_text()))
-    rows = evaluation.run(classifier, dataset, protocol, journal)
+    rows = run_evaluation(classifier, dataset, protocol, journal)
     known.write_text(json.dumps(next(iter(journal.entries()))))
     return [{**row, "cap": passes} for row in rows]
 

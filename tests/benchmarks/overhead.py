@@ -22,10 +22,10 @@ from photos import save_rows
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.methods import METHODS, find_method
 from mlperturb.attacks.problem import Problem
-from mlperturb.checkpoints import build_network, default_preprocess
-from mlperturb.classifier import BoundClassifier, Classifier, fold_batch_norm
-from mlperturb.devices import prepare
-from mlperturb.preprocess import Preprocess
+from mlperturb.model.checkpoints import build_network, default_preprocess
+from mlperturb.model.classifier import BoundClassifier, Classifier, fold_batch_norm
+from mlperturb.model.preprocess import Preprocess
+from mlperturb.system.devices import prepare
 from mlperturb.targets import Targets, decide
 
 

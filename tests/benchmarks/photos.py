@@ -14,14 +14,14 @@ from PIL import Image
 
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.problem import Problem
-from mlperturb.cases import align, parse_cases
-from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
-from mlperturb.classifier import BoundClassifier, Classifier
-from mlperturb.devices import prepare
-from mlperturb.images import read_photo
-from mlperturb.preprocess import to_tensor
+from mlperturb.experiment.cases import align, parse_cases
+from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
+from mlperturb.model.classifier import BoundClassifier, Classifier
+from mlperturb.model.preprocess import to_tensor
+from mlperturb.photos.datasets import read_voc
+from mlperturb.photos.images import read_photo
+from mlperturb.system.devices import prepare
 from mlperturb.targets import Targets, decide, make_targets
-from mlperturb.voc import read_voc
 
 
 @dataclass(frozen=True)

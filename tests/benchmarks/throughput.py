@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mlperturb import runner
 from mlperturb.attacks.problem import Problem
-from mlperturb.checkpoints import bundled_checkpoint, load_checkpoint
-from mlperturb.devices import prepare
-from mlperturb.images import find_photos
-from mlperturb.jobs import Settings, plan_outputs
 from mlperturb.labels import parse_request
+from mlperturb.limits import Limits
+from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
+from mlperturb.photos.images import find_photos
+from mlperturb.run import runner
+from mlperturb.run.jobs import plan_outputs
+from mlperturb.run.settings import Settings
+from mlperturb.system.devices import prepare
 
 
 def timed(spent: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +61,7 @@ def main() -> None:
     classifier, _ = load_checkpoint(arguments.checkpoint or bundled_checkpoint(), device=device)
     jobs = plan_outputs(find_photos([arguments.photos], recursive=True)[: arguments.count])
     request = parse_request(classifier.labels, flip=["any"], keep=["rest"])
-    settings = Settings(arguments.method, arguments.budget, request, arguments.passes)
+    settings = Settings(arguments.method, arguments.budget, request, Limits(arguments.passes))
     spent: Counter[str] = Counter()
     statuses: Counter[str] = Counter()
     started = time.perf_counter()

@@ -1,0 +1,354 @@
+"""The front door for Python: load a classifier, look at images, attack them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mlperturb.errors import CheckpointError, UsageError
+from mlperturb.limits import Limits
+from mlperturb.metrics import distortion
+from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import to_tensor
+from mlperturb.photos.images import Photo, Pixels, convert_image, read_photo
+from mlperturb.run.record import Status
+from mlperturb.run.search import Found, Searcher
+from mlperturb.run.settings import Settings, Words, read_settings
+from mlperturb.run.verdict import look
+from mlperturb.system.devices import prepare
+
+if TYPE_CHECKING:
+    from mlperturb.labels import Request
+
+ImageLike: TypeAlias = "Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.floating] | Image.Image | str | Path"
+Images: TypeAlias = "Tensor | Sequence[ImageLike]"
+Names: TypeAlias = "str | Iterable[str]"
+
+_TOGETHER = 16  # images that are looked at together
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an attack on N images found.
+
+    Attributes:
+        images: the adversarial images, in the form that the images came in: a batch (N, 3, H, W), or a list of
+            tensors, arrays or PIL images (for paths too). Floats are multiples of 1/255.
+        success: whether every decision is as asked on these 8-bit pixels, compressed too, boolean, (N,).
+        status: `success`; `partial`: a label flipped, but not every decision is as asked; `failed`: no label flipped.
+        before: probabilities of the images, (N, L).
+        after: probabilities of the adversarial images, (N, L).
+        rmsd: root mean square of the change of the 8-bit pixels, on the 0-255 scale, (N,).
+        linf: largest change of a pixel, in grey levels, (N,).
+        passes: forward and backward passes of the network, everything counted, (N,).
+        flip: the set A, boolean, (N, L).
+        keep: the set B, boolean, (N, L).
+        labels: the L names.
+    """
+
+    images: Tensor | list[Tensor | npt.NDArray[np.generic] | Image.Image]
+    success: Tensor
+    status: tuple[Status, ...]
+    before: Tensor
+    after: Tensor
+    rmsd: Tensor
+    linf: Tensor
+    passes: Tensor
+    flip: Tensor
+    keep: Tensor
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+
+def load(
+    checkpoint: str | Path | None = None,
+    *,
+    arch: str | None = None,
+    labels: Sequence[str] | None = None,
+    device: str = "cpu",
+) -> Classifier:
+    """Load a classifier.
+
+    Args:
+        checkpoint: a `.safetensors` that `mlperturb train` wrote, or plain weights (`.pt`, `.pth`, `.safetensors`) with
+            `arch` and `labels`; by default the bundled classifier of the 20 labels of PASCAL VOC.
+        arch: the torchvision architecture of plain weights, such as `resnet50`.
+        labels: the label names of plain weights, in the order of the network's outputs.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises:
+        CheckpointError: if the file is missing, is not a checkpoint, or does not fit `arch` and `labels`.
+        UsageError: if there is no such device here.
+    """
+    path = bundled_checkpoint() if checkpoint is None else Path(checkpoint)
+    if not path.is_file():
+        raise CheckpointError(f"no such checkpoint: {path}")
+    place = device if device == "cpu" else prepare(device, 0)
+    return load_checkpoint(path, architecture=arch, labels=labels, device=place)[0]
+
+
+@torch.no_grad()
+def predict(classifier: Classifier, images: Images) -> Tensor:
+    """Return the probabilities of every label on every image, (N, L), on the CPU.
+
+    Args:
+        classifier: see `load`, or a `Classifier` of your own.
+        images: see `attack`.
+
+    Raises:
+        ImageError: if a path cannot be read.
+        UsageError: if the images are of none of the forms of `attack`.
+    """
+    photos = [photo for photo, _ in _open(images)]
+    parts = [
+        classifier([to_tensor(photo.rgb, classifier.device) for photo in photos[start : start + _TOGETHER]]).cpu()
+        for start in range(0, len(photos), _TOGETHER)
+    ]
+    return torch.sigmoid(torch.cat(parts)) if parts else torch.empty(0, len(classifier.labels))
+
+
+def attack(
+    classifier: Classifier,
+    images: Images,
+    *,
+    flip: Names = (),
+    keep: Names = (),
+    add: Names = (),
+    remove: Names = (),
+    method: str = "ml-ddn",
+    budget: Literal["fast", "balanced", "paper"] = "balanced",
+    limits: Limits | None = None,
+    survive: Names = (),
+    region: str | tuple[int, int, int, int] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    **options: str,
+) -> Result:
+    """Find the smallest perturbation of each image that flips the labels of A and keeps the labels of B.
+
+    Args:
+        classifier: to attack, see `load`, or a `Classifier` of your own.
+        images: a float batch (N, 3, H, W) in [0, 1], or a list of any sizes of tensors (3, H, W) (float in [0, 1] or
+            uint8), NumPy arrays (H, W, 3) (float in [0, 1] or uint8), PIL images, or paths. Floats are rounded to 8
+            bits first.
+        flip: names of labels to reverse, whatever they are; or `all`, or `any` label (the nearest to its threshold).
+        keep: names of labels to leave as they are; or `rest`, every label that is named nowhere else.
+        add: names of labels to be present: flipped where they are absent, kept elsewhere.
+        remove: names of labels to be absent: flipped where they are present, kept elsewhere.
+        method: a name of `mlperturb.attacks.METHODS`.
+        budget: how long to search; `paper` is the paper's own setting.
+        limits: the most passes, RMSD and change of a pixel; none by default.
+        survive: compressions after which the result must hold too, such as `jpeg:75` or `jpeg:60-95`.
+        region: change only this rectangle, (left, top, width, height) in pixels, or where a mask image is not black.
+        seed: of everything random.
+        progress: called with how many images are done, and how many there are.
+        options: of the method: `space`, `rounding`, `solver`, `between`; see `mlperturb.attacks.methods.CHOICES`.
+
+    Returns:
+        The adversarial images in the form that came in, with probabilities before and after.
+
+    Raises:
+        LabelError: for an unknown label, or a label in two sets.
+        ImageError: if a path cannot be read, or the region lies outside an image.
+        UsageError: if the attack cannot be carried out as it is asked for.
+    """
+    if isinstance(region, tuple):
+        region = ",".join(map(str, region))
+    words = Words(_names(flip), _names(keep), _names(add), _names(remove), _names(survive), region)
+    settings = read_settings(
+        words, classifier.labels, method=method, budget=budget, limits=limits, options=dict(options)
+    )
+    opened = _open(images)
+    photos = [photo for photo, _ in opened]
+    for photo in photos:
+        classifier.preprocess.check(photo.rgb.shape[:2])
+        if settings.region is not None:
+            settings.region.inside(*photo.rgb.shape[:2])
+    rows: list[_Row] = []
+    with torch.random.fork_rng(enabled=bool(photos)):
+        torch.manual_seed(seed)
+        for part in _parts(classifier, photos, settings.request, settings):
+            for found in part:
+                photo = photos[len(rows)]
+                rows.append(_judge(classifier, photo, found, settings))
+            if progress is not None:
+                progress(len(rows), len(photos))
+    adversarial = [restore(row.pixels) for (_, restore), row in zip(opened, rows, strict=True)]
+    return _result(classifier, adversarial, rows, batch=isinstance(images, Tensor))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The result of an image."""
+
+    pixels: Pixels
+    status: Status
+    before: Tensor
+    after: Tensor
+    rmsd: float
+    linf: float
+    passes: int
+    flip: Tensor
+    keep: Tensor
+
+
+def _parts(
+    classifier: Classifier, photos: Sequence[Photo], request: Request, settings: Settings
+) -> Iterator[list[Found | None]]:
+    """Attack the photos, as many at a time as the device takes."""
+    searcher = Searcher(classifier, settings)
+    for start, stop in searcher.group([photo.rgb.shape[:2] for photo in photos]):
+        for first, last, found in searcher.parts(photos[start:stop], [request] * (stop - start)):
+            if found is None:
+                height, width = photos[start + first].rgb.shape[:2]
+                raise UsageError(f"an image of {width} x {height} pixels is too large for the device's memory")
+            assert last - first == len(found)
+            yield found
+
+
+def _judge(classifier: Classifier, photo: Photo, found: Found | None, settings: Settings) -> _Row:
+    """Decide on the 8-bit pixels, as the command line does on the file."""
+    count = len(classifier.labels)
+    if found is None:  # the network's outputs are not finite on the clean image
+        nowhere, unknown = torch.zeros(count, dtype=torch.bool), torch.full((count,), torch.nan)
+        return _Row(photo.rgb, "failed", unknown, unknown, 0.0, 0.0, 1, nowhere, nowhere)
+    seen = look(classifier, found.pixels, found.targets, settings.survive[1])
+    moved = distortion(torch.from_numpy(found.pixels.astype(np.int16) - photo.rgb))
+    return _Row(
+        found.pixels,
+        seen.status,
+        torch.sigmoid(found.before),
+        torch.sigmoid(seen.logits[0]),
+        moved.rmsd,
+        moved.linf,
+        found.forward + found.backward + seen.passes,
+        found.targets.flip[0],
+        found.targets.keep[0],
+    )
+
+
+def _result(
+    classifier: Classifier,
+    adversarial: list[Tensor | npt.NDArray[np.generic] | Image.Image],
+    rows: Sequence[_Row],
+    *,
+    batch: bool,
+) -> Result:
+    """Put the rows together."""
+
+    def stack(tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors) if tensors else torch.empty(0, len(classifier.labels))
+
+    tensors = [image for image in adversarial if isinstance(image, Tensor)]
+    return Result(
+        images=torch.stack(tensors) if batch and tensors else adversarial,
+        success=torch.tensor([row.status == "success" for row in rows], dtype=torch.bool),
+        status=tuple(row.status for row in rows),
+        before=stack([row.before for row in rows]),
+        after=stack([row.after for row in rows]),
+        rmsd=torch.tensor([row.rmsd for row in rows]),
+        linf=torch.tensor([row.linf for row in rows]),
+        passes=torch.tensor([row.passes for row in rows], dtype=torch.long),
+        flip=stack([row.flip for row in rows]).bool(),
+        keep=stack([row.keep for row in rows]).bool(),
+        labels=classifier.labels,
+    )
+
+
+def _names(names: Names) -> list[str]:
+    """Return one name, or several, as a list."""
+    return [names] if isinstance(names, str) else list(names)
+
+
+Restore: TypeAlias = "Callable[[Pixels], Tensor | npt.NDArray[np.generic] | Image.Image]"
+
+
+def _open(images: Images) -> list[tuple[Photo, Restore]]:
+    """Return the 8-bit pixels of every image, and the function that gives new pixels the image's own form."""
+    if isinstance(images, Tensor):
+        if images.dim() != 4:
+            raise UsageError(f"expected a batch (N, 3, H, W) or a list of images, got a {_form(images)}")
+        return [_open_tensor(image) for image in images]
+    if isinstance(images, str | Path | Image.Image | np.ndarray) or not isinstance(images, Sequence):
+        raise UsageError(f"expected a batch (N, 3, H, W) or a list of images, got a {_form(images)}: put it in a list")
+    return [_open_image(image) for image in images]
+
+
+def _open_image(image: ImageLike) -> tuple[Photo, Restore]:
+    if isinstance(image, str | Path):
+        photo = read_photo(Path(image))
+        return photo, lambda pixels: _to_pil(pixels, photo.alpha)
+    if isinstance(image, Image.Image):
+        rgb, alpha = convert_image(image)
+        return _photo(rgb, alpha), lambda pixels: _to_pil(pixels, alpha)
+    if isinstance(image, Tensor):
+        return _open_tensor(image)
+    if isinstance(image, np.ndarray):
+        return _open_array(image)
+    raise UsageError(f"expected a tensor, an array, a PIL image or a path, got a {_form(image)}")
+
+
+def _open_tensor(image: Tensor) -> tuple[Photo, Restore]:
+    if image.dim() != 3 or image.shape[0] != 3:
+        raise UsageError(f"expected an image tensor (3, H, W), got a {_form(image)}")
+    pixels = _to_pixels(image.detach().permute(1, 2, 0).cpu().numpy())
+
+    def restore(adversarial: Pixels) -> Tensor:
+        tensor = torch.from_numpy(adversarial).permute(2, 0, 1)
+        if image.is_floating_point():
+            tensor = tensor.to(image.dtype) / 255
+        return tensor.to(image.device).contiguous()
+
+    return _photo(pixels), restore
+
+
+def _open_array(image: npt.NDArray[np.generic]) -> tuple[Photo, Restore]:
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise UsageError(f"expected an image array (H, W, 3), got a {_form(image)}")
+    pixels = _to_pixels(image)
+
+    def restore(adversarial: Pixels) -> npt.NDArray[np.generic]:
+        return adversarial.astype(image.dtype) / image.dtype.type(255) if image.dtype.kind == "f" else adversarial
+
+    return _photo(pixels), restore
+
+
+def _to_pixels(values: npt.NDArray[np.generic]) -> Pixels:
+    """Return 8-bit pixels of values that are 8-bit already, or floats in [0, 1].
+
+    Raises:
+        UsageError: if the values are of another type or range.
+    """
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values, dtype=np.uint8)
+    if values.dtype.kind != "f":
+        raise UsageError(f"expected pixels of uint8, or floats in [0, 1], got {values.dtype}")
+    if values.size and not (float(values.min()) >= 0 and float(values.max()) <= 1):
+        raise UsageError(f"expected floats in [0, 1], got values from {values.min():.4g} to {values.max():.4g}")
+    return np.ascontiguousarray((values.astype(np.float64) * 255).round(), dtype=np.uint8)
+
+
+def _to_pil(pixels: Pixels, alpha: Pixels | None) -> Image.Image:
+    return Image.fromarray(pixels if alpha is None else np.dstack([pixels, alpha]))
+
+
+def _photo(rgb: Pixels, alpha: Pixels | None = None) -> Photo:
+    return Photo(rgb, alpha, sha256(rgb.tobytes()).hexdigest())
+
+
+def _form(value: object) -> str:
+    """Describe a value that is not of the form expected."""
+    shape = getattr(value, "shape", None)
+    return f"{type(value).__name__}{'' if shape is None else f' of shape {tuple(shape)}'}"

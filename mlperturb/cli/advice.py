@@ -1,0 +1,91 @@
+"""What `attack` says of its records: notes, errors, and what may help where a photo fell short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from mlperturb.attacks.methods import DEFAULT_METHOD
+from mlperturb.cli.console import print_note
+from mlperturb.run.record import Record, Summary
+from mlperturb.run.settings import Settings
+
+SHOWN = 3  # photos at most, of a run that shows each of them
+_LINES = 20  # notes, and errors, at most
+
+
+@dataclass
+class _Lines:
+    """The first lines of many, and how many there are."""
+
+    first: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, line: str) -> None:
+        self.count += 1
+        if self.count <= _LINES:
+            self.first.append(line)
+
+    def print(self, show: Callable[[str], None]) -> None:
+        for line in self.first:
+            show(line)
+        if self.count > _LINES:
+            print_note(f"and {self.count - _LINES} more like these: see the report")
+
+
+@dataclass
+class Told:
+    """What there is to say of records that go by: as much of it as is printed."""
+
+    settings: Settings
+    summary: Summary = field(default_factory=Summary)
+    first: list[Record] = field(default_factory=list)
+    notes: _Lines = field(default_factory=_Lines)
+    errors: _Lines = field(default_factory=_Lines)
+
+    def listen(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Pass records on."""
+        for record in records:
+            self.summary.add(record)
+            if len(self.first) <= SHOWN:
+                self.first.append(record)
+            for note in record.notes:
+                self.notes.add(f"{record.source}: {note}")
+            if record.error:
+                self.errors.add(record.error.message)
+            elif record.status != "success":
+                self.notes.add(f"{record.source}: {advice(record, self.settings)}")
+            yield record
+
+
+def advice(record: Record, settings: Settings) -> str:
+    """Say in a line what fell short, and what may help."""
+    constraints = record.constraints or {"held": 0, "total": 0, "violated": []}
+    missing = constraints["total"] - constraints["held"]
+    lost = [
+        f"{name} ({', '.join(one['violated'][:3])})" for name, one in (record.survival or {}).items() if one["violated"]
+    ]
+    if lost and not missing:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        hint = "more --passes" if settings.limits.passes else "--budget paper"
+        return f"the PNG holds, but not after {', '.join(lost[:3])}{more}; try {hint} or fewer qualities"
+    if record.ranking and record.ranking["satisfied"]:
+        return (
+            f"the ranking holds, but {missing} of {constraints['total']} decisions do not "
+            "(ranking attacks do not see thresholds); try --between threshold"
+        )
+    both = (("--max-rmsd", settings.limits.rmsd), ("--max-linf", settings.limits.linf))
+    hints, caps = [], [option for option, value in both if value is not None]
+    if settings.method in ("fgs", "fg", "ml-dp"):
+        hints.append(f"--method {DEFAULT_METHOD}")
+    if settings.limits.passes is not None:
+        hints.append("more --passes")
+    elif caps:
+        hints += [f"a larger {option}" for option in caps]
+    elif settings.budget != "paper":
+        hints.append("--budget " + ("balanced" if settings.budget == "fast" else "paper"))
+    written = "" if record.files["adversarial"] else ", and no label flipped: no file written"
+    return (
+        f"{missing} of {constraints['total']} constraints do not hold "
+        f"({', '.join(constraints['violated'][:5])}){written}" + (f"; try {' or '.join(hints)}" if hints else "")
+    )

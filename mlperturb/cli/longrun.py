@@ -1,0 +1,139 @@
+"""What every long command has: notes, the journal it goes on from, a progress bar, how it is stopped, an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlperturb import __version__
+from mlperturb.cli.console import make_bar, print_error, print_note
+from mlperturb.errors import StorageError
+from mlperturb.system.interrupts import Interrupts
+from mlperturb.system.journal import Journal
+from mlperturb.system.processes import Share, local_device
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+class LongRun:
+    """One run of a long command, or one process's part of it.
+
+    Args:
+        share: what this process does of the run.
+        quiet: print nothing but errors.
+
+    Attributes:
+        share: as given.
+        quiet: as given.
+        device: that the run takes; of several processes, without the number of this process's device.
+        stopped: the exit code of a run that was stopped: 130 by a signal, 3 because nothing could be written any
+            more; None while it was not.
+    """
+
+    def __init__(self, share: Share, *, quiet: bool) -> None:
+        self.share, self.quiet = share, quiet
+        self.device = ""
+        self.stopped: int | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._phase, self._had = "", 0
+
+    def note(self, message: str) -> None:
+        """Print a line on stderr, unless the run is quiet."""
+        if not self.quiet:
+            print_note(message)
+
+    def starts_again(self, overwrite: bool) -> bool:
+        """Say whether what is there is to be replaced: not by a process that torchrun started again, which goes on."""
+        return overwrite and not self.share.any_restarted()
+
+    def prepare(self, device: str, seed: int) -> str:
+        """Choose the device of this process and seed everything random; return the device.
+
+        Raises:
+            UsageError: if there is no such device.
+        """
+        from mlperturb.system.devices import prepare
+
+        name = prepare(local_device(device), seed)
+        self.device = name if self.share.size == 1 else name.partition(":")[0]
+        return name
+
+    def key(self, checkpoint: str, **more: Any) -> dict[str, Any]:
+        """Return the key of the journal: everything that decides what the results are.
+
+        Args:
+            checkpoint: the SHA-256 of its file.
+            more: what the command adds.
+        """
+        return {"version": __version__, "checkpoint": checkpoint, **more, "device": self.device.partition(":")[0]}
+
+    @contextmanager
+    def journal(self, path: Path, key: dict[str, Any]) -> Iterator[tuple[Journal, Interrupts]]:
+        """Open the journal at `path`, and let a signal wait for what is being written.
+
+        Raises:
+            UsageError: if it was written under another key, or another run has it open.
+            StorageError: if it cannot be read or written.
+        """
+        share = self.share
+        with Interrupts() as interrupts, Journal(path, key, rank=share.rank, size=share.size) as journal:
+            if journal.torn:
+                self.note(f"the last line of {path} was cut short, and is dropped: its photos are attacked again")
+            yield journal, interrupts
+
+    @contextmanager
+    def bar(self, phase: str, total: int, text: str) -> Iterator[None]:
+        """Show a progress bar, in the first process; see `begin`."""
+        with make_bar(quiet=self.quiet or not self.share.first) as self._bar:
+            self._task = self._bar.add_task(text, total=total)
+            self._phase, self._had = phase, 0
+            yield
+
+    def begin(self, phase: str, total: int, had: int, text: str) -> None:
+        """Let the bar begin anew.
+
+        Args:
+            phase: a name, under which all processes count together.
+            total: how much there is to do.
+            had: how much of it was done before.
+            text: beside the bar.
+        """
+        assert self._bar is not None and self._task is not None
+        self._phase, self._had = phase, had
+        self._bar.reset(self._task, total=total, completed=had, description=text)
+
+    def advance(self, count: int, text: str | None = None) -> None:
+        """Move the bar on, by what all processes have done."""
+        done = self._had + self.share.count(self._phase, count)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, description=text)
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Let a signal, or a disk on which nothing can be written, end what stands inside; `stopped` says so."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.stopped = 130
+        except StorageError as error:
+            print_error(str(error))
+            self.stopped = 3
+
+    def gather(self) -> None:
+        """Wait until all processes have finished; where the run was stopped, a little while."""
+        if self.stopped is None:
+            self.share.gather(warn=self.note)
+            return
+        with suppress(StorageError):
+            self.share.gather(patience=5)
+
+    def exit_code(self, code: int) -> int:
+        """Return the code for a run that came to its end, and say where torchrun must not see a failure."""
+        shown = self.share.exit_code(code)
+        if shown != code:
+            self.note("the exit code is 0 all the same: torchrun would start the processes again")
+        return shown

@@ -1,0 +1,1 @@
+"""The paper's experiment: cases, evaluation, compression as a defence."""

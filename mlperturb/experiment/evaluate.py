@@ -1,0 +1,234 @@
+"""The paper's experiment (Section IV-E): cases on photos that the classifier gets right -> rows of Tables IV and V."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlperturb.errors import ImageError, StorageError, UsageError
+from mlperturb.experiment.cases import Protocol, Variant, choose
+from mlperturb.experiment.records import slug
+from mlperturb.experiment.statistics import tabulate
+from mlperturb.labels import Request
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Size, to_tensor
+from mlperturb.photos.datasets import Dataset
+from mlperturb.photos.images import read_photo
+from mlperturb.run.jobs import Job, plan_outputs
+from mlperturb.run.ledger import Ledger, Part, size_of
+from mlperturb.run.record import Record
+from mlperturb.run.runner import run_attack
+from mlperturb.run.settings import Settings
+from mlperturb.system.files import is_remote, remove_file
+from mlperturb.system.journal import Journal
+from mlperturb.system.processes import Share
+from mlperturb.targets import decide
+
+_BATCH = 32  # photos decided on together, before any attack
+
+
+@torch.inference_mode()
+def predict_photos(classifier: Classifier, dataset: Dataset, done: Callable[[int], None] | None = None) -> Tensor:
+    """Return the logits of every photo at its own size, (N, L), on the CPU; NaN for a photo that cannot be read."""
+    logits = torch.full((len(dataset), len(dataset.labels)), torch.nan)
+    for start in range(0, len(dataset), _BATCH):
+        rows, images = [], []
+        for row in range(start, min(start + _BATCH, len(dataset))):
+            try:
+                rgb = read_photo(dataset.paths[row]).rgb
+                classifier.preprocess.check(rgb.shape[:2])
+            except ImageError:
+                continue
+            rows.append(row)
+            images.append(to_tensor(rgb, classifier.device))
+        if images:
+            logits[rows] = classifier(images).float().cpu()
+        if done:
+            done(min(_BATCH, len(dataset) - start))
+    return logits
+
+
+def run(
+    classifier: Classifier,
+    dataset: Dataset,
+    protocol: Protocol,
+    journal: Journal,
+    *,
+    share: Share | None = None,
+    scanned: Callable[[int], None] | None = None,
+    planned: Callable[[int, int], None] | None = None,
+    done: Callable[[Part, int], None] | None = None,
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> list[dict[str, Any]]:
+    """Attack every case with every method, going on from the journal, and return the rows of the tables.
+
+    Args:
+        classifier: to attack.
+        dataset: with the classifier's labels in its order, see `align`.
+        protocol: what to do.
+        journal: holds X and the records of every finished batch; the images lie beside it. A photo with an error is
+            attacked again.
+        share: what this process does of it; all if None.
+        scanned: told how many more photos have been decided on, while X is being found.
+        planned: told how many attacks there are and how many of them the journal has.
+        done: told of every finished batch, its case and method and how many photos it has, in a thread of its own.
+        hold: entered while what is attacked is being written.
+
+    Returns:
+        The rows, of all processes' records; none in a process that is not the first.
+
+    Raises:
+        UsageError: if no case fits a photo, or a photo that is done has changed.
+        StorageError: if nothing can be written any more, or the journal is damaged.
+    """
+    share = share or Share()
+    correct = _find_correct(classifier, dataset, journal, share, scanned)
+    parts = _plan(dataset, correct, protocol, journal.path.parent / "images")
+    ledger = Ledger(journal, [part for _, part in parts], dataset.paths)
+    if planned:
+        planned(sum(len(part.jobs) for _, part in parts), len(ledger))
+    for variant, part in parts:
+        if ledger.is_done(part):
+            continue
+        _make_folder(part.folder, journal.path.parent)
+        run_attack(
+            classifier,
+            part.jobs,
+            part.folder,
+            make_settings(protocol, variant),
+            partial(_keep, ledger, part, protocol, done),
+            finished=partial(_size_of_finished, ledger, part),
+            claims=partial(share.claims, f"{part.case}/{part.method}"),
+            hold=hold,
+        )
+    share.gather()
+    if not share.first:
+        return []
+    if not protocol.keep_images:
+        _remove_empty_folders(journal.path.parent / "images")
+    return tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu())
+
+
+def _plan(dataset: Dataset, correct: Sequence[int], protocol: Protocol, images: Path) -> list[tuple[Variant, Part]]:
+    """Return what is attacked: a part for each case and method.
+
+    Raises:
+        UsageError: if no case fits a photo.
+    """
+    chosen = {case: choose(case, dataset, correct, protocol) for case in protocol.cases}
+    if not any(chosen.values()):
+        raise UsageError(f"of the {len(correct)} photos that the classifier gets right, none has the labels for a case")
+    return [
+        (
+            variant,
+            Part(_jobs(dataset, chosen[case]), images / slug(case.name) / slug(variant.name), case.name, variant.name),
+        )
+        for case in protocol.cases
+        for variant in protocol.variants
+    ]
+
+
+def _keep(
+    ledger: Ledger, part: Part, protocol: Protocol, done: Callable[[Part, int], None] | None, records: list[Record]
+) -> None:
+    """Make a finished batch durable, then drop its files unless they are to be kept."""
+    ledger.write(records, part)
+    if not protocol.keep_images:
+        for name in [name for record in records for name in record.files.values() if name]:
+            remove_file(part.folder / name)
+    if done:
+        done(part, len(records))
+
+
+def _size_of_finished(ledger: Ledger, part: Part, job: Job) -> Size | None:
+    record = ledger.finished(job, part)
+    return None if record is None else size_of(record)
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    """Remove a folder and those inside it, but for the ones that hold a file."""
+    if is_remote(folder):
+        return
+    for place in sorted(folder.rglob("*"), reverse=True) + [folder]:
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+
+
+def _find_correct(
+    classifier: Classifier,
+    dataset: Dataset,
+    journal: Journal,
+    share: Share,
+    scanned: Callable[[int], None] | None,
+) -> list[int]:
+    """Return the rows of X: photos every label of which the classifier gets right; difficult labels do not count."""
+    if share.first:
+        known = next((entry["correct"] for entry in journal.entries() if "correct" in entry), None)
+        share.tell("known", json.dumps(known))
+    else:
+        known = json.loads(share.ask("known") or "null")
+    if known is not None:
+        return [int(row) for row in known]
+    starts = range(0, len(dataset), _BATCH)
+    parts: dict[int, dict[str, list[int]]] = {}
+    for number in share.claims("scan", len(starts)):
+        rows = np.arange(starts[number], min(starts[number] + _BATCH, len(dataset)))
+        part = dataset.subset(rows)
+        logits = predict_photos(classifier, part, scanned)
+        truth = torch.from_numpy(part.truth)
+        right = ((decide(logits, classifier.boundary.cpu()) == truth) | (truth == 0)).all(1) & logits.isfinite().all(1)
+        parts[number] = {"correct": rows[right].tolist(), "unreadable": rows[logits.isnan().all(1)].tolist()}
+        share.tell(f"scan/{number}", json.dumps(parts[number]))
+    if not share.first:
+        return [int(row) for row in json.loads(share.ask("correct") or "[]")]
+    for number in set(range(len(starts))) - parts.keys():
+        parts[number] = json.loads(share.ask(f"scan/{number}") or "{}")
+    correct, unreadable = (
+        [row for n in sorted(parts) for row in parts[n][which]] for which in ("correct", "unreadable")
+    )
+    names = [str(dataset.paths[row]) for row in unreadable]
+    journal.append({"correct": correct, "photos": len(dataset), "unreadable": names})
+    share.tell("correct", json.dumps(correct))
+    return correct
+
+
+def _make_folder(folder: Path, out: Path) -> None:
+    """Make a folder inside the output folder, which must be there still.
+
+    Raises:
+        StorageError: if it cannot be made.
+    """
+    if is_remote(folder):
+        return
+    try:
+        os.stat(out)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {folder}: {error.strerror or error}") from error
+
+
+def make_settings(protocol: Protocol, variant: Variant) -> Settings:
+    """Return the settings of one method's attacks; every photo has a request of its own.
+
+    Raises:
+        UsageError: if they cannot be carried out.
+    """
+    return Settings(
+        variant.method, protocol.budget, Request(flip=(0,)), protocol.limits, protocol.batch_size,
+        keep_failed=True, options=variant.options,
+    )  # fmt: skip
+
+
+def _jobs(dataset: Dataset, chosen: dict[int, Request]) -> list[Job]:
+    planned = plan_outputs([dataset.paths[row] for row in chosen])
+    return [replace(job, request=request) for job, request in zip(planned, chosen.values(), strict=True)]

@@ -1,0 +1,56 @@
+"""The records of an evaluation, in its journal: batches, failures, and the images that they name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlperturb.system.journal import Journal, find_journal
+
+
+def batches(journal: Journal) -> Iterator[dict[str, Any]]:
+    """Read the finished batches: `case`, `method`, and for each photo its row of the data set and its record.
+
+    Their form is checked where a `Ledger` reads them.
+
+    Raises:
+        StorageError: if the journal cannot be read.
+    """
+    return (entry for entry in journal.entries() if "records" in entry)
+
+
+def failures(journal: Journal) -> list[str]:
+    """Return a line for each photo that could not be read or attacked, its latest attempt counting."""
+    latest: dict[tuple[str, str, int], str | None] = {}
+    lines: list[str] = []
+    for entry in journal.entries():
+        lines += [f"{name}: could not be read, and is left out" for name in entry.get("unreadable", ())]
+    for entry in batches(journal):
+        for row, record in zip(entry["rows"], entry["records"], strict=True):
+            error = record.get("error")
+            message = f"{entry['case']}, {entry['method']}: {error['message']}" if error else None
+            latest[entry["case"], entry["method"], row] = message
+    return lines + [message for message in latest.values() if message]
+
+
+def kept_images(path: Path) -> set[str]:
+    """Return the image files that the records of a journal's file name, relative to its folder."""
+    names: set[str] = set()
+    lines = [line for file in find_journal(path) for line in file.read_text("utf-8", "replace").splitlines()]
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            folder = f"images/{slug(entry['case'])}/{slug(entry['method'])}"
+            files = [name for record in entry["records"] for name in record["files"].values() if name]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # not of a batch, or damaged
+        names |= {f"{folder}/{name}" for name in files if Path(name).name == name}
+    return names
+
+
+def slug(name: str) -> str:
+    """Return the name of a folder for a case or method."""
+    return re.sub(r"[^\w.=-]", "_", name)

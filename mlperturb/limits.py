@@ -1,0 +1,39 @@
+"""How much an attack may cost, and how far it may go: three numbers that travel together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlperturb.errors import UsageError
+
+MIN_PASSES = 10
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of an attack on one photo; None where there is none.
+
+    Attributes:
+        passes: the most forward and backward passes, together, that a photo may cost; at least `MIN_PASSES`.
+        rmsd: the largest RMSD allowed, on the 0-255 scale, of the float result and of the PNG.
+        linf: by how many grey levels, 1 to 255, a pixel may change, in the float result and the PNG.
+
+    Raises:
+        UsageError: if a limit is out of its range.
+    """
+
+    passes: int | None = None
+    rmsd: float | None = None
+    linf: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.passes is not None and self.passes < MIN_PASSES:
+            raise UsageError(f"expected `passes` of at least {MIN_PASSES}, got {self.passes}")
+        if self.rmsd is not None and not 0 < self.rmsd < float("inf"):
+            raise UsageError(f"expected `rmsd` above 0, got {self.rmsd}")
+        if self.linf is not None and not 1 <= self.linf <= 255:
+            raise UsageError(f"expected `linf` from 1 to 255 grey levels, got {self.linf}")
+
+    def describe(self) -> dict[str, float | None]:
+        """Return the limits as a report's settings and a journal's key have them."""
+        return {"passes": self.passes, "max_rmsd": self.rmsd, "max_linf": self.linf}

@@ -1,0 +1,1 @@
+"""How a program sees a photo: preprocessing, networks, checkpoints, compressed views."""

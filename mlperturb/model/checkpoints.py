@@ -1,0 +1,323 @@
+"""Every checkpoint format in, one format out; and where the bundled default lies.
+
+Ours is a safetensors file whose metadata says what the tensors are. Its header is JSON and is read here without
+torch, so that label names can be checked, and shown, at once. A plain PyTorch `state_dict` is read with
+`weights_only=True`; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlperturb.errors import CheckpointError
+from mlperturb.model.architectures import build_network as build_network
+from mlperturb.model.architectures import check_architecture as check_architecture
+from mlperturb.model.architectures import default_preprocess as default_preprocess
+from mlperturb.system.files import write_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from mlperturb.model.classifier import Classifier
+
+FORMAT = "mlperturb.checkpoint/1"
+BUNDLED = "voc-mobilenet-v2.safetensors"
+_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_MAX_LABELS = 100_000
+_MAX_DEPTH = 50  # of what metadata nests; the JSON writer has a limit of its own
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception v3 and GoogLeNet that only training uses
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        architecture: a torchvision classification model's name, or `timm/` and the name of a model of timm's.
+        labels: L names.
+        thresholds: L decision thresholds on the probabilities.
+        preprocess: the fields of `preprocess.Preprocess`.
+        provenance: command, data, initial weights and their licence.
+        metrics: Table III's figures by data set, and per label.
+    """
+
+    architecture: str
+    labels: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    preprocess: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def bundled_checkpoint() -> Path:
+    """Return the path of the checkpoint that comes with mlperturb, from a wheel or an editable install."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "weights", package.parent / "weights"):
+        if (folder / BUNDLED).is_file():
+            return folder / BUNDLED
+    raise CheckpointError(f"the bundled checkpoint {BUNDLED} is missing from this installation")
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read what one of our checkpoints says of itself, without torch.
+
+    Raises:
+        CheckpointError: if the file is missing, no safetensors file, or has no metadata of ours.
+    """
+    header = _read_header(path)
+    values = header.get("__metadata__")
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} holds no mlperturb metadata: expected format {FORMAT}; "
+            "for plain weights give `architecture` and `labels`"
+        )
+    try:
+        labels = tuple(_list(_parse(values["labels"])))
+        thresholds = tuple(float(value) for value in _list(_parse(values["thresholds"])))
+        rest = {name: _parse(values[name]) for name in ("preprocess", "provenance", "metrics")}
+        architecture = str(values["architecture"])
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
+    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
+        raise CheckpointError(f"{path} has damaged metadata: expected distinct label names")
+    if len(labels) > _MAX_LABELS:
+        raise CheckpointError(f"{path} names {len(labels)} labels, expected at most {_MAX_LABELS}")
+    if len(thresholds) != len(labels) or not all(0 < threshold < 1 for threshold in thresholds):
+        raise CheckpointError(f"{path} has damaged metadata: expected {len(labels)} thresholds inside (0, 1)")
+    if not _is_shallow(rest, _MAX_DEPTH):
+        raise CheckpointError(f"{path} has damaged metadata: nested more than {_MAX_DEPTH} deep")
+    if not all(isinstance(value, dict) for value in rest.values()):
+        raise CheckpointError(f"{path} has damaged metadata: expected objects, got {rest!r:.200}")
+    return Metadata(architecture, labels, thresholds, **rest)
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    from safetensors.torch import save
+
+    described = {
+        "format": FORMAT,
+        "architecture": metadata.architecture,
+        **{
+            name: json.dumps(getattr(metadata, name))
+            for name in ("labels", "thresholds", "preprocess", "provenance", "metrics")
+        },
+    }
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, described)
+    write_file(path, data)
+
+
+def load_checkpoint(
+    path: Path,
+    *,
+    architecture: str | None = None,
+    labels: Sequence[str] | None = None,
+    device: str = "cpu",
+) -> tuple[Classifier, Metadata]:
+    """Load a classifier, from our format or from a plain state dict.
+
+    Args:
+        path: `.safetensors`, `.pt` or `.pth`.
+        architecture: a torchvision classification model, or `timm/NAME`, for plain weights only.
+        labels: the label names, for plain weights only.
+        device: where to put the classifier.
+
+    Raises:
+        CheckpointError: if the file is no checkpoint, or does not fit the architecture and labels.
+    """
+    from mlperturb.model.classifier import Classifier, fold_batch_norm
+    from mlperturb.model.preprocess import Preprocess
+
+    if architecture is None and labels is None:
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path} is no .safetensors file: for plain weights give `architecture` and `labels`")
+        metadata = read_metadata(path)
+    elif architecture is None or labels is None:
+        raise CheckpointError("plain weights need both `architecture` and `labels`")
+    else:
+        check_architecture(architecture)
+        thresholds = (0.5,) * len(labels)
+        metadata = Metadata(architecture, tuple(labels), thresholds, default_preprocess(architecture).to_dict())
+    network = build_network(metadata.architecture, len(metadata.labels), meta=True)
+    _fill(network, read_tensors(path), path, len(metadata.labels))
+    if any(buffer.is_meta for buffer in network.buffers()):  # some of timm's have buffers that no file holds
+        filled = network.state_dict()
+        network = build_network(metadata.architecture, len(metadata.labels))
+        network.load_state_dict(filled)
+    preprocess = Preprocess.from_dict(metadata.preprocess)
+    return Classifier(fold_batch_norm(network), metadata.labels, metadata.thresholds, preprocess).to(device), metadata
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a `.safetensors`, `.pt` or `.pth` file, without executing anything in it.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or holds anything but named tensors.
+    """
+    import torch
+
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+
+            try:
+                return load_file(path)
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+        _refuse_bomb(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an odd pickle protocol; what it holds is checked below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except Exception as error:  # torch's weights-only reader raises almost anything at damaged or unsafe data
+        hint = "expected a file of tensors alone, as torch.save(model.state_dict(), FILE) writes it"
+        raise CheckpointError(f"{path} is no plain state dict (weights only): {hint}") from error
+    for inner in ("state_dict", "averaged"):  # as training scripts wrap it; the latter in our own .resume.pt
+        if isinstance(loaded, dict) and isinstance(loaded.get(inner), dict):
+            loaded = loaded[inner]
+    if (
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(value, torch.Tensor) for value in loaded.values())
+    ):
+        raise CheckpointError(f"{path} is no state dict: expected named tensors, got {type(loaded).__name__}")
+    return {str(name).removeprefix("module."): value for name, value in loaded.items()}
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuse a file of torch.save's that would take more memory than it has bytes.
+
+    Raises:
+        CheckpointError: if its archive is compressed, or its pickle makes arrays of zeros.
+    """
+    import io
+    import pickletools
+    import zipfile
+
+    with path.open("rb") as stream:
+        pickles: list[Any] = [stream]
+        if zipfile.is_zipfile(stream):
+            with zipfile.ZipFile(stream) as archive:
+                members = archive.infolist()
+                if sum(member.file_size for member in members) > path.stat().st_size:
+                    raise CheckpointError(f"{path} is compressed: expected an archive as torch.save writes it")
+                pickles = [
+                    io.BytesIO(archive.read(member)) for member in members if member.filename.lower().endswith(".pkl")
+                ]
+        else:
+            stream.seek(0)
+        for source in pickles:
+            try:
+                for _ in range(4 if source is stream else 1):  # the old format has three before that of the tensors
+                    for opcode, argument, _ in pickletools.genops(source):
+                        if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+                            raise CheckpointError(f"{path} is no state dict: expected named tensors, got a bytearray")
+            except ValueError:  # torch says what is wrong with it
+                continue
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Read the JSON header of a safetensors file."""
+    try:
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
+                raise CheckpointError(f"{path} is no safetensors file: its header length is wrong")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON object")
+    return header
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, outputs: int) -> None:
+    """Put a file's tensors into a network built on the meta device.
+
+    Raises:
+        CheckpointError: if a name is missing or unexpected, or a shape differs; the message names them.
+    """
+    import torch
+
+    wanted = network.state_dict()
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(_AUXILIARY)}
+    optional = {name for name in wanted if name.endswith("num_batches_tracked")}
+    missing = sorted(set(wanted) - set(given) - optional)
+    unexpected = sorted(set(given) - set(wanted))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path} does not fit the architecture: missing {_some(missing)}, unexpected {_some(unexpected)}"
+        )
+    wrong = [name for name, tensor in given.items() if tensor.shape != wanted[name].shape]
+    if wrong:
+        name = wrong[-1]
+        got, expected = tuple(given[name].shape), tuple(wanted[name].shape)
+        if len(wrong) <= 2 and got and got[1:] == expected[1:] and expected[0] == outputs:
+            raise CheckpointError(f"{path} has a head of {got[0]} outputs, expected {outputs}, one for each label")
+        raise CheckpointError(f"{path} does not fit the architecture: {name} expected {expected}, got {got}")
+    full = {name: torch.zeros((), dtype=torch.long) for name in optional}
+    for name, tensor in given.items():
+        numbers = _cast(tensor, wanted[name].dtype)
+        if numbers is None:
+            kind = "one without values" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}".replace("torch.", "")
+            raise CheckpointError(f"{path}: expected a tensor of plain numbers as {name}, got {kind}")
+        full[name] = numbers
+    network.load_state_dict(full, assign=True)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return a tensor as this type; None unless it holds plain real numbers."""
+    import torch
+
+    if tensor.is_meta or tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
+        return None
+    try:
+        return tensor.to(dtype)
+    except RuntimeError:  # of packed bits, NotImplementedError too
+        return None
+
+
+def _parse(text: str) -> Any:
+    """Parse JSON, a number that is not finite as null: it is no JSON, and nothing can show it as such."""
+
+    def number(digits: str) -> float | None:
+        return float(digits) if math.isfinite(float(digits)) else None
+
+    return json.loads(text, parse_float=number, parse_constant=lambda _: None)
+
+
+def _is_shallow(value: object, levels: int) -> bool:
+    """Say whether no value lies deeper than so many levels."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner)
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, got {value!r:.80}")
+    return value
+
+
+def _some(names: Sequence[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,142 @@
+"""An attack whose result is to hold after JPEG compression too: each quality is a further view of the photo.
+
+The forward pass has Pillow's own codec. Its backward pass is that of JPEG's linear parts (colour, chroma subsampling,
+block DCT), with the rounding of a coefficient replaced by what it does on average to a coefficient nearby: where the
+rounding is deaf, as it is for the fine detail that is rounded to 0, little gradient passes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from torch import Tensor
+from torch.nn import functional
+
+from mlperturb.model.preprocess import Size
+from mlperturb.model.protocol import Model, narrow
+from mlperturb.photos.purify import Purification
+from mlperturb.targets import Targets
+
+_DITHER = 0.15  # of the average over nearby coefficients, in quantisation steps
+
+
+@dataclass(frozen=True)
+class SurvivingModel:
+    """A classifier of a batch that sees each photo as it is and after each compression.
+
+    Attributes:
+        model: of the batch, (N, 3, H, W) to (N, L).
+        sizes: (height, width) of the photos.
+        purifications: Q compressions.
+    """
+
+    model: Model
+    sizes: Sequence[Size]
+    purifications: Sequence[Purification]
+
+    @property
+    def passes(self) -> int:
+        """Passes of the network for one call."""
+        return 1 + len(self.purifications)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map photos in [0, 1], (N, 3, H, W), to the logits of all views, (N, (1 + Q) L)."""
+        views = [images, *(compress(images, self.sizes, one) for one in self.purifications)]
+        return torch.cat([self.model(view) for view in views], dim=1)
+
+    def select(self, rows: Tensor) -> SurvivingModel:
+        """Return the model of some photos of the batch."""
+        return SurvivingModel(narrow(self.model, rows), [self.sizes[row] for row in rows.tolist()], self.purifications)
+
+
+def repeat_targets(targets: Targets, views: int) -> Targets:
+    """Ask of every view what is asked of the photo: (N, L) becomes (N, views L)."""
+    flip, keep, truth = (mask.repeat(1, views) for mask in (targets.flip, targets.keep, targets.truth))
+    return replace(targets, flip=flip, keep=keep, truth=truth, boundary=targets.boundary.repeat(views))
+
+
+def compress(images: Tensor, sizes: Sequence[Size], purification: Purification) -> Tensor:
+    """Return photos as decoded from JPEG, (N, 3, H, W) in [0, 1], padded with zeros; differentiable.
+
+    Args:
+        images: in [0, 1], padded at the bottom and right; rounded to 8 bits before they are encoded.
+        sizes: (height, width) of each.
+        purification: a JPEG quality.
+    """
+    result = torch.zeros_like(images)
+    for row, (height, width) in enumerate(sizes):
+        image = images[row, :, :height, :width]
+        pixels = (image.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        data = purification.encode(pixels)
+        assert data is not None
+        with Image.open(io.BytesIO(data)) as opened:
+            assert isinstance(opened, JpegImageFile)
+            tables = [opened.quantization[number] for number in (0, 1)]  # of luma and chroma, in natural order
+            real = torch.from_numpy(np.array(opened.convert("RGB"))).to(images).permute(2, 0, 1) / 255
+        if images.requires_grad:
+            near = _linear_jpeg(image, tables, halve=purification.subsampling == "4:2:0")
+            real = near + (real - near).detach()
+        result[row, :, :height, :width] = real
+    return result
+
+
+def _linear_jpeg(image: Tensor, tables: Sequence[Sequence[int]], *, halve: bool) -> Tensor:
+    """Return a photo, (3, h, w), through JPEG's linear parts; only the gradient is meant to be used."""
+    height, width = image.shape[1:]
+    padded = functional.pad(image[None] * 255, (0, -width % 16, 0, -height % 16), mode="replicate")
+    to_ycc, from_ycc = (matrix.to(image) for matrix in _colour_matrices())
+    planes = torch.einsum("ck,nkhw->nchw", to_ycc, padded)
+    luma, chroma = planes[:, :1], planes[:, 1:]
+    if halve:
+        chroma = functional.avg_pool2d(chroma, 2)
+    luma, chroma = _through_blocks(luma - 128, tables[0]) + 128, _through_blocks(chroma, tables[1])
+    if halve:
+        chroma = functional.interpolate(chroma, scale_factor=2, mode="bilinear")
+    out = torch.einsum("ck,nkhw->nchw", from_ycc, torch.cat([luma, chroma], dim=1))
+    return out[0, :, :height, :width] / 255
+
+
+def _through_blocks(planes: Tensor, table: Sequence[int]) -> Tensor:
+    """Pass planes around 0, (1, c, h, w), through the DCT of 8 x 8 blocks, quantisation and back."""
+    _, count, height, width = planes.shape
+    dct = _dct().to(planes)
+    steps = torch.tensor(list(table), device=planes.device).to(planes).view(8, 8)
+    blocks = planes.view(count, height // 8, 8, width // 8, 8).transpose(2, 3)
+    coefficients = dct @ blocks @ dct.T / steps
+    coefficients = coefficients * _sensitivity(coefficients.detach())
+    back = dct.T @ (coefficients * steps) @ dct
+    return back.transpose(2, 3).reshape(1, count, height, width)
+
+
+def _sensitivity(coefficients: Tensor) -> Tensor:
+    """Return the slope of rounding, averaged over a normal neighbourhood: least at integers, most half-way."""
+    distance = (coefficients - coefficients.floor() - 0.5) / _DITHER  # from the nearest edge
+    edges = torch.exp(-0.5 * distance.square())
+    for side in (-1, 1):
+        edges = edges + torch.exp(-0.5 * (distance + side / _DITHER).square())
+    slopes: Tensor = edges / (_DITHER * (2 * torch.pi) ** 0.5)
+    return slopes
+
+
+@lru_cache
+def _dct() -> Tensor:
+    """Return the orthonormal DCT-II of 8 points, (8, 8)."""
+    places = torch.arange(8, dtype=torch.double)
+    matrix = torch.cos((2 * places + 1) * places[:, None] * torch.pi / 16) / 2
+    matrix[0] /= 2**0.5
+    return matrix
+
+
+@lru_cache
+def _colour_matrices() -> tuple[Tensor, Tensor]:
+    """Return RGB -> YCbCr of JFIF, and its inverse, (3, 3) each."""
+    rows = [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
+    matrix = torch.tensor(rows, dtype=torch.double)
+    return matrix, torch.linalg.inv(matrix)

@@ -1,0 +1,1 @@
+"""Pixels in and out: photo files, regions, compressions, data sets."""

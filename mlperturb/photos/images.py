@@ -1,0 +1,196 @@
+"""Photos: find, decode, write atomically; the magnified perturbation map."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mlperturb.errors import ImageError, UsageError
+from mlperturb.system.files import is_remote, reaching, write_file
+
+Pixels = npt.NDArray[np.uint8]
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # JPEG covers MPO
+MAX_PIXELS = 100_000_000
+_COMPRESSION = 1  # zlib's level: a third of the time of 6 for 4% more bytes (tests/benchmarks/encoding.py)
+
+Image.init()  # loads every plugin: `Image.open(formats=...)` knows only those loaded
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A decoded photo.
+
+    Attributes:
+        rgb: (H, W, 3), upright: the EXIF orientation is applied.
+        alpha: (H, W), or None.
+        sha256: of the file.
+        notes: what was done to it that its owner may want to know.
+    """
+
+    rgb: Pixels
+    alpha: Pixels | None
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+
+def find_photos(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]:
+    """Return the photos named, and those in the folders named, without our own outputs, in name order.
+
+    Raises:
+        UsageError: if a path does not exist or cannot be read, or nothing is found.
+    """
+    found: dict[Path, None] = {}
+    folders = []
+    for path in paths:
+        try:
+            with reaching(path):
+                if path.is_dir():
+                    folders.append(path)
+                    for inside in _list_files(path, recursive=recursive):
+                        if inside.suffix.lower() in EXTENSIONS and not is_output(inside):
+                            found.setdefault(inside)
+                elif path.exists():
+                    found.setdefault(path)
+                else:
+                    raise UsageError(f"no such file or folder: {path}")
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    if not found:
+        where = ", ".join(map(str, folders)) or "the paths given"
+        hint = "" if recursive else " (add -r to search subfolders)"
+        raise UsageError(f"no photo found in {where}: expected {', '.join(sorted(EXTENSIONS))}{hint}")
+    return list(found)
+
+
+def _list_files(folder: Path, *, recursive: bool) -> Iterator[Path]:
+    """Yield the files of a folder in name order; links to files count, links to folders are not followed."""
+    if is_remote(folder):
+        store, root = folder.fs, folder.path.rstrip("/")  # type: ignore[attr-defined]
+        names = store.find(root, maxdepth=None if recursive else 1)  # one listing, not a request a file
+        yield from sorted((folder / name.removeprefix(root).lstrip("/") for name in names), key=str)
+        return
+    yield from sorted(_walk(folder, recursive=recursive), key=lambda path: path.parts)
+
+
+def _walk(folder: Path, *, recursive: bool) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if recursive:
+                    yield from _walk(folder / entry.name, recursive=True)
+            elif entry.name.lower().endswith(tuple(EXTENSIONS)):
+                path = folder / entry.name
+                if entry.is_file(follow_symlinks=False) or path.is_file():  # a link may lead nowhere, or to itself
+                    yield path
+
+
+def is_output(path: Path) -> bool:
+    """Say whether a file name is one of those that `attack` writes."""
+    return path.name.lower().endswith((".adv.png", ".map.png")) or path.name.startswith(".")
+
+
+def read_photo(path: Path) -> Photo:
+    """Decode a photo to upright 8-bit RGB, and its alpha channel if it has one.
+
+    16-bit samples are scaled to 8 bits, palettes, greys and CMYK converted, the first frame of an animation taken.
+
+    Raises:
+        ImageError: if the file cannot be read, is damaged, of an unknown format, or larger than `MAX_PIXELS`.
+    """
+    try:
+        if not is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):  # a pipe may wait for ever
+            raise ImageError(f"cannot read {path}: it is no regular file")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise ImageError(f"cannot read {path}: {str(error) or type(error).__name__:.200}") from error  # of its store
+    if not data:
+        raise ImageError(f"{path} is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata and of sizes; ours is the stricter rule
+            return _decode(path, data)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path} is not an image of a known format ({', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path} has more than {MAX_PIXELS} pixels") from error
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged data: this photo is unreadable
+        raise ImageError(f"{path} is damaged: {str(error) or type(error).__name__:.200}") from error
+
+
+def _decode(path: Path, data: bytes) -> Photo:
+    notes = []
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"{path} has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            notes.append("animated: only the first frame is taken")
+            image.seek(0)
+        image.load()
+        if image.mode.startswith(("I", "F")):
+            notes.append(f"{'floating-point' if image.mode.startswith('F') else '16-bit'}: scaled to 8 bits")
+        rgb, alpha = convert_image(image)
+    return Photo(rgb, alpha, sha256(data).hexdigest(), tuple(notes))
+
+
+def convert_image(image: Image.Image) -> tuple[Pixels, Pixels | None]:
+    """Return the pixels of a PIL image, upright, (H, W, 3), and its alpha channel, (H, W), if it has one."""
+    mode = image.mode
+    transparency = "transparency" in image.info
+    upright = ImageOps.exif_transpose(image)
+    if mode.startswith(("I", "F")):
+        return _scale_grey(np.asarray(upright)), None
+    if "A" in mode.upper() and mode != "LAB" or transparency:
+        rgba = np.asarray(upright.convert("RGBA"))
+        return rgba[..., :3].copy(), rgba[..., 3].copy()
+    return np.array(upright.convert("RGB")), None
+
+
+def _scale_grey(grey: npt.NDArray[np.generic]) -> Pixels:
+    """Scale 16-bit (or wider) grey samples to 8-bit RGB; a wider range than 16 bits is stretched to fit."""
+    values = np.nan_to_num(grey.astype(np.float64))
+    highest = float(values.max(initial=0))
+    floats = np.issubdtype(grey.dtype, np.floating)  # in [0, 1] or [0, 255], as far as one can tell
+    top = next(scale for scale in ((1.0, 255.0) if floats else ()) + (max(highest, 65535.0),) if highest <= scale)
+    scaled = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
+    return np.repeat(scaled[..., None], 3, axis=2)
+
+
+def read_pixels(path: Path) -> Pixels:
+    """Read back a PNG that `write_png` wrote: (H, W, 3)."""
+    return read_photo(path).rgb
+
+
+def write_png(path: Path, rgb: Pixels, alpha: Pixels | None = None) -> None:
+    """Write a PNG under a temporary name in the same folder, flush it, then rename it.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    pixels = rgb if alpha is None else np.dstack([rgb, alpha])
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG", compress_level=_COMPRESSION)
+    write_file(path, stream.getvalue())
+
+
+def magnify(difference: npt.NDArray[np.int16]) -> Pixels:
+    """Return the perturbation map |r| * 255 / max|r|, over all three channels (Section IV-H1); black where r = 0."""
+    size = np.abs(difference).astype(np.float64)
+    top = size.max(initial=0)
+    return np.rint(size * (255.0 / top if top else 0.0)).astype(np.uint8)

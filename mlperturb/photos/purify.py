@@ -1,0 +1,148 @@
+"""What a defender, or a web site, may do to a photo on its way: JPEG, WebP, median filter, fewer bits, resizing."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from mlperturb.errors import UsageError
+from mlperturb.labels import split_names
+from mlperturb.photos.images import Pixels
+
+QUALITIES = (30, 50, 70, 80, 90, 95)
+SUBSAMPLING = ("4:4:4", "4:2:2", "4:2:0")
+
+
+@dataclass(frozen=True)
+class Purification:
+    """One way to purify a photo.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        setting: the quality, filter width, number of bits, or percentage of the size.
+        subsampling: of the chroma, for JPEG; cameras and web sites use 4:2:0.
+    """
+
+    kind: str
+    setting: int
+    subsampling: str = "4:2:0"
+
+    @property
+    def name(self) -> str:
+        """As it is written on the command line: `jpeg:75`."""
+        return f"{self.kind}:{self.setting}"
+
+    def apply(self, rgb: Pixels) -> tuple[Pixels, int | None]:
+        """Return 8-bit pixels (H, W, 3) purified, and the size of the compressed file in bytes where there is one."""
+        data = self.encode(rgb)
+        image = Image.fromarray(rgb)
+        if data is not None:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        elif self.kind == "median":
+            image = image.filter(ImageFilter.MedianFilter(self.setting))
+        elif self.kind == "bits":
+            image = ImageOps.posterize(image, self.setting)
+        else:
+            size = image.size
+            smaller = [max(1, round(side * self.setting / 100)) for side in size]
+            image = image.resize((smaller[0], smaller[1]), Image.Resampling.BICUBIC)
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        return np.array(image), None if data is None else len(data)
+
+    def encode(self, rgb: Pixels) -> bytes | None:
+        """Return the compressed file of 8-bit pixels (H, W, 3), None if this is no file format."""
+        if self.kind not in ("jpeg", "webp"):
+            return None
+        stream = io.BytesIO()
+        if self.kind == "jpeg":
+            Image.fromarray(rgb).save(stream, "JPEG", quality=self.setting, subsampling=self.subsampling)
+        else:
+            Image.fromarray(rgb).save(stream, "WEBP", quality=self.setting)
+        return stream.getvalue()
+
+
+def _odd(value: int) -> bool:
+    return 3 <= value <= 15 and value % 2 == 1
+
+
+KINDS: dict[str, tuple[tuple[int, ...], Callable[[int], bool], str]] = {  # usual settings, which are allowed, in words
+    "jpeg": (QUALITIES, lambda value: 1 <= value <= 100, "a quality of 1 to 100"),
+    "webp": (QUALITIES, lambda value: 0 <= value <= 100, "a quality of 0 to 100"),
+    "median": ((3, 5), _odd, "an odd width of 3 to 15 pixels"),
+    "bits": ((6, 5, 4, 3), lambda value: 1 <= value <= 8, "1 to 8 bits"),
+    "resize": ((75, 50, 25), lambda value: 1 <= value <= 99, "1 to 99 percent"),
+}
+
+
+def parse_purifications(
+    names: Iterable[str], qualities: Sequence[int] = QUALITIES, subsampling: str = "4:2:0"
+) -> tuple[Purification, ...]:
+    """Read `jpeg`, which stands for all its usual settings, and `median:3`, one of them.
+
+    Args:
+        names: comma-separated or one by one.
+        qualities: of `jpeg` and `webp` where none is named.
+        subsampling: of JPEG.
+
+    Raises:
+        UsageError: if a name or setting is unknown, or there is none.
+    """
+    if subsampling not in SUBSAMPLING:
+        raise UsageError(f"expected `subsampling` {', '.join(SUBSAMPLING)}, got {subsampling!r}")
+    found: list[Purification] = []
+    for name in split_names(names):
+        kind, colon, text = name.partition(":")
+        if kind not in KINDS:
+            raise UsageError(f"unknown defence {name!r}: expected {', '.join(KINDS)}, with or without :SETTING")
+        usual, allowed, words = KINDS[kind]
+        settings = qualities if kind in ("jpeg", "webp") else usual
+        if colon:
+            settings = (int(text),) if re.fullmatch(r"\d{1,3}", text) else (-1,)
+        for setting in settings:
+            if not allowed(setting):
+                raise UsageError(f"expected {words} for {kind}, got {text if colon else setting!r}")
+            found.append(Purification(kind, setting, subsampling))
+    if not found:
+        raise UsageError(f"expected at least one of {', '.join(KINDS)}")
+    return tuple(dict.fromkeys(found))
+
+
+def parse_qualities(values: Iterable[str]) -> tuple[int, ...]:
+    """Read `30,50,95`.
+
+    Raises:
+        UsageError: if one is no quality.
+    """
+    names = split_names(values)
+    if not names or not all(re.fullmatch(r"\d{1,3}", name) and 1 <= int(name) <= 100 for name in names):
+        raise UsageError(f"expected `qualities` of 1 to 100, comma-separated, got {', '.join(names)!r}")
+    return tuple(dict.fromkeys(map(int, names)))
+
+
+def parse_survival(values: Iterable[str]) -> tuple[tuple[Purification, ...], tuple[Purification, ...]]:
+    """Read `jpeg:75` or `jpeg:60-95`: the compressions that an attack is to survive.
+
+    Returns:
+        Those that the attack sees, at most four of a range, and those that the result is checked at, all of them.
+
+    Raises:
+        UsageError: if one is neither.
+    """
+    seen: dict[Purification, None] = {}
+    checked: dict[Purification, None] = {}
+    for name in split_names(values):
+        match = re.fullmatch(r"jpeg:(\d{1,3})(?:-(\d{1,3}))?", name)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high <= 100:
+            raise UsageError(f"expected `survive` jpeg:QUALITY or jpeg:LOW-HIGH, 1 to 100, got {name!r}")
+        steps = min(4, high - low + 1)
+        for number in range(steps):
+            quality = round(low + (high - low) * number / max(steps - 1, 1))
+            seen.setdefault(Purification("jpeg", quality))
+        checked |= dict.fromkeys(Purification("jpeg", quality) for quality in range(low, high + 1))
+    return tuple(seen), tuple(checked)

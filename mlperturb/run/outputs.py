@@ -1,0 +1,125 @@
+"""Where a run writes: its folder, made and checked before anything is replaced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from mlperturb.errors import UsageError
+from mlperturb.run.jobs import Job
+from mlperturb.system.files import is_remote, list_names, reaching
+from mlperturb.system.journal import find_journal, remove_journal
+
+JOURNAL = "journal.jsonl"  # in the output folder
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the results of an attack go.
+
+    Attributes:
+        folder: of the PNGs.
+        report: the file of the report.
+        html: whether there is to be a page of the results too.
+    """
+
+    folder: Path
+    report: Path
+    html: bool = False
+
+    @property
+    def page(self) -> Path | None:
+        """The page of the results; None if there is to be none."""
+        return self.folder / "index.html" if self.html else None
+
+
+def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> frozenset[str]:
+    """Make the output folder; refuse outputs that exist, unless a run goes on there or they may be replaced.
+
+    Returns:
+        The names of outputs that exist, if a run goes on.
+
+    Raises:
+        UsageError: if the folder cannot be made or written, or something is there already.
+        StorageError: if the journal of the run to be replaced cannot be deleted.
+    """
+    out, report, page = outputs.folder, outputs.report, outputs.page
+    make_folder(out)
+    make_folder(report.parent)
+    with reaching(report):
+        if report.exists() and not report.is_file():
+            raise UsageError(f"expected a file for `report`, got {report}, which is not a file")
+        taken_report = report.is_symlink() or report.exists()
+    there, journal = list_names(out), out / JOURNAL
+    targets = {name for job in jobs for name in (job.adversarial, job.map)} | ({page.name} if page else set())
+    if report.name in targets | {JOURNAL} and same_folder(report.parent, out):
+        raise UsageError(f"the report would replace another file of the run: choose another `report` than {report}")
+    existing = [out / name for name in sorted(targets & there)] + ([report] if taken_report else [])
+    written = {identity(target) for target in existing} - {None}
+    taken = [job for job in jobs if job.source in existing or written and identity(job.source) in written]
+    if taken:
+        raise UsageError(f"an output would replace the photo {taken[0].source}: choose another `out` than {out}")
+    if existing and not overwrite and not find_journal(journal):
+        raise UsageError(
+            f"{existing[0]} and {len(existing) - 1} more outputs exist already: give `overwrite` or another `out`"
+        )
+    if overwrite:
+        remove_journal(journal)
+        return frozenset()
+    return frozenset(targets & there)
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells whether two paths are one file, links followed; None if there is none."""
+    if is_remote(path):
+        return None
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    """Say whether two paths are one folder."""
+    return one == other or (identity(one) is not None and identity(one) == identity(other))
+
+
+def fingerprint(value: object) -> str:
+    """Return a short text that two processes have alike if they have the same value."""
+    return sha256(repr(value).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def make_folder(folder: Path) -> None:
+    """Make an output folder.
+
+    Raises:
+        UsageError: if it cannot be made or written to.
+    """
+    if is_remote(folder):
+        return  # a store has no folders: a file's name is enough
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the output folder {error.filename}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to the output folder {folder}")
+
+
+def folder_of(report: Path) -> Path:
+    """Return the folder in which a report lies that is given as its file or its folder."""
+    return report if report.is_dir() else report.parent
+
+
+def refuse_existing(targets: Iterable[Path], *, overwrite: bool) -> None:
+    """Refuse to replace a file without being asked.
+
+    Raises:
+        UsageError: that names the first one.
+    """
+    taken = None if overwrite else next((target for target in targets if target.exists()), None)
+    if taken is not None:
+        raise UsageError(f"{taken} exists already: give `overwrite` or another `out`")

@@ -1,0 +1,149 @@
+"""What is known of one photo once it has been attacked, and the counts of many such records."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from mlperturb.metrics import Distortion
+
+Status = Literal["success", "partial", "failed", "unreadable"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no result, as the JSON has it.
+
+    Attributes:
+        type: the name of the error's class, or of the kind of failure.
+        message: one line.
+    """
+
+    type: str
+    message: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """Return what the JSON says of an error."""
+        return cls(type(error).__name__, str(error))
+
+
+NOT_FINITE = Failure("NumericalError", "the network's outputs are not finite")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a report, as the JSON has it; see `schemas/report-1.json`.
+
+    Attributes:
+        source: the photo's path, as given.
+        sha256: of the photo's file.
+        width: in pixels, upright.
+        height: in pixels, upright.
+        status: `success` if every constraint holds on the PNG as read back, and after the compressions to survive,
+            `partial` if some label of A flipped, `failed` if none did (no file is written), `unreadable` if the photo
+            could not be decoded.
+        truth: y, the classifier's decisions on the photo.
+        flip: A.
+        keep: B.
+        probabilities: `before` of the photo, `float` of the attack's float result, `after` of the PNG as read back.
+        constraints: `held`, `total` and the labels `violated`.
+        distortion: of the PNG, on the 0-255 scale.
+        distortion_float: of the attack's float result.
+        success_float: whether every constraint holds on the float result.
+        survival: by compression that the attack was to survive, the constraints `held`, `total` and `violated`; None
+            if there was none.
+        ranking: for a ranking attack, whether its constraints hold on the PNG, and Kendall's tau_b.
+        cost: passes and seconds.
+        files: names relative to the report's folder.
+        notes: what was done to the photo on reading.
+        error: why the photo could not be read, attacked or written; None if it could.
+    """
+
+    source: str
+    sha256: str | None = None
+    width: int | None = None
+    height: int | None = None
+    status: Status = "unreadable"
+    truth: dict[str, bool] | None = None
+    flip: list[str] = field(default_factory=list)
+    keep: list[str] = field(default_factory=list)
+    probabilities: dict[str, dict[str, float] | None] | None = None
+    constraints: dict[str, Any] | None = None
+    distortion: Distortion | None = None
+    distortion_float: Distortion | None = None
+    success_float: bool | None = None
+    survival: dict[str, dict[str, Any]] | None = None
+    ranking: dict[str, Any] | None = None
+    cost: dict[str, float] = field(default_factory=lambda: {"forward": 0, "backward": 0, "seconds": 0.0})
+    files: dict[str, str | None] = field(default_factory=lambda: {"adversarial": None, "map": None})
+    notes: list[str] = field(default_factory=list)
+    error: Failure | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Record:
+        """Return the record of which `dataclasses.asdict` made these values.
+
+        Raises:
+            KeyError: if a value is missing.
+            TypeError: if there is a value too many, or one is not of its kind.
+        """
+        missing = {field.name for field in fields(cls)} - values.keys()
+        if missing:
+            raise KeyError(min(missing))
+        kinds: dict[str, type[Distortion] | type[Failure]] = {
+            "distortion": Distortion,
+            "distortion_float": Distortion,
+            "error": Failure,
+        }
+        made = {name: kind(**values[name]) for name, kind in kinds.items() if values[name] is not None}
+        return cls(**{**values, **made})
+
+
+@dataclass
+class Summary:
+    """Counts of statuses and costs, and the RMSD of the successes: what is kept of records that have gone by."""
+
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(get_args(Status), 0))
+    errors: int = 0
+    sizes: list[float] = field(default_factory=list)
+    forward: int = 0
+    backward: int = 0
+
+    def add(self, record: Record) -> None:
+        """Count a record."""
+        self.counts[record.status] += 1
+        self.errors += record.error is not None
+        self.forward += int(record.cost["forward"])
+        self.backward += int(record.cost["backward"])
+        if record.status == "success" and record.distortion is not None:
+            self.sizes.append(record.distortion.rmsd)
+
+    @property
+    def success_rate(self) -> float | None:
+        """The share of the photos that could be read; None if there was none."""
+        attacked = sum(self.counts.values()) - self.counts["unreadable"]
+        return self.counts["success"] / attacked if attacked else None
+
+    @property
+    def mean_rmsd(self) -> float | None:
+        """Of the successes; None if there was none."""
+        return statistics.fmean(self.sizes) if self.sizes else None
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every image was processed, 1 if one could not be read, classified or written."""
+        return int(self.errors > 0)
+
+    def to_dict(self, seconds: float) -> dict[str, Any]:
+        """Return the `summary` of a report."""
+        return {
+            "images": sum(self.counts.values()),
+            **self.counts,
+            "success_rate": self.success_rate,
+            "rmsd": {"mean": self.mean_rmsd, "median": statistics.median(self.sizes) if self.sizes else None},
+            "forward": self.forward,
+            "backward": self.backward,
+            "seconds": round(seconds, 3),
+        }

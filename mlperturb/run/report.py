@@ -1,0 +1,131 @@
+"""Records of images -> `report.json`, and a report read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from mlperturb import __version__
+from mlperturb.errors import ImageError, UsageError
+from mlperturb.run.record import Record, Summary
+from mlperturb.system.files import is_file_of, is_remote, parse_path
+from mlperturb.system.text import printable
+
+SCHEMA = "mlperturb.run.report/1"
+
+
+def report_lines(
+    settings: dict[str, Any], classifier: dict[str, Any], records: Iterable[Record], seconds: float
+) -> Iterator[str]:
+    """Yield the text of a report piece by piece, one record at a time: a run of any length fits in memory."""
+    head = {"schema": SCHEMA, "version": __version__, "settings": settings, "classifier": classifier}
+    yield to_json(head).removesuffix("\n}") + ',\n  "images": ['
+    summary, between = Summary(), "\n"
+    for record in records:
+        summary.add(record)
+        yield between + indent(to_json(asdict(record)), "    ")
+        between = ",\n"
+    yield "]" if between == "\n" else "\n  ]"
+    yield ',\n  "summary": ' + indent(to_json(summary.to_dict(seconds)), "  ").lstrip() + "\n}"
+
+
+def read_schema() -> dict[str, Any]:
+    """Return the JSON Schema of `report.json`."""
+    schema: dict[str, Any] = json.loads((files("mlperturb") / "schemas" / "report-1.json").read_text())
+    return schema
+
+
+def read_json(path: Path, schema: str) -> dict[str, Any]:
+    """Read one of our JSON files.
+
+    Raises:
+        UsageError: if it is none, or of another schema.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe may wait for ever
+            raise UsageError(f"cannot read {path}: it is no regular file")
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise UsageError(f"no such report: {path}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"cannot read the report {path}: {str(error):.100}") from error
+    if not isinstance(found, dict) or found.get("schema") != schema:
+        raise UsageError(f"expected a file of schema {schema}, got {path}")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read_report(path: Path) -> tuple[dict[str, Any], Path]:
+    """Read a report of `attack`, given as its file or its folder; return it and the folder of its PNGs.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    path = path / "report.json" if path.is_dir() else path
+    report = read_json(path, SCHEMA)
+    with reading(path):
+        out = report["settings"].get("out", ".")
+        return report, path.parent if out == "." else path.parent / out
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a report that is not as its schema says leads to into one line.
+
+    Raises:
+        UsageError: that names the file.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
+        raise UsageError(f"the report {path} is not as `attack` writes it: {error!r:.120}") from error
+
+
+def find_output(image: dict[str, Any], kind: str, folder: Path) -> Path | None:
+    """Return an image's `adversarial` PNG or `map` in its folder; None if it has none.
+
+    Raises:
+        ImageError: if the name is not that of a file in the folder: a report is data, and names no file elsewhere.
+    """
+    name = image["files"][kind]
+    if name is not None and (Path(name).name != name or "\0" in name):
+        raise ImageError(f"{printable(name)!r:.100} is not the name of a file beside its report")
+    return None if name is None else folder / name
+
+
+def find_photo(
+    image: dict[str, Any], folder: Path, settings: dict[str, Any], photos: Path | None = None
+) -> Path | None:
+    """Return the photo that an image was made of, wherever it lies now; None if it is not found.
+
+    It is looked for in `photos`, as the report names it, from the folder in which the attack was started, and beside
+    the report; only a file of the same SHA-256 will do.
+    """
+    if "://" in image["source"]:  # a report is data: it opens no address elsewhere than where it lies itself
+        source = parse_path(image["source"])
+        within = is_remote(folder) and type(source) is type(folder)
+        return source if within and is_file_of(source, image["sha256"]) else None
+    source = Path(image["source"])
+    places = [source, Path(settings.get("cwd", ".")) / source, folder / source, folder / source.name]
+    if photos is not None:
+        places.insert(0, photos / source.name)
+    return next((place for place in places if is_file_of(place, image["sha256"])), None)
+
+
+def thresholds_of(classifier: dict[str, Any]) -> dict[str, float]:
+    """Return the thresholds by label of a classifier as a report describes it."""
+    return dict(zip(classifier["labels"], classifier["thresholds"], strict=True))
+
+
+def to_json(value: object) -> str:
+    """Return JSON that any reader takes: no NaN or infinity, no raw control character."""
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=True)

@@ -1,0 +1,248 @@
+"""The run: photos in, adversarial PNGs and records out; one bad photo is recorded and the run goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mlperturb.errors import ImageError
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Preprocess, Size
+from mlperturb.photos.images import Photo, read_photo
+from mlperturb.run.jobs import Job
+from mlperturb.run.record import NOT_FINITE, Failure, Record
+from mlperturb.run.search import Found, Searcher, fits
+from mlperturb.run.settings import Settings
+from mlperturb.run.verdict import facts_of, judge, save
+from mlperturb.system.threads import Behind, ahead, count_workers
+
+Pair = tuple[Job, Photo]
+
+
+@dataclass
+class Waits:
+    """Where the time of a run went, in seconds, as the thread that attacks sees it.
+
+    Attributes:
+        total: from the first photo to the last file.
+        reading: waiting for photos to be decoded.
+        writing: waiting for files to be written and judged.
+    """
+
+    total: float = 0.0
+    reading: float = 0.0
+    writing: float = 0.0
+
+
+def run_attack(
+    classifier: Classifier,
+    jobs: Sequence[Job],
+    out: Path,
+    settings: Settings,
+    done: Callable[[list[Record]], None],
+    *,
+    finished: Callable[[Job], Size | None] = lambda job: None,
+    claims: Callable[[int], Iterable[int]] = range,
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Waits:
+    """Attack every photo, write its files to `out`, and hand the records of each batch to `done` once they are final.
+
+    Photos are shared out in units of as many as a batch may have, in order; no batch has photos of two units, so that
+    the results of a photo depend neither on which units this process gets nor on what was finished before. While a
+    batch is attacked, the next one is decoded, and the one before is encoded, written, read back and judged.
+
+    Args:
+        classifier: to attack.
+        jobs: the photos.
+        out: folder of the outputs.
+        settings: what to do.
+        done: told of every batch, in a thread of its own.
+        finished: returns the (height, width) of a photo that is done already, called in threads: the others are
+            attacked in the batches that they would be in without it, so that their results are the same to the last
+            bit; a batch all photos of which are done is not attacked.
+        claims: given the number of units, yields those that this process is to do.
+        hold: entered while what is attacked is being written and handed to `done`, at the end and on an interruption.
+        warn: told, once, that the device ran out of memory and smaller batches go on.
+
+    Returns:
+        How long the device waited.
+
+    Raises:
+        StorageError: if nothing can be written to `out` any more.
+    """
+    waits, started = Waits(), time.perf_counter()
+    searcher = Searcher(classifier, settings, warn)
+    units = [jobs[start : start + searcher.together] for start in range(0, len(jobs), searcher.together)]
+    writer = _Writer(classifier, out, settings, done, waits)
+    try:
+        for batch in _timed(_batches(units, claims, finished, settings, classifier.preprocess, searcher.pixels), waits):
+            for pairs, found, lost in _attack(searcher, batch):
+                writer.submit(pairs, found, lost)
+    finally:
+        with _waiting(waits), hold():
+            writer.finish()
+        waits.total = time.perf_counter() - started
+    return waits
+
+
+@contextmanager
+def _waiting(waits: Waits) -> Iterator[None]:
+    """Count how long what stands inside takes as time spent on waiting for files."""
+    before = time.perf_counter()
+    try:
+        yield
+    finally:
+        waits.writing += time.perf_counter() - before
+
+
+class _Writer:
+    """Writes, reads back and judges what was found, in threads behind the thread that attacks."""
+
+    def __init__(
+        self, classifier: Classifier, out: Path, settings: Settings, done: Callable[[list[Record]], None], waits: Waits
+    ) -> None:
+        self._classifier, self._out, self._settings, self._done, self._waits = classifier, out, settings, done, waits
+        self._behind = Behind()
+        self._behind.submit(partial(torch.set_num_threads, torch.get_num_threads()))  # the same sums as in this thread
+        self._encoders = ThreadPoolExecutor(count_workers(), "encode")
+
+    def submit(self, pairs: list[Pair], found: list[Found], lost: list[Record]) -> None:
+        """Write photos, once the batch before is written, and hand their records on with those of the lost."""
+        with _waiting(self._waits):
+            self._behind.submit(partial(self._write, pairs, found, lost))
+
+    def finish(self) -> None:
+        """Wait until all is written: nothing is written afterwards."""
+        try:
+            self._behind.finish()
+        finally:
+            self._encoders.shutdown()
+
+    def _write(self, pairs: list[Pair], found: list[Found], lost: list[Record]) -> None:
+        out, settings = self._out, self._settings
+        tasks = [self._encoders.submit(save, *pair, one, out, settings) for pair, one in zip(pairs, found, strict=True)]
+        saved = [task.result() for task in tasks]
+        records = [
+            judge(self._classifier, *pair, one, pixels, out, settings)
+            for pair, one, pixels in zip(pairs, found, saved, strict=True)
+        ]
+        self._done(records + lost)
+
+
+@dataclass
+class _Batch:
+    """Photos to attack together, and the records of those that cannot be attacked.
+
+    Attributes:
+        members: the photos; None in the place of one that is finished.
+        sizes: their (height, width).
+        lost: records.
+    """
+
+    members: list[tuple[Job, Photo | None]] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
+    lost: list[Record] = field(default_factory=list)
+
+    def takes(self, size: Size, pixels: float) -> bool:
+        """Say whether one more photo leaves it within so many pixels, padded to the largest."""
+        return fits([*self.sizes, size], pixels)
+
+    def pairs(self) -> list[Pair]:
+        """Return all photos, read again if they are finished: the batch is formed as it was. Empty if none is left."""
+        if not self.wanted():
+            return []
+        return [(job, read_photo(job.source) if photo is None else photo) for job, photo in self.members]
+
+    def wanted(self) -> set[Path]:
+        """Return the photos that are not finished."""
+        return {job.source for job, photo in self.members if photo is not None}
+
+
+def _batches(
+    units: Sequence[Sequence[Job]],
+    claims: Callable[[int], Iterable[int]],
+    finished: Callable[[Job], Size | None],
+    settings: Settings,
+    preprocess: Preprocess,
+    pixels: float,
+) -> Iterator[_Batch]:
+    """Decode photos, a unit's worth ahead, and group them."""
+
+    def read(job: Job | None) -> tuple[Job, Photo | Record | Size] | None:
+        return None if job is None else (job, finished(job) or _read(job, settings, preprocess))
+
+    def items() -> Iterator[Job | None]:
+        for number in claims(len(units)):
+            yield from units[number]
+            yield None  # the end of a unit
+
+    batch = _Batch()
+    for got in ahead(read, items(), window=max(map(len, units), default=1)):
+        if got is None:
+            yield batch
+            batch = _Batch()
+            continue
+        job, photo = got
+        if isinstance(photo, Record):
+            batch.lost.append(photo)
+            continue
+        size = (photo.rgb.shape[0], photo.rgb.shape[1]) if isinstance(photo, Photo) else photo
+        if not batch.takes(size, pixels):
+            yield batch
+            batch = _Batch()
+        batch.sizes.append(size)
+        batch.members.append((job, photo if isinstance(photo, Photo) else None))
+
+
+def _read(job: Job, settings: Settings, preprocess: Preprocess) -> Photo | Record:
+    """Decode a photo; one that cannot be decoded or resized, or has none of the region, becomes a record."""
+    try:
+        photo = read_photo(job.source)
+    except ImageError as error:
+        return Record(source=str(job.source), error=Failure.of(error))
+    try:
+        preprocess.check(photo.rgb.shape[:2])
+        if settings.region:
+            settings.region.inside(*photo.rgb.shape[:2])
+    except ImageError as error:
+        named = ImageError(f"{job.source}: {error}")
+        return Record(**facts_of(job, photo), status="failed", error=Failure.of(named))
+    return photo
+
+
+def _timed(batches: Iterator[_Batch], waits: Waits) -> Iterator[_Batch]:
+    """Pass batches through, and count how long they are waited for."""
+    while True:
+        before = time.perf_counter()
+        batch = next(batches, None)
+        waits.reading += time.perf_counter() - before
+        if batch is None:
+            return
+        yield batch
+
+
+def _attack(searcher: Searcher, batch: _Batch) -> Iterator[tuple[list[Pair], list[Found], list[Record]]]:
+    """Search a batch; yield what was found, part by part, with the records of what was not."""
+    pairs, lost, wanted = batch.pairs(), batch.lost, batch.wanted()
+    requests = [job.request or searcher.settings.request for job, _ in pairs]
+    for start, stop, found in searcher.parts([photo for _, photo in pairs], requests):
+        if found is None:
+            for job, photo in [pair for pair in pairs[start:stop] if pair[0].source in wanted]:
+                error = Failure("MemoryError", f"{job.source}: too large for the device's memory")
+                lost.append(Record(**facts_of(job, photo), status="failed", error=error))
+            continue
+        both = [(pair, one) for pair, one in zip(pairs[start:stop], found, strict=True) if pair[0].source in wanted]
+        lost += [Record(**facts_of(*pair), status="failed", error=NOT_FINITE) for pair, one in both if one is None]
+        good = [(pair, one) for pair, one in both if one is not None]
+        yield [pair for pair, _ in good], [one for _, one in good], lost
+        lost = []
+    if lost:
+        yield [], [], lost

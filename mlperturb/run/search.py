@@ -1,0 +1,261 @@
+"""A batch of photos on the device: attacked, then brought to 8 bits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mlperturb.attacks.best import Outcome
+from mlperturb.attacks.goals import ClassificationGoal, Goal
+from mlperturb.attacks.methods import find_method
+from mlperturb.attacks.problem import Problem, observe
+from mlperturb.attacks.quantise import quantise
+from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
+from mlperturb.labels import Request
+from mlperturb.metrics import Distortion, distortion
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Size, pad_batch, to_tensor
+from mlperturb.model.survival import SurvivingModel, repeat_targets
+from mlperturb.photos.images import Photo, Pixels
+from mlperturb.photos.regions import Region
+from mlperturb.run.settings import Settings
+from mlperturb.system.devices import free_memory
+from mlperturb.targets import Targets, decide, make_targets
+
+_BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
+_NEEDED = 200  # bytes of memory a padded pixel: on the CPU an attack takes 180
+_ROOM = 16  # times those pixels for a batch of a given size: photos of odd shapes, padded to one, may need any memory
+
+LATTICE = {"fast": (6, 20), "balanced": (8, 40), "paper": (10, 100)}  # scales and iterations of `quantise`
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search for one photo's perturbation came to, on the CPU.
+
+    Attributes:
+        pixels: the adversarial photo, (H, W, 3).
+        goal: what was asked of the photo, without a margin, one row.
+        before: logits of the photo, (L,).
+        logits: of the float result, (L,).
+        met: whether all constraints hold on the float result, compressed too.
+        distortion: of the float result.
+        forward: passes.
+        backward: passes.
+        seconds: the photo's share of its batch.
+    """
+
+    pixels: Pixels
+    goal: Goal
+    before: Tensor
+    logits: Tensor
+    met: bool
+    distortion: Distortion
+    forward: int
+    backward: int
+    seconds: float
+
+    @property
+    def targets(self) -> Targets:
+        """A, B and y, one row, without a margin."""
+        return self.goal.targets
+
+
+def search(
+    classifier: Classifier, photos: Sequence[Photo], requests: Sequence[Request], settings: Settings
+) -> list[Found | None]:
+    """Attack a batch; None for a photo on which the network's outputs are not finite.
+
+    Args:
+        classifier: to attack.
+        photos: of any sizes.
+        requests: one for each photo.
+        settings: what to do.
+    """
+    started = time.perf_counter()
+    images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
+    model = classifier.bind(sizes)
+    before, meter = observe(model, images)
+    rows = before.isfinite().all(1).nonzero().flatten()
+    found: list[Found | None] = [None] * len(photos)
+    if not len(rows):
+        return found
+    usable = rows.tolist()
+    asked, sizes = [requests[row] for row in usable], [sizes[row] for row in usable]
+    truth = decide(before[rows], classifier.boundary)
+    limits = settings.limits
+    problem = Problem(
+        model.select(rows),
+        images[rows],
+        ClassificationGoal(make_targets(asked, truth, classifier.boundary, margin=settings.margin)),
+        cap=None if limits.rmsd is None else _norm_cap(limits.rmsd, sizes, images.device),
+        bound=None if limits.linf is None else limits.linf / 255,
+        region=None if settings.region is None else _region_of(settings.region, sizes, images[rows]),
+        meter=meter,
+        rows=rows.cpu(),
+    )
+    results = _search(problem, sizes, asked, before[rows], settings)
+    share = (time.perf_counter() - started) / len(rows)
+    for row, result in zip(usable, results, strict=True):
+        found[row] = replace(result, seconds=share)
+    return found
+
+
+@dataclass
+class Searcher:
+    """Searches photos, as many at a time as the device takes.
+
+    Attributes:
+        classifier: to attack.
+        settings: what to do.
+        warn: told, once, that the device ran out of memory and smaller batches go on.
+        most: photos that the memory takes at a time; None while it took every batch.
+    """
+
+    classifier: Classifier
+    settings: Settings
+    warn: Callable[[str], None] = lambda message: None
+    most: int | None = None
+
+    @property
+    def together(self) -> int:
+        """How many photos a batch may have."""
+        return self.settings.batch_size or _BATCH.get(self.classifier.device.type, _BATCH["cpu"])[0]
+
+    @property
+    def pixels(self) -> int:
+        """How many pixels a batch may have, every photo padded to the largest."""
+        pixels = _BATCH.get(self.classifier.device.type, _BATCH["cpu"])[1]
+        return pixels * (_ROOM if self.settings.batch_size else 1)
+
+    def group(self, sizes: Sequence[Size]) -> Iterator[tuple[int, int]]:
+        """Yield where the batches of photos of these (height, width), in order, begin and end."""
+        start = 0
+        for stop in range(1, len(sizes) + 1):
+            full = stop - start >= self.together
+            if stop == len(sizes) or full or not fits(sizes[start : stop + 1], self.pixels):
+                yield start, stop
+                start = stop
+
+    def parts(
+        self, photos: Sequence[Photo], requests: Sequence[Request]
+    ) -> Iterator[tuple[int, int, list[Found | None] | None]]:
+        """Search a batch; yield, part by part, where it begins and ends, and what was found.
+
+        A part of a single photo for which the device has not enough memory has None.
+        """
+        start = 0
+        while start < len(photos):
+            stop = min(start + (self.most or len(photos)), len(photos))
+            found = self._search(photos[start:stop], requests[start:stop])
+            if found is None and stop - start > 1:
+                if self.most is None:
+                    self.warn("the device ran out of memory: going on with smaller batches")
+                self.most = (stop - start + 1) // 2
+                continue
+            yield start, stop, found
+            start = stop
+
+    def _search(self, photos: Sequence[Photo], requests: Sequence[Request]) -> list[Found | None] | None:
+        """Attack some photos; None if the device ran out of memory, or would."""
+        heights, widths = zip(*(photo.rgb.shape[:2] for photo in photos), strict=True)
+        free = free_memory(self.classifier.device)
+        if free is not None and len(photos) * max(heights) * max(widths) * _NEEDED > free:
+            return None  # on the CPU, Linux would kill the process
+        try:
+            return search(self.classifier, photos, requests, self.settings)
+        except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no error of its own
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+                raise
+            if self.classifier.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return None
+
+
+def fits(sizes: Sequence[Size], pixels: float) -> bool:
+    """Say whether photos of these (height, width), padded to the largest, have at most so many pixels."""
+    heights, widths = zip(*sizes, strict=True)
+    return len(sizes) == 1 or len(sizes) * max(heights) * max(widths) <= pixels
+
+
+def _norm_cap(rmsd: float, sizes: Sequence[Size], device: torch.device) -> Tensor:
+    """Return the L2 norm, in [0, 1] units, that an RMSD on the 0-255 scale is at each size, (N,)."""
+    return torch.tensor([rmsd / 255 * (3 * height * width) ** 0.5 for height, width in sizes], device=device)
+
+
+def _region_of(region: Region, sizes: Sequence[Size], images: Tensor) -> Tensor:
+    """Return the pixels of a padded batch, (N, 3, H, W), that may change, (N, 1, H, W)."""
+    allowed = torch.zeros_like(images[:, :1])
+    for row, (height, width) in enumerate(sizes):
+        allowed[row, 0, :height, :width] = torch.from_numpy(region.inside(height, width)).to(allowed)
+    return allowed
+
+
+def _search(
+    problem: Problem, sizes: Sequence[Size], requests: Sequence[Request], before: Tensor, settings: Settings
+) -> list[Found]:
+    """Attack a batch, then find the 8-bit photos; no image spends more than `settings.limits.passes`."""
+    method = find_method(settings.method)
+    tuning = method.tuning(settings.budget, **settings.options)
+    scales, iterations = LATTICE[settings.budget]
+    seen, checked = settings.survive
+    passes = settings.limits.passes
+    if passes is not None:
+        left = passes - 1 - len(checked)  # decisions on the PNG as read back, and compressed
+        reserved = 0 if method.writes_lattice(tuning) else min(scales + 2 * iterations + 1, passes // 3)
+        problem = replace(problem, limit=left - (1 + len(seen)) - reserved)  # the float result's decision
+    if any(request.any_label for request in requests):
+        problem = problem.aim(_resolve_any(problem, requests))
+    asked = problem
+    if seen:
+        model = SurvivingModel(problem.model, sizes, seen)
+        problem = replace(problem, model=model, goal=ClassificationGoal(repeat_targets(asked.targets, model.passes)))
+    outcome = method.load()(problem, **tuning)
+    with torch.no_grad():
+        logits = problem.logits(outcome.images)
+    if passes is not None:
+        problem = replace(problem, limit=left)
+    lattice = quantise(problem, outcome, scales=scales, iterations=iterations)
+    met = replace(problem.targets, margin=0.0).holds(logits).all(1)
+    pixels = (lattice.images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    targets = replace(asked.targets.cpu(), margin=0.0)
+    logits, before = logits[:, : targets.truth.shape[1]].cpu(), before.cpu()
+    return [
+        Found(
+            pixels[row, :height, :width],
+            outcome.goal.aimed_at(targets.select(torch.tensor([row]))),
+            before[row],
+            logits[row],
+            bool(met[row]),
+            _distortion(outcome, asked, row, (height, width)),
+            int(asked.meter.forward[asked.rows[row]]),
+            int(asked.meter.backward[asked.rows[row]]),
+            0.0,
+        )
+        for row, (height, width) in enumerate(sizes)
+    ]
+
+
+def _distortion(outcome: Outcome, problem: Problem, row: int, size: Size) -> Distortion:
+    """Measure the float result of one photo of a padded batch."""
+    height, width = size
+    exact, clean = (images[row, :, :height, :width] * 255 for images in (outcome.images, problem.images))
+    return distortion(exact - clean)
+
+
+def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Goal:
+    """Return the goal in which `any` label to flip is the label nearest to its threshold."""
+    targets = problem.targets
+    fixed = torch.zeros_like(targets.flip)
+    for row, request in enumerate(requests):
+        fixed[row, [*request.keep, *request.add, *request.remove]] = True
+        fixed[row] |= not request.any_label
+    rest = torch.tensor([request.keep_rest for request in requests], device=fixed.device).unsqueeze(1)
+    spare = MAX_COMPARED if problem.limit is None else problem.limit // 3
+    flip = targets.flip | nearest_label(problem, ~fixed, compared=min(spare, MAX_COMPARED))
+    keep = torch.where(rest, ~flip, targets.keep)
+    return ClassificationGoal(replace(targets, flip=flip, keep=keep))

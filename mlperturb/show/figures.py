@@ -1,0 +1,251 @@
+"""The paper's figures from reports: case study (Figure 2), histograms (Figure 1), JPEG (Figure 3)."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mlperturb.errors import UsageError
+from mlperturb.labels import present_labels
+from mlperturb.photos.images import Pixels, read_photo
+from mlperturb.run.report import find_output, find_photo, thresholds_of
+from mlperturb.show.shown import choose_labels
+from mlperturb.system.files import write_file
+from mlperturb.system.text import printable, shorten
+
+Format = Literal["png", "pdf", "svg"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+_GREY, _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY = (
+    "#999999",
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+)
+_METHODS = (_BLUE, _RED, _GREEN, _PURPLE, _ORANGE, _SKY, "black")
+_MARKERS = "os^Dv"
+_STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "svg.hashsalt": "mlperturb",  # the same file each time
+    "text.parse_math": False,  # a label may have a dollar sign
+}
+_COLUMN, _PAGE = 3.4, 7.0  # inches, of a two-column paper
+_BARS = 9  # labels that a case study shows
+_LINES = {  # of the shares over quality
+    "recovered": ("-", "flipped labels recovered"),
+    "damaged": ("--", "kept labels damaged"),
+    "clean_damaged": (":", "clean photo damaged"),
+}
+_BINS = [number / 20 for number in range(21)]
+
+
+def draw_case(report: dict[str, Any], image: dict[str, Any], folder: Path) -> Figure:
+    """Draw one attacked photo as Figure 2: photo, adversarial photo, map, probabilities before and after.
+
+    Args:
+        report: of `attack`.
+        image: one of its records, with files.
+        folder: where its files lie.
+
+    Raises:
+        ImageError: if a picture cannot be read.
+    """
+    thresholds = thresholds_of(report["classifier"])
+    before, after = image["probabilities"]["before"], image["probabilities"]["after"]
+    pictures: list[tuple[str, Pixels]] = []
+    present = [label for label in before if image["truth"][label]]
+    photo = find_photo(image, folder, report["settings"])
+    if photo is not None:
+        pictures.append((f"photo: {_listed(present)}", read_photo(photo).rgb))
+    now = present_labels(after, thresholds)
+    largest = f"perturbation, largest {image['distortion']['linf']:.0f} of 255"
+    title = f"{printable(report['settings']['method'])}, {image['status']}: {_listed(now)}"
+    for kind, words in (("adversarial", title), ("map", largest)):
+        path = find_output(image, kind, folder)
+        assert path is not None
+        pictures.append((words, read_photo(path).rgb))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_PAGE, 2.3), layout="constrained")
+        widths = [1.0] * len(pictures) + [1.1]
+        axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        for panel, (title, pixels) in zip(axes, pictures, strict=False):
+            panel.imshow(pixels)
+            panel.set_axis_off()
+            panel.set_title(_wrap(title, 27), fontsize=7)
+        _draw_bars(axes[-1], image, thresholds)
+    return figure
+
+
+def _draw_bars(axes: Axes, image: dict[str, Any], thresholds: dict[str, float]) -> None:
+    """Draw the probabilities before and after of the labels that matter most."""
+    shown = choose_labels(image, thresholds, _BARS)
+    places = np.arange(len(shown))
+    colours = [{"flip": _RED, "keep": _BLUE, "free": _GREY}[one.group] for one in shown]
+    axes.barh(places - 0.2, [one.before for one in shown], 0.36, color=colours, alpha=0.4)
+    axes.barh(places + 0.2, [one.after or 0.0 for one in shown], 0.36, color=colours)
+    for place, one in zip(places, shown, strict=True):
+        axes.plot([one.threshold] * 2, [place - 0.45, place + 0.45], color="black", linewidth=0.8)
+    axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="before (pale), after")
+    axes.set_yticks(places, [shorten(printable(one.label), 16) for one in shown])
+    for tick, colour in zip(axes.get_yticklabels(), colours, strict=True):
+        tick.set_color(colour)
+    hidden = len(image["probabilities"]["before"]) - len(shown)
+    more = f"; {hidden} more" if hidden else ""
+    axes.set_title(f"A red, B blue, threshold black{more}", fontsize=7)
+
+
+def attacked_labels(reports: Sequence[dict[str, Any]], most: int = 4) -> list[str]:
+    """Return the labels attacked on the most images, those on one image alone left out if there are others."""
+    counts = Counter(label for report in reports for image in report["images"] for label in image["flip"])
+    common = [label for label, count in counts.most_common(most) if count > 1]
+    return common or [label for label, _ in counts.most_common(1)]
+
+
+def draw_histogram(reports: Sequence[dict[str, Any]], label: str) -> Figure:
+    """Draw Figure 1: how a label's probability is distributed before, and after each report's method.
+
+    Raises:
+        UsageError: if no image was asked to flip it.
+    """
+    clean: dict[str, float] = {}
+    series: dict[str, list[float]] = {}
+    for report in reports:
+        name = str(report["settings"]["method"])
+        if [other["settings"]["method"] for other in reports].count(name) > 1:
+            name += f", {report['settings']['budget']}"
+        if name in series:
+            name = f"{name} ({len(series) + 1})"
+        for image in report["images"]:
+            if label in image["flip"] and image["probabilities"]:
+                clean[image["source"]] = image["probabilities"]["before"][label]
+                last = image["probabilities"]["after"] or image["probabilities"]["before"]  # failed: no file
+                series.setdefault(name, []).append(last[label])
+    if not clean:
+        raise UsageError(f"no image of these reports was asked to flip {label!r}")
+    return _histogram({"clean": list(clean.values()), **series}, label, thresholds_of(reports[0]["classifier"])[label])
+
+
+def _histogram(series: dict[str, list[float]], label: str, threshold: float) -> Figure:
+    """Overlay the first series, filled grey, and the others."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_COLUMN, 2.3), layout="constrained")
+        axes = figure.subplots()
+        for number, (name, values) in enumerate(series.items()):
+            colour = _METHODS[(number - 1) % len(_METHODS)] if number else _GREY
+            face = to_rgba(colour, 0.15 if number else 0.6)
+            axes.hist(
+                values, _BINS, histtype="stepfilled", facecolor=face, edgecolor=colour, lw=1.2, label=printable(name)
+            )
+        axes.axvline(threshold, color="black", linewidth=0.8, linestyle="--")
+        axes.set(xlim=(0, 1), xlabel=f"probability of {shorten(printable(label), 30)}", ylabel="images")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside upper center", ncols=3 if len(series) == 3 else 2)
+    return figure
+
+
+def draw_jpeg_histogram(result: dict[str, Any]) -> Figure:
+    """Draw Figure 3 of a result of `jpeg-defend`: the label that flipped most often, clean, attacked and defended."""
+    best = f"{result['best']['defence']}:{result['best']['quality']}"
+    images = [image for image in result["images"] if "probabilities" in image]
+    thresholds = thresholds_of(result["classifier"])
+    flips: Counter[str] = Counter()
+    for image in images:
+        now = image["probabilities"]["adversarial"]
+        there = set(present_labels(now, thresholds))
+        flips.update(dict.fromkeys(image["flip"], 0))
+        flips.update(label for label in image["flip"] if (label in there) != image["truth"][label])
+    label = flips.most_common(1)[0][0] if flips else next(iter(thresholds))
+    series: dict[str, list[float]] = {"clean": [], "adversarial PNG": [], best: []}
+    for image in images:
+        probabilities = image["probabilities"]
+        if label not in image["flip"]:
+            continue
+        if probabilities["clean"]:
+            series["clean"].append(probabilities["clean"][label])
+        series["adversarial PNG"].append(probabilities["adversarial"][label])
+        series[best].append(probabilities["defended"][best][label])
+    return _histogram(series, label, thresholds[label])
+
+
+def draw_curve(result: dict[str, Any]) -> Figure:
+    """Draw what `jpeg-defend` counted: shares over quality, and recovered against damaged for every setting."""
+    rows = result["qualities"]
+
+    def share(row: dict[str, Any], key: str) -> float:
+        return row[key]["labels"] / row[key]["total"] if row[key]["total"] else float("nan")
+
+    kinds = list(dict.fromkeys(row["defence"] for row in rows))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_PAGE, 2.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        handles = []
+        for number, kind in enumerate(kinds):
+            mine = sorted((row for row in rows if row["defence"] == kind), key=lambda row: int(row["quality"]))
+            colour, marker = _METHODS[number % len(_METHODS)], _MARKERS[number % len(_MARKERS)]
+            if kind in ("jpeg", "webp"):
+                for key, (style, _) in _LINES.items():
+                    values = [share(row, key) for row in mine]
+                    left.plot([row["quality"] for row in mine], values, style, color=colour, marker=marker, ms=3)
+            points: dict[tuple[float, float], list[str]] = {}
+            for row in mine:
+                points.setdefault((share(row, "damaged"), share(row, "recovered")), []).append(str(row["quality"]))
+            handles += right.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=4, lw=0.8, label=kind)
+            for point, names in points.items():
+                text = ", ".join(names) if len(names) < 4 else f"{names[0]}, ..., {names[-1]}"
+                place = (3, 3 + 6 * (number % 3))
+                right.annotate(text, point, textcoords="offset points", xytext=place, fontsize=6, color=colour)
+        left.set(xlabel="quality", ylabel="share of labels", ylim=(-0.03, 1.03))
+        right.set(xlabel="kept labels damaged", ylabel="flipped labels recovered", ylim=(-0.03, 1.12))
+        if left.lines:
+            handles += [left.plot([], [], style, color="black", label=words)[0] for style, words in _LINES.values()]
+        else:
+            left.set_visible(False)
+        if not any(row["damaged"]["total"] for row in rows):
+            right.set_visible(False)
+        figure.legend(handles=handles, loc="outside upper center", ncols=4, handlelength=3)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure; the format is that of the path.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    stream = io.BytesIO()
+    kind = path.suffix[1:]
+    dates: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that the font lacks
+        figure.savefig(stream, format=kind, dpi=200, metadata=dates[kind])
+    write_file(path, stream.getvalue())
+
+
+def _listed(labels: Sequence[str]) -> str:
+    names = [shorten(printable(label), 20) for label in labels[:4]]
+    return ", ".join(names) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "") or "no label"
+
+
+def _wrap(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))

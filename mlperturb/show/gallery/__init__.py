@@ -1,0 +1,128 @@
+"""A report -> one self-contained page to look at the results: `index.html`, no network, no framework.
+
+File and label names are untrusted text: the template escapes everything, and the page's own Content-Security-Policy
+lets no script run but the one that stands in it, by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, UndefinedError
+from PIL import Image, ImageFilter
+
+from mlperturb.errors import ImageError
+from mlperturb.photos.images import read_photo
+from mlperturb.run.report import find_output, find_photo, thresholds_of
+from mlperturb.show.shown import choose_labels
+from mlperturb.system.files import is_remote, write_file
+from mlperturb.system.text import printable
+
+_SIDE = 360  # pixels of a thumbnail's longer side
+_BARS = 8  # labels of B, or of neither set, that a card shows beside those of A
+
+
+def write_gallery(
+    report: dict[str, Any], folder: Path, path: Path, done: Callable[[str | None], None] = lambda missing: None
+) -> None:
+    """Write the page of a report whose files lie in `folder`.
+
+    Args:
+        report: of `attack`.
+        folder: where its PNGs lie.
+        path: of the page.
+        done: told after each image, with what is wrong with a picture of it, if anything is.
+
+    Raises:
+        OutputError: if it cannot be written.
+        ValueError, LookupError, TypeError: if the report is not as its schema says.
+    """
+    environment = Environment(
+        loader=PackageLoader("mlperturb.show", "gallery"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    script = _asset(environment, "gallery.js")
+    labels = sorted({label for image in report["images"] for label in image["flip"]})
+    stream = environment.get_template("index.html.j2").stream(
+        report=report,
+        counts=Counter(image["status"] for image in report["images"]),
+        cards=_cards(report, folder, path.parent, done),
+        labels=labels,
+        script=script,
+        style=_asset(environment, "gallery.css"),
+        hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
+    )
+    try:
+        text = "".join(stream)
+    except UndefinedError as error:
+        raise ValueError(str(error)) from error
+    write_file(path, text.encode("utf-8", "backslashreplace"))
+
+
+def _asset(environment: Environment, name: str) -> Any:
+    from markupsafe import Markup
+
+    assert environment.loader is not None
+    return Markup(environment.loader.get_source(environment, name)[0])  # our own file, no data in it
+
+
+def _cards(
+    report: dict[str, Any], folder: Path, page: Path, done: Callable[[str | None], None]
+) -> Iterator[dict[str, Any]]:
+    """Yield what the template needs of each image."""
+    thresholds = thresholds_of(report["classifier"])
+    for number, image in enumerate(report["images"]):
+        pictures = {"photo": find_photo(image, folder, report["settings"])}
+        missing = None
+        for kind in ("adversarial", "map"):
+            try:
+                pictures[kind] = find_output(image, kind, folder)
+            except ImageError as error:
+                missing = str(error)
+        thumbnails: dict[str, str] = {}
+        for kind, picture in pictures.items():
+            try:
+                if picture is not None:
+                    thumbnails[kind] = _thumbnail(picture, sparse=kind == "map")
+            except ImageError as error:
+                missing = str(error)
+        yield {
+            **image,
+            "number": number,
+            "name": printable(Path(image["source"]).name),
+            "thumbnails": thumbnails,
+            "links": {kind: _link(pictures[kind], page) for kind in ("adversarial", "map") if kind in thumbnails},
+            "bars": choose_labels(image, thresholds, len(image["flip"]) + _BARS),
+            "rmsd": image["distortion"]["rmsd"] if image["distortion"] else None,
+        }
+        done(missing)
+
+
+def _thumbnail(path: Path, *, sparse: bool) -> str:
+    """Return a small WebP as a data URI; of a sparse picture, single bright pixels stay bright.
+
+    Raises:
+        ImageError: if the picture is gone or unreadable.
+    """
+    image = Image.fromarray(read_photo(path).rgb)
+    shrink = max(image.size) // _SIDE
+    if sparse and shrink:
+        image = image.filter(ImageFilter.MaxFilter(2 * (shrink // 2) + 1))
+    image.thumbnail((_SIDE, _SIDE))
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _link(path: Path | None, page: Path) -> str:
+    """Return a file's address relative to the page; the leading `./` keeps a name from being read as a scheme."""
+    assert path is not None
+    name = path.name if is_remote(path) else os.path.relpath(path.resolve(), page.resolve())
+    return "./" + quote(name.encode("utf-8", "surrogateescape"))

@@ -1,0 +1,269 @@
+"""Records and rows -> tables: in the terminal, Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mlperturb.labels import present_labels
+from mlperturb.run.record import Record
+from mlperturb.system.text import printable
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+    return table
+
+
+def clean(text: str) -> Text:
+    """Return untrusted text without markup, control characters shown as escapes."""
+    return Text(printable(text))
+
+
+def image_line(record: Record) -> Text:
+    """Say in a line how one photo came out."""
+    line = f"{clean(record.source).plain}: {record.status}"
+    if record.distortion:
+        line += f", RMSD {record.distortion.rmsd:.3f}"
+        if record.distortion_float and record.success_float:
+            line += f" (float {record.distortion_float.rmsd:.3f})"
+        line += f", {int(record.cost['forward'])} forward + {int(record.cost['backward'])} backward passes"
+    if record.survival:
+        held = [name for name, one in record.survival.items() if not one["violated"]]
+        names = ", ".join(held) if len(held) <= 4 else f"{len(held)} compressions"
+        line += f"; holds after {names or 'none'} of {len(record.survival)} to survive"
+    return Text(line)
+
+
+def image_table(record: Record) -> Table:
+    """Show one photo: the flipped labels and what else matters, before and after."""
+    table = _table("label", "wanted", "before", "after", "")
+    if record.probabilities is None or record.constraints is None or record.truth is None:
+        return table
+    before, after = record.probabilities["before"] or {}, record.probabilities["after"] or {}
+    violated = set(record.constraints["violated"])
+    flipped = set(record.flip)
+    shown = [*record.flip, *(label for label in record.keep if record.truth[label] or label in violated)]
+    for label in shown:
+        wanted = ("absent" if record.truth[label] else "present") if label in flipped else "keep"
+        mark = "does not hold" if label in violated else ""
+        values = [f"{values[label]:.3f}" if label in values else "-" for values in (before, after)]
+        table.add_row(clean(label), wanted, *values, mark)
+    others = len(record.keep) - sum(label in record.keep for label in shown)
+    if others:
+        table.add_row(f"{others} others", "keep", "", "", "")
+    return table
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Show the summary of a run."""
+    table = _table("", "photos")
+    for status in ("success", "partial", "failed", "unreadable"):
+        table.add_row(status, str(summary[status]))
+    table.add_row("all", str(summary["images"]))
+    rmsd, photos = summary["rmsd"], max(summary["images"] - summary["unreadable"], 1)
+    if rmsd["mean"] is not None:
+        table.add_row("RMSD mean, median", f"{rmsd['mean']:.3f}, {rmsd['median']:.3f}")
+    table.add_row("passes a photo", f"{summary['forward'] / photos:.0f} + {summary['backward'] / photos:.0f}")
+    table.add_row("seconds", f"{summary['seconds']:.1f}")
+    return table
+
+
+def prediction_table(probabilities: dict[str, float], thresholds: dict[str, float]) -> Table:
+    """Show the labels present and the next three."""
+    ranked = sorted(probabilities, key=lambda label: -probabilities[label])
+    table = _table("label", "probability", "")
+    present = present_labels({label: probabilities[label] for label in ranked}, thresholds)
+    absent = [label for label in ranked if label not in present]
+    for label in [*present, *absent[: max(3, 5 - len(present))]]:
+        table.add_row(clean(label), f"{probabilities[label]:.3f}", "present" if label in present else "")
+    return table
+
+
+def defence_table(result: dict[str, Any]) -> Table:
+    """Show what each purification gave back and broke; the best one is marked."""
+    table = _table("defence", "recovered", "damaged", "restored", "clean damaged", "KB", "")
+    best = (result["best"]["defence"], result["best"]["quality"])
+    for row in result["qualities"]:
+        name = f"{row['defence']} {row['quality']}"
+        shares = [_share(row[key]["labels"], row[key]["total"]) for key in ("recovered", "damaged")]
+        shares.append(_share(row["restored_images"], row["images"]))
+        shares.append(_share(row["clean_damaged"]["labels"], row["clean_damaged"]["total"]))
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1000:.0f}"
+        mark = "best" if (row["defence"], row["quality"]) == best and row["score"] is not None else ""
+        table.add_row(name, *shares, size, mark)
+    return table
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count}/{total} {count / total:4.0%}" if total else "-"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text, for any of the forms below.
+
+    Attributes:
+        title: what it shows.
+        columns: the headings; the first `keys` columns name the row.
+        rows: the cells.
+        best: (row, column) of the cells that are best in their group, printed bold.
+        keys: how many columns name the row.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+    best: frozenset[tuple[int, int]] = frozenset()
+    keys: int = 1
+
+
+_METRICS = (  # key, heading, +1 if higher is better
+    ("rmsd", "RMSD", -1),
+    ("hamming_a", "Hamm. (A)", -1),
+    ("hamming_b", "Hamm. (B)", -1),
+    ("f1", "F1", 1),
+    ("ranking_loss", "rank. loss", -1),
+    ("map", "mAP", 1),
+    ("auc", "AUC", 1),
+    ("kendall_tau", "tau_b", 1),
+)
+
+
+def evaluation_grid(rows: Sequence[dict[str, Any]], which: str, *, digits: int = 4) -> Grid:
+    """Lay out rows of `evaluation.tabulate` as Tables IV and V: `which` is `float` or `saved`."""
+    success = "success_rate" if which == "saved" else "success_rate_float"
+    titles = {"saved": "8-bit PNG, as read back", "float": "float result, before rounding (the paper's convention)"}
+    columns = ("case", "images", "method", *(heading for _, heading, _ in _METRICS), "succ.", "passes")
+    cells, best = [], set()
+    for number, row in enumerate(rows):
+        values = [row[which][key] for key, _, _ in _METRICS]
+        numbers = [_number(value, digits) for value in values]
+        names = [row["case"], str(row["images"]), row["method"]]
+        cells.append([*names, *numbers, _percent(row[success]), f"{row['passes']:.0f}"])
+        for column, (key, _, sign) in enumerate(_METRICS):
+            group = [sign * other[which][key] for other in rows if _comparable(other, row, which, key)]
+            if _comparable(row, row, which, key) and sign * values[column] >= max(group) - 5e-5:
+                best.add((number, 3 + column))
+    return Grid(titles[which], columns, cells, frozenset(best), keys=3)
+
+
+def _comparable(other: dict[str, Any], row: dict[str, Any], which: str, key: str) -> bool:
+    """Say whether a row takes part in the contest for a case's best; the least RMSD is none where little flipped."""
+    if other["case"] != row["case"] or other[which][key] is None:
+        return False
+    return bool(key != "rmsd" or other[which]["hamming_a"] < 0.5)
+
+
+def classifier_grid(metrics: dict[str, dict[str, Any]]) -> Grid:
+    """Lay out `metrics.classifier_metrics` of some data sets as Table III."""
+    names = ("images", "hamming", "macro_f1", "micro_f1", "ranking_loss", "map")
+    headings = ("data", "images", "Hamming", "macro-F1", "micro-F1", "rank. loss", "mAP")
+    rows = [[data, *(_number(values[name]) for name in names)] for data, values in metrics.items()]
+    return Grid("Table III: the classifier's own figures", headings, rows)
+
+
+def show(grid: Grid) -> Group:
+    """Return a grid for the terminal; of several columns that name a row, all but the last head a table each."""
+    groups = grid.keys - 1
+    tables: dict[tuple[str, ...], Table] = {}
+    for number, cells in enumerate(grid.rows):
+        head = tuple(cells[:groups])
+        if head not in tables:
+            tables[head] = _grid_table(grid, groups, clean(", ".join(head)))
+        styles = ["bold" if (number, column) in grid.best else "" for column in range(len(cells))]
+        texts = [Text(clean(text).plain, style=style) for text, style in zip(cells, styles, strict=True)]
+        tables[head].add_row(*texts[groups:])
+    return Group(Text(grid.title, style="bold"), *tables.values())
+
+
+def _grid_table(grid: Grid, groups: int, heading: Text) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=heading if heading else None)
+    table.title_justify, table.title_style = "left", "italic"
+    for number, column in enumerate(grid.columns[groups:]):
+        if not number:
+            table.add_column(column, overflow="fold")
+            continue
+        widths = [len(text) for text in (*column.split(), *(cells[groups + number] for cells in grid.rows))]
+        table.add_column(column, justify="right", min_width=max(widths))
+    return table
+
+
+def to_markdown(grids: Sequence[Grid]) -> str:
+    """Return grids as Markdown, the best of each group bold."""
+    parts = []
+    for grid in grids:
+        lines = [f"**{_escape_markdown(grid.title)}**", "", "| " + " | ".join(grid.columns) + " |"]
+        lines.append("|" + "---|" * grid.keys + "---:|" * (len(grid.columns) - grid.keys))
+        for number, cells in enumerate(grid.rows):
+            texts = [_escape_markdown(cell) for cell in cells]
+            marked = [f"**{t}**" if (number, column) in grid.best else t for column, t in enumerate(texts)]
+            lines.append("| " + " | ".join(marked) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def to_latex(grids: Sequence[Grid]) -> str:
+    """Return grids as LaTeX tables (packages booktabs and graphicx), the best of each group bold."""
+    parts = []
+    for grid in grids:
+        align = "l" * grid.keys + "r" * (len(grid.columns) - grid.keys)
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_escape_latex(grid.title)}}}"]
+        lines += [r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
+        lines += [" & ".join(map(_escape_latex, grid.columns)) + r" \\", r"\midrule"]
+        for number, cells in enumerate(grid.rows):
+            if number and grid.keys > 1 and cells[0] != grid.rows[number - 1][0]:
+                lines.append(r"\midrule")
+            texts = [_escape_latex(cell) for cell in cells]
+            marked = [rf"\textbf{{{t}}}" if (number, column) in grid.best else t for column, t in enumerate(texts)]
+            lines.append(" & ".join(marked) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}}", r"\end{table}"]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows of Tables IV and V in full precision: a line a case, method and result, with the intervals."""
+    stream = io.StringIO()
+    keys = [key for key, _, _ in _METRICS]
+    writer = csv.writer(stream, lineterminator="\n")
+    names = [f"{key}{end}" for key in ("success_rate", "passes", *keys) for end in ("", "_low", "_high")]
+    writer.writerow(["case", "method", "result", "images", *names])
+    for row in rows:
+        for which, success in (("float", "success_rate_float"), ("saved", "success_rate")):
+            means = [row[success], row["passes"], *(row[which][key] for key in keys)]
+            intervals = [row["intervals"][key] for key in (success, "passes")]
+            intervals += [row["intervals"][which][key] for key in keys]
+            line = [row["case"], row["method"], which, row["images"]]
+            for mean, interval in zip(means, intervals, strict=True):
+                line += [mean, *(interval or (None, None))]
+            writer.writerow(line)
+    return stream.getvalue()
+
+
+def _number(value: float | int | None, digits: int = 4) -> str:
+    return "N.A." if value is None else str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "N.A." if value is None else f"{value:.0%}"
+
+
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", clean(text).plain)
+
+
+def _escape_latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {c: "\\" + c for c in "&%$#_{}"}
+    return "".join(special.get(c, c) for c in clean(text).plain)

@@ -1,0 +1,1 @@
+"""What a program needs of a machine: files, a journal, processes, threads, signals, devices."""

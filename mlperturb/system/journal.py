@@ -1,0 +1,324 @@
+"""An append-only journal of JSON lines: what a long run has done, durable line by line, and under which settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from mlperturb.errors import StorageError, UsageError
+from mlperturb.system.files import is_remote, list_names, remove_file, write_file
+
+Place = tuple[Path, int]  # a file of the journal, and the byte at which a line begins
+
+
+class Journal:
+    """The journal of one run, made or gone on with.
+
+    Each process of a run has a file of its own and reads those of all: `journal.jsonl` of rank 0,
+    `journal.rank-1.jsonl` and so on. The first line of a file is the key: everything that decides what the results are.
+    A journal under another key is never gone on with. A last line without its end, as a killed process leaves it, is
+    dropped. A file is locked while its process has it open. A store at a URL cannot append: there each line is an
+    object of its own, in the folder `journal`, and nothing is locked.
+
+    Args:
+        path: the file of rank 0.
+        key: what the run is.
+        rank: of this process.
+        size: the number of processes.
+
+    Attributes:
+        path: the file of rank 0.
+        resumed: whether there was a journal already.
+        torn: whether the last line of the own file was dropped.
+
+    Raises:
+        UsageError: if a file is no journal, was written under another key, or another run has it open.
+        StorageError: if it cannot be read or written.
+    """
+
+    def __init__(self, path: Path, key: dict[str, Any], *, rank: int = 0, size: int = 1) -> None:
+        self.path = path
+        kind = _Objects if is_remote(path) else _Files
+        try:
+            self._lines: _Objects | _Files = kind(path, key, rank, size)
+        except OSError as error:
+            raise StorageError(f"cannot open {path}: {error.strerror or error}") from error
+        self.resumed, self.torn = self._lines.resumed, self._lines.torn
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another run have it."""
+        self._lines.close()
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add one line and flush it to the disk.
+
+        Raises:
+            StorageError: if it cannot be written, or is there no more.
+        """
+        self._lines.append(_line(entry))
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Read the lines that all processes appended, one at a time; of two at one photo the later comes later.
+
+        Raises:
+            StorageError: if one cannot be read.
+        """
+        for place in self.places():
+            yield self.read(place)
+
+    def places(self) -> Iterator[Place]:
+        """Say where those lines are.
+
+        Raises:
+            StorageError: if that cannot be read.
+        """
+        try:
+            yield from self._lines.places()
+        except OSError as error:
+            raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+    def read(self, place: Place) -> dict[str, Any]:
+        """Read a line.
+
+        Raises:
+            StorageError: if it cannot be read.
+        """
+        path, offset = place
+        try:
+            with path.open("rb") as stream:
+                stream.seek(offset)
+                line = stream.readline()
+                try:
+                    return _parse(line, str(path))
+                except StorageError:
+                    stream.seek(0)
+                    number = stream.read(offset).count(b"\n") + 1
+                    return _parse(line, f"{path}, line {number}")
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def find_journal(path: Path) -> list[Path]:
+    """Return the files of a journal, those of every rank; of one at a URL, its objects in the order of their lines."""
+    if is_remote(path):
+        folder = path.with_suffix("")
+        named = re.compile(r"[0-9]{6}-[0-9]{5}-[0-9]{8}\.json")
+        return [folder / name for name in sorted(list_names(folder)) if named.fullmatch(name)]
+    ranked = re.compile(rf"{re.escape(path.stem)}(\.rank-[0-9]+)?{re.escape(path.suffix)}")
+    found = [path.with_name(name) for name in list_names(path.parent) if ranked.fullmatch(name)]
+    return sorted(found, key=_rank)
+
+
+def remove_journal(path: Path) -> None:
+    """Delete the journal of every rank, if there is one.
+
+    Raises:
+        UsageError: if a run has it open.
+        StorageError: if a file cannot be deleted.
+    """
+    _refuse_open(path)
+    for file in find_journal(path):
+        remove_file(file)
+
+
+def move_journal(path: Path, new: Path) -> None:
+    """Rename the journal of every rank; one that is at the new name is replaced.
+
+    Raises:
+        UsageError: if a run has it open.
+        StorageError: if a file cannot be renamed.
+    """
+    _refuse_open(path)
+    try:
+        remove_journal(new)
+        for file in find_journal(path):
+            if is_remote(file):
+                write_file(new.with_suffix("") / file.name, file.read_bytes())
+                remove_file(file)
+            else:
+                file.rename(file.with_name(file.name.replace(path.stem, new.stem, 1)))
+    except OSError as error:
+        raise StorageError(f"cannot rename {path}: {error.strerror or error}") from error
+
+
+def _refuse_open(path: Path) -> None:
+    for file in find_journal(path):
+        if not is_remote(file) and file.is_file() and not file.is_symlink():
+            with file.open("rb") as stream:
+                _lock(stream, file)
+
+
+class _Files:
+    """A file for each rank, of lines; a line `{"turn": n}` begins what was appended after the nth opening of any."""
+
+    def __init__(self, path: Path, key: dict[str, Any], rank: int, size: int) -> None:
+        self._path, self.torn = path, False
+        self._own = path.with_name(f"{path.stem}.rank-{rank}{path.suffix}") if rank else path
+        before = find_journal(path)
+        self.resumed = bool(before)
+        for file in before:
+            _check_key(file, _first_line(file), key)
+        turn = 1 + max((turn for turn, _ in self._scan()), default=0) if before else 0
+        self._turn = _line({"turn": turn}) if turn else b""  # what stands before the first line appended
+        if self._own not in before:
+            write_file(self._own, _line({"key": key}))
+        self._stream: IO[bytes] = self._own.open("r+b", buffering=0)  # nothing is left to write at the end
+        try:
+            _lock(self._stream, self._own)
+            for file in before if rank == 0 else []:
+                if _rank(file) >= size:  # of a run of more processes: it may be going on still
+                    with file.open("rb") as other:
+                        _lock(other, file)
+            self._cut()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def append(self, line: bytes) -> None:
+        try:
+            if not os.path.samestat(os.stat(self._own), os.fstat(self._stream.fileno())):
+                raise StorageError(f"{self._own} was replaced while the run was going on")
+            end, text = self._stream.seek(0, os.SEEK_END), self._turn + line
+            try:
+                while text:
+                    text = text[self._stream.write(text) :]
+                os.fsync(self._stream.fileno())
+            except OSError:
+                with suppress(OSError):
+                    self._stream.truncate(end)  # no half a line stays
+                raise
+            self._turn = b""
+        except OSError as error:
+            raise StorageError(f"cannot write {self._own}: {error.strerror or error}") from error
+
+    def places(self) -> Iterator[Place]:
+        return (place for _, place in sorted(self._scan(), key=lambda found: found[0]))
+
+    def _scan(self) -> Iterator[tuple[int, Place]]:
+        """Find what was appended, file by file: the turn, and where the line begins."""
+        for file in find_journal(self._path):
+            turn = 0
+            for offset, line in _whole_lines(file):
+                if line.startswith(b'{"turn":'):
+                    turn = int(_parse(line, str(file)).get("turn", 0))
+                elif offset:  # the first line is the key
+                    yield turn, (file, offset)
+
+    def _cut(self) -> None:
+        """Drop a last line that has no end."""
+        whole = 0
+        for offset, line in _whole_lines(self._own):
+            whole = offset + len(line)
+        if whole < self._stream.seek(0, os.SEEK_END):
+            self.torn = True
+            self._stream.truncate(whole)
+
+
+class _Objects:
+    """An object for each line, named by turn, rank and number; the first of a turn and rank is the key."""
+
+    torn = False
+
+    def __init__(self, path: Path, key: dict[str, Any], rank: int, size: int) -> None:
+        self._path, self._number = path, 0
+        before = find_journal(path)
+        self.resumed = bool(before)
+        for file in before:
+            if _is_first(file):
+                _check_key(path, file.read_bytes(), key)
+        turn = 1 + max((int(file.name.partition("-")[0]) for file in before), default=0)
+        self._name = f"{turn:06d}-{rank:05d}"
+        self.append(_line({"key": key}))
+
+    def close(self) -> None:
+        pass
+
+    def append(self, line: bytes) -> None:
+        write_file(self._path.with_suffix("") / f"{self._name}-{self._number:08d}.json", line)
+        self._number += 1
+
+    def places(self) -> Iterator[Place]:
+        return ((file, 0) for file in find_journal(self._path) if not _is_first(file))
+
+
+def _is_first(file: Path) -> bool:
+    return file.name.endswith("-00000000.json")
+
+
+def _first_line(file: Path) -> bytes:
+    if file.is_symlink() or not file.is_file():  # a link may lead out of the folder, a pipe wait for ever
+        return b""
+    with file.open("rb") as stream:
+        return stream.readline()
+
+
+def _whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Read the lines that have an end: where each begins, and itself."""
+    begin = 0
+    with file.open("rb") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            yield begin, line
+            begin += len(line)
+
+
+def _rank(file: Path) -> int:
+    found = re.search(r"\.rank-([0-9]+)$", file.stem)
+    return int(found[1]) if found else 0
+
+
+def _lock(stream: IO[bytes], path: Path) -> None:
+    with suppress(ImportError):  # not on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"another run is writing {path}: give another `out`") from error
+
+
+def _check_key(path: Path, line: bytes, key: dict[str, Any]) -> None:
+    try:
+        found = _parse(line if line.endswith(b"\n") else b"", str(path))["key"]
+    except (StorageError, KeyError) as error:
+        raise UsageError(f"{path} is no journal of a run: give another `out`") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is no journal of a run: give another `out`")
+    changed = sorted(name for name in key.keys() | found.keys() if key.get(name) != found.get(name))
+    if changed:
+        raise UsageError(
+            f"{path} was written with another {', '.join(changed)}: expected the same to go on; "
+            "give another `out`, or `overwrite` to start again"
+        )
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, allow_nan=False, ensure_ascii=True).encode() + b"\n"
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise StorageError(f"{where}: damaged, not JSON; `overwrite` starts again") from error
+    if not isinstance(entry, dict):
+        raise StorageError(f"{where}: damaged, expected a JSON object; `overwrite` starts again")
+    return entry

@@ -1,0 +1,343 @@
+"""The state of one training, an epoch at a time: learning rates, the moving average, mixed precision, resuming."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from mlperturb.errors import CheckpointError, DatasetError, OutputError
+from mlperturb.model.preprocess import Preprocess
+from mlperturb.photos.datasets import Dataset
+from mlperturb.system.files import write_file
+from mlperturb.system.processes import Share
+from mlperturb.training.loading import PhotoDataset, augmentation, mixed_precision, to_device
+from mlperturb.training.losses import cross_entropy, eq12_loss
+from mlperturb.training.probe import find_head
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        architecture: a torchvision classification model, or `timm/NAME`.
+        epochs: passes over the training set.
+        batch_size: photos a step, of all processes together; the paper's is 100.
+        learning_rate: AdamW's peak, after a warm-up, before a cosine decay to zero.
+        fresh_rate: how many times that rate the tensors get which the last initial file did not give: a new head must
+            move far, a backbone that knows the task little.
+        weight_decay: AdamW's.
+        instance_weight: lambda of Eq. 12, the weight of its instance-wise term.
+        calibration_weight: weight of a binary cross-entropy beside Eq. 12, which alone is blind to a constant added
+            to a label's logits; 0 is the paper's pure ranking loss.
+        head_only: train the last layer on cached features, the paper's partial retraining.
+        probe: first fit the last layer alone, its weight decay chosen on the validation photos; then train the rest.
+        blend: at the end mix the weights with those that training began from, in the proportion that is best on the
+            validation photos: robust fine-tuning (Wortsman et al., WiSE-FT).
+        layer_decay: how many times the learning rate of the layers above each layer has, counted in blocks from the
+            head down; 1 for the same rate everywhere.
+        freeze: patterns such as `blocks.0.*` of the names of parameters that stay as they are.
+        norm_momentum: of the statistics of batch normalisation; 0 leaves them as they are; None: the architecture's.
+        amp: compute with 16 bits on the CPU too (bfloat16), as always on CUDA (float16).
+        mixup: parameter of the Beta distribution from which the share of a second photo is drawn that is laid over
+            each photo; 0 for none.
+        teacher_weight: share of the teachers' probabilities in the targets of the cross-entropy, in [0, 1].
+        size: side of the square network input, stretched; 0 for the preprocessing of the architecture's own weights.
+        mean: subtracted from pixels in [0, 1], where `size` is given.
+        std: then divided by.
+        least_crop: the smallest share of a photo's area that a random crop keeps.
+        train_size: side of the random crops trained on; 0 for that of the network input. A crop magnifies, so a
+            smaller side shows objects at the size that whole photos will show them, and is cheaper.
+        average: decay a step of the exponential moving average of the weights that is kept; 0 for none.
+        seed: of shuffling and augmentation.
+        workers: processes that decode photos.
+    """
+
+    architecture: str = "mobilenet_v2"
+    epochs: int = 10
+    batch_size: int = 100
+    learning_rate: float = 5e-4
+    fresh_rate: float = 1.0
+    weight_decay: float = 1e-2
+    instance_weight: float = 0.5
+    calibration_weight: float = 1.0
+    head_only: bool = False
+    probe: bool = False
+    blend: bool = False
+    layer_decay: float = 1.0
+    freeze: tuple[str, ...] = ()
+    norm_momentum: float | None = None
+    amp: bool = False
+    mixup: float = 0.0
+    teacher_weight: float = 0.5
+    size: int = 224
+    mean: float = 0.5
+    std: float = 0.5
+    least_crop: float = 0.5
+    train_size: int = 0
+    average: float = 0.99
+    seed: int = 0
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What training tells its caller after a step."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    validation: dict[str, object] | None = None
+
+
+Reporter = Callable[[Progress], None]
+
+
+_MAY_DIFFER = ("epochs", "workers")  # between a training and what goes on from it
+
+
+@dataclass
+class Fitter:
+    """The state of one training: network, moving average, optimiser, and the epoch to do next."""
+
+    recipe: Recipe
+    network: nn.Module
+    training: Dataset
+    preprocess: Preprocess
+    device: str
+    given: frozenset[str] = frozenset()  # tensors that the last initial file gave
+    share: Share = field(default_factory=Share)
+    teacher: Tensor | None = None  # logits of the teachers for every training photo, (N, L)
+    epoch: int = 0
+    averaged: nn.Module = field(init=False)
+    start: dict[str, Tensor] = field(init=False)  # the weights that training began from, if they are to be blended
+    features: Tensor = field(init=False)  # what the head gets, (N, F), if only the head is trained
+    optimiser: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.training) < self.recipe.batch_size:
+            raise DatasetError(f"{len(self.training)} training photos, expected a batch of {self.recipe.batch_size}")
+        if self.recipe.batch_size % self.share.size:
+            raise DatasetError(
+                f"expected a batch size that {self.share.size} processes can share, got {self.recipe.batch_size}"
+            )
+        self._choose_parameters()
+        self.averaged = copy.deepcopy(self.network).requires_grad_(False)
+        self.start = copy.deepcopy(self.averaged.state_dict()) if self.recipe.blend else {}
+        self.optimiser = torch.optim.AdamW(self._group_parameters(), self.recipe.learning_rate)
+        self.scaler = torch.amp.GradScaler(enabled=self.device.startswith("cuda"))
+        self.steps = len(self.training) // self.recipe.batch_size
+        self.trained = find_head(self.network)[1] if self.recipe.head_only else self.network
+        if self.share.size > 1:
+            if self.device.startswith("cuda"):
+                self.trained = nn.SyncBatchNorm.convert_sync_batchnorm(self.trained)  # type: ignore[no-untyped-call]
+            self.trained = nn.parallel.DistributedDataParallel(self.trained)
+
+    @property
+    def amp(self) -> bool:
+        """Whether the network computes with 16 bits."""
+        return self.recipe.amp or self.device.startswith("cuda")
+
+    def run_epoch(self, epoch: int, report: Reporter | None) -> None:
+        """Pass once over the training set."""
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed * 100_003 + epoch)  # so that a resumed run shuffles and crops as an unbroken one
+        self._set_mode()
+        for step, (rows, inputs) in enumerate(self._batches()):
+            self._set_learning_rate(epoch * self.steps + step)
+            self.optimiser.zero_grad(set_to_none=True)
+            loss = self._loss(to_device(inputs, self.device), rows)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            self._average(epoch * self.steps + step)
+            if report:
+                report(Progress(epoch + 1, recipe.epochs, step + 1, self.steps, float(loss.detach())))
+        self.epoch = epoch + 1
+
+    def _choose_parameters(self) -> None:
+        """Leave the gradients of what is not to be trained uncomputed.
+
+        Raises:
+            CheckpointError: if a pattern of `freeze` fits no parameter, or all are frozen.
+        """
+        if self.recipe.head_only:
+            self.network.requires_grad_(False)
+            find_head(self.network)[1].requires_grad_(True)
+        parameters = dict(self.network.named_parameters())
+        for pattern in self.recipe.freeze:
+            matched = [value for name, value in parameters.items() if fnmatchcase(name, pattern)]
+            if not matched:
+                raise CheckpointError(
+                    f"no parameter to freeze is called {pattern}, expected such as {list(parameters)[0]}"
+                )
+            for value in matched:
+                value.requires_grad_(False)
+        if not any(value.requires_grad for value in parameters.values()):
+            raise CheckpointError("every parameter is frozen: expected some to train")
+
+    def _group_parameters(self) -> list[dict[str, Any]]:
+        """Return the optimiser's groups: matrices decay, biases do not; each block has the rate of its depth."""
+        groups: dict[tuple[bool, float], dict[str, Any]] = {}
+        depths = block_depths([name for name, _ in self.network.named_parameters()])
+        for name, value in self.network.named_parameters():
+            if value.requires_grad:
+                decays = value.dim() > 1
+                factor = (1.0 if name in self.given else self.recipe.fresh_rate) * self.recipe.layer_decay ** depths[
+                    name
+                ]
+                group = groups.setdefault((decays, factor), {"params": [], "factor": factor})
+                group["params"].append(value)
+                group["weight_decay"] = self.recipe.weight_decay if decays else 0.0
+        return list(groups.values())
+
+    def _set_mode(self) -> None:
+        """Put the network into training mode; batch normalisation as the recipe says."""
+        self.network.train(not self.recipe.head_only)
+        momentum = self.recipe.norm_momentum
+        for module in self.network.modules():
+            if isinstance(module, _BatchNorm) and momentum is not None:
+                module.momentum = momentum
+                module.train(momentum > 0 and not self.recipe.head_only)
+
+    def _loss(self, inputs: Tensor, rows: Tensor) -> Tensor:
+        """Return the loss of photos, (N, 3, h, w), or features, (N, F), and of their numbers in the data set, (N,)."""
+        other, share = None, 1.0
+        if self.recipe.mixup:
+            beta = torch.distributions.Beta(self.recipe.mixup, self.recipe.mixup)
+            other, share = torch.randperm(len(rows)), float(beta.sample())
+            inputs = torch.lerp(inputs[other.to(inputs.device)], inputs, share)
+        with mixed_precision(self.device, self.amp):
+            logits = self.trained(inputs)
+        logits = logits.float()
+        loss = self._compare(logits, rows)
+        return loss if other is None else share * loss + (1 - share) * self._compare(logits, rows[other])
+
+    def _compare(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Return the loss of logits, (N, L), against the annotations and the teachers' word on these photos."""
+        recipe = self.recipe
+        truth = torch.from_numpy(self.training.truth)[rows].to(self.device)
+        loss = eq12_loss(logits, truth, recipe.instance_weight)
+        if recipe.calibration_weight:
+            teacher = None if self.teacher is None else self.teacher[rows].to(self.device)
+            loss = loss + recipe.calibration_weight * cross_entropy(logits, truth, teacher, recipe.teacher_weight)
+        return loss
+
+    def save(self, path: Path) -> None:
+        """Write everything that a resumed run needs.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        state = {
+            "recipe": asdict(self.recipe),
+            "data": self.training.fingerprint,
+            "epoch": self.epoch,
+            "network": self.network.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "start": self.start,
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        write_file(path, stream.getvalue())
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote, under the same recipe but for the number of epochs.
+
+        Raises:
+            CheckpointError: if there is nothing to go on from, another recipe wrote it, or it has more epochs done.
+        """
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            theirs = {**dict(state["recipe"]), "training set": state["data"]}
+            ours = {**asdict(self.recipe), "training set": self.training.fingerprint}
+        except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise CheckpointError(f"cannot resume from {path}: {reason}") from error
+        changed = [name for name in ours if theirs.get(name) != ours[name] and name not in _MAY_DIFFER]
+        if changed:
+            raise CheckpointError(f"{path} was written with another {', '.join(changed)}: expected the same to resume")
+        try:
+            self.network.load_state_dict(state["network"])
+            self.averaged.load_state_dict(state["averaged"])
+            self.start = state["start"]
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.epoch = state["epoch"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not fit this network and data set: {error!s:.200}") from error
+        if self.epoch > self.recipe.epochs:
+            raise CheckpointError(f"{path} has {self.epoch} epochs done, expected at most {self.recipe.epochs}")
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the numbers of this process's photos of each step, (N,), and their pixels or features."""
+        recipe = self.recipe
+        order = torch.randperm(len(self.training))[: self.steps * recipe.batch_size]  # the same in all processes
+        rows = order.view(self.steps, self.share.size, -1)[:, self.share.rank]
+        if recipe.head_only:
+            yield from ((batch, self.features[batch]) for batch in rows)
+            return
+        size = (recipe.train_size, recipe.train_size) if recipe.train_size else self.preprocess.output_size
+        photos = PhotoDataset(self.training, augmentation(self.preprocess, size, recipe.least_crop))
+        if self.share.size > 1:
+            torch.manual_seed(torch.initial_seed() + 7919 * self.share.rank)  # crops of their own
+        loader = DataLoader(photos, batch_sampler=rows.tolist(), num_workers=recipe.workers)
+        yield from ((batch, images) for batch, (images, _) in zip(rows, loader, strict=True))
+
+    def _set_learning_rate(self, step: int) -> None:
+        total = self.recipe.epochs * self.steps
+        warmup = max(1, min(total // 20, 200))
+        cosine = (1 + math.cos(math.pi * step / total)) / 2
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.learning_rate * group["factor"] * min(1.0, (step + 1) / warmup) * cosine
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        decay = min(self.recipe.average, (step + 1) / (step + 10))
+        current = self.network.state_dict()
+        for name, kept in self.averaged.state_dict().items():
+            if kept.is_floating_point():
+                kept.lerp_(current[name], 1 - decay)
+            else:
+                kept.copy_(current[name])
+
+
+def block_depths(names: Sequence[str]) -> dict[str, int]:
+    """Return how many blocks lie between each parameter and the last one's block.
+
+    A block is what shares a name up to its first part that ends in a digit, such as `features.3`, `layer2` or
+    `blocks.4`; elsewhere, the first part. Blocks count in the order in which the network registers them.
+
+    Args:
+        names: of the network's parameters, in its order.
+    """
+    blocks: dict[str, int] = {}
+    for name in names:
+        blocks.setdefault(_block(name), len(blocks))
+    return {name: len(blocks) - 1 - blocks[_block(name)] for name in names}
+
+
+def _block(name: str) -> str:
+    parts = name.split(".")
+    numbered = next((place for place, part in enumerate(parts) if part[-1:].isdigit()), 0)
+    return ".".join(parts[: numbered + 1])

@@ -1,0 +1,317 @@
+"""Train a multi-label classifier: where it starts, fitting, calibration, measuring (Section IV-B)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlperturb.errors import CheckpointError, DatasetError
+from mlperturb.metrics import average_precision, classifier_metrics
+from mlperturb.model.checkpoints import (
+    Metadata,
+    build_network,
+    default_preprocess,
+    load_checkpoint,
+    read_tensors,
+    save_checkpoint,
+)
+from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Preprocess
+from mlperturb.photos.datasets import Dataset
+from mlperturb.system.processes import Share
+from mlperturb.training.fitter import Fitter, Progress, Recipe, Reporter
+from mlperturb.training.loading import predict_dataset
+from mlperturb.training.losses import calibrate
+from mlperturb.training.probe import Probe, find_head, fit_probe, read_features
+
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the trained weights in a blend
+
+
+def initialise(network: nn.Module, files: Sequence[Path]) -> dict[str, frozenset[str]]:
+    """Copy every tensor that fits by name and shape from each file in turn; return the names that each gave.
+
+    Raises:
+        CheckpointError: if a file gives nothing.
+    """
+    own = network.state_dict()
+    names = {}
+    for path in files:
+        given = {
+            name: tensor.to(own[name].dtype)
+            for name, tensor in read_tensors(path).items()
+            if name in own and own[name].shape == tensor.shape
+        }
+        if not given:
+            raise CheckpointError(f"{path} has no tensor that fits the network by name and shape")
+        network.load_state_dict(given, strict=False)
+        names[path.name] = frozenset(given)
+    return names
+
+
+def train(
+    recipe: Recipe,
+    training: Dataset,
+    validation: Dataset,
+    tests: dict[str, Dataset],
+    *,
+    output: Path,
+    initial: Sequence[Path] = (),
+    pretrained: bool = False,
+    teachers: Sequence[Path] = (),
+    half: bool = False,
+    device: str = "cpu",
+    resume: bool = False,
+    provenance: dict[str, Any] | None = None,
+    report: Reporter | None = None,
+    share: Share | None = None,
+) -> Metadata | None:
+    """Train, calibrate on `validation`, measure on `tests`, and write the checkpoint to `output`.
+
+    Several processes share each step's photos (`DistributedDataParallel`); each must see the same files.
+
+    Args:
+        recipe: how.
+        training: photos to fit.
+        validation: photos to calibrate on, and to watch.
+        tests: photos that nothing is tuned on, by name.
+        output: the `.safetensors` file; beside it a `.resume.pt` is written each epoch.
+        initial: weight files to start from, each overriding those before it.
+        pretrained: start from torchvision's own weights, which it downloads.
+        teachers: checkpoints of ours whose probabilities on the training photos, averaged over them, are targets too.
+        half: write matrices in float16, as they are then calibrated and measured too.
+        device: where to train.
+        resume: go on from `.resume.pt`.
+        provenance: what to say in the checkpoint's metadata.
+        report: called after every step.
+        share: what this process does of it; all if None.
+
+    Returns:
+        The checkpoint's metadata; None in a process that is not the first.
+
+    Raises:
+        DatasetError: if the data sets have different labels, a batch is larger than the training set, or cannot be
+            shared out evenly among the processes.
+        CheckpointError: if the initial weights or the resumed state do not fit, or the head is no linear layer.
+        OutputError: if the checkpoint, or the state to resume from, cannot be written.
+    """
+    for dataset in (validation, *tests.values()):
+        if dataset.labels != training.labels:
+            raise DatasetError(f"expected the labels {training.labels}, got {dataset.labels}")
+    share = share or Share()
+    torch.manual_seed(recipe.seed)
+    network = build_network(recipe.architecture, len(training.labels))
+    find_head(network)  # calibration needs it: better told now than after the last epoch
+    if not share.first:
+        share.agree("", "weights")  # rank 0 downloads them; the others find them on the disk
+    given = _load_pretrained(network, recipe.architecture) if pretrained else frozenset()
+    if share.first:
+        share.agree("", "weights")
+    for names in initialise(network, initial).values():
+        given = names
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = Path(f"{output}.resume.pt")
+    provenance = dict(provenance or {})
+    with share.process_group(device):
+        restarted = share.any_restarted()
+        going_on = resume or restarted and state.exists()
+        start = _Start(recipe, training, choose_preprocess(recipe), device, share)
+        teacher = start.ask_teachers(teachers) if teachers else None
+        if recipe.probe and not going_on:
+            probe = start.fit_head(network, validation, teacher)
+            provenance["probe"] = {"decay": probe.decay, "validation map": round(probe.mean_precision, 4)}
+            given |= {f"{find_head(network)[0]}.{part}" for part in ("weight", "bias")}
+        fitter = Fitter(recipe, network, training, start.preprocess, device, given, share, teacher)
+        if going_on:
+            fitter.load(state)
+        elif share.size > 1 and share.first and state.exists():
+            state.replace(f"{output}.resume.old.pt")  # of an earlier training: a restart must not take it for its own
+        if recipe.head_only:
+            fitter.features = start.read_features(network, training)
+        for epoch in range(fitter.epoch, recipe.epochs):
+            fitter.run_epoch(epoch, report)
+            if share.first:
+                fitter.save(state)
+                if report and (epoch + 1) % 2 == 0 and epoch + 1 < recipe.epochs:
+                    report(_validate(fitter, epoch, validation))
+    if not share.first:
+        return None
+    if recipe.blend:
+        provenance["blend"] = _blend(fitter, validation)
+    if half:
+        for value in fitter.averaged.parameters():
+            if value.dim() > 1:
+                value.data = value.half().float()
+    metadata = _calibrate_and_measure(fitter, validation, tests, provenance)
+    tensors = fitter.averaged.state_dict()
+    if half:
+        tensors = {name: value.half() if value.dim() > 1 else value for name, value in tensors.items()}
+    save_checkpoint(output, tensors, metadata)
+    return metadata
+
+
+def choose_preprocess(recipe: Recipe) -> Preprocess:
+    """Return how photos become the network's input: stretched to a square, or as the architecture's own weights ask."""
+    if not recipe.size:
+        return default_preprocess(recipe.architecture)
+    return Preprocess((recipe.size, recipe.size), mean=(recipe.mean,) * 3, std=(recipe.std,) * 3)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What is done once, before the first epoch; several processes on CPUs share the photos out."""
+
+    recipe: Recipe
+    training: Dataset
+    preprocess: Preprocess
+    device: str
+    share: Share
+
+    def read_features(self, network: nn.Module, dataset: Dataset) -> Tensor:
+        """Return what the head gets for every photo, (N, F), on the CPU."""
+        options: dict[str, Any] = {"device": self.device, "workers": self.recipe.workers, "amp": self.recipe.amp}
+        return self._share_out(lambda part: read_features(network, part, self.preprocess, **options), dataset)
+
+    def ask_teachers(self, files: Sequence[Path]) -> Tensor:
+        """Return the logit of the teachers' mean probability of every label of every training photo, (N, L).
+
+        Raises:
+            CheckpointError: if a teacher is no checkpoint of ours, or has other labels.
+        """
+        options: dict[str, Any] = {"device": self.device, "workers": self.recipe.workers, "amp": self.recipe.amp}
+        total = torch.zeros(self.training.truth.shape)
+        for path in files:
+            teacher = load_checkpoint(path, device=self.device)[0]
+            if teacher.labels != self.training.labels:
+                raise CheckpointError(
+                    f"the teacher {path} has other labels: expected {', '.join(self.training.labels)}"
+                )
+
+            def predict(part: Dataset, teacher: Classifier = teacher) -> Tensor:
+                return predict_dataset(teacher.network, part, teacher.preprocess, **options)
+
+            total += torch.sigmoid(self._share_out(predict, self.training) - teacher.boundary.cpu())
+        return torch.logit(total / len(files), eps=1e-6)
+
+    def fit_head(self, network: nn.Module, validation: Dataset, teacher: Tensor | None) -> Probe:
+        """Fit the network's last layer alone, in place."""
+        recipe = self.recipe
+        pairs = [
+            (self.read_features(network, dataset), torch.from_numpy(dataset.truth))
+            for dataset in (self.training, validation)
+        ]
+        probe = fit_probe(
+            pairs[0],
+            pairs[1],
+            instance_weight=recipe.instance_weight,
+            calibration_weight=recipe.calibration_weight,
+            teacher=teacher,
+            teacher_weight=recipe.teacher_weight,
+        )
+        head = find_head(network)[1]
+        with torch.no_grad():
+            head.weight.copy_(probe.weight)
+            head.bias.copy_(probe.bias)
+        return probe
+
+    def _share_out(self, read: Callable[[Dataset], Tensor], dataset: Dataset) -> Tensor:
+        """Read every photo of a data set, (N, ...), each process its part."""
+        size, rank = self.share.size, self.share.rank
+        if size == 1 or self.device != "cpu":
+            return read(dataset)
+        import torch.distributed as dist
+
+        parts: list[Any] = [None] * size
+        dist.all_gather_object(
+            parts, read(dataset.subset(range(rank, len(dataset), size))) if rank < len(dataset) else None
+        )
+        whole = torch.empty(len(dataset), *parts[0].shape[1:])
+        for place, part in enumerate(parts[: len(dataset)]):
+            whole[place::size] = part
+        return whole
+
+
+def _blend(fitter: Fitter, validation: Dataset) -> dict[str, float]:
+    """Mix the averaged weights with those that training began from; return the share taken, and mAP of each share.
+
+    The interpolation of WiSE-FT (Wortsman et al., 2022), the share chosen by the mAP of `validation`.
+    """
+    ends = fitter.start, {name: value.clone() for name, value in fitter.averaged.state_dict().items()}
+    found: dict[float, float] = {}
+
+    def mix(share: float) -> None:
+        for name, value in fitter.averaged.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(torch.lerp(ends[0][name], ends[1][name], share))
+
+    for share in _SHARES:
+        mix(share)
+        logits = _predict(fitter, validation, amp=fitter.recipe.amp)
+        precision = float(average_precision(logits.T, torch.from_numpy(validation.truth).T).nanmean())
+        found[share] = -1.0 if math.isnan(precision) else precision
+    best = max(found, key=lambda share: (found[share], share))
+    mix(best)
+    return {"share": best} | {f"validation map at {share}": round(value, 4) for share, value in found.items()}
+
+
+def _calibrate_and_measure(
+    fitter: Fitter, validation: Dataset, tests: dict[str, Dataset], provenance: dict[str, Any]
+) -> Metadata:
+    """Fit the bias of the averaged network's head on `validation`; return what its checkpoint says of it."""
+    recipe, labels = fitter.recipe, fitter.training.labels
+    boundary = torch.zeros(len(labels))
+    bias = calibrate(_predict(fitter, validation), torch.from_numpy(validation.truth), boundary)
+    head = find_head(fitter.averaged)[1]
+    head.bias.data += bias.to(head.bias)
+    metrics = {
+        name: classifier_metrics(_predict(fitter, dataset), torch.from_numpy(dataset.truth), boundary, labels)
+        for name, dataset in tests.items()
+    }
+    return Metadata(
+        recipe.architecture,
+        labels,
+        (0.5,) * len(labels),
+        fitter.preprocess.to_dict(),
+        {**provenance, "recipe": {**asdict(recipe), "freeze": list(recipe.freeze)}},
+        metrics,
+    )
+
+
+def _validate(fitter: Fitter, epoch: int, validation: Dataset) -> Progress:
+    truth, boundary = torch.from_numpy(validation.truth), torch.zeros(len(validation.labels))
+    metrics = classifier_metrics(
+        _predict(fitter, validation, amp=fitter.recipe.amp), truth, boundary, validation.labels
+    )
+    return Progress(epoch + 1, fitter.recipe.epochs, fitter.steps, fitter.steps, math.nan, metrics)
+
+
+def _predict(fitter: Fitter, dataset: Dataset, *, amp: bool = False) -> Tensor:
+    """Return the averaged network's logits, (N, L)."""
+    workers, device = fitter.recipe.workers, fitter.device
+    return predict_dataset(fitter.averaged, dataset, fitter.preprocess, device=device, workers=workers, amp=amp)
+
+
+def _load_pretrained(network: nn.Module, architecture: str) -> frozenset[str]:
+    """Copy torchvision's own pretrained weights, all but the head, from the network; return the names given.
+
+    Raises:
+        CheckpointError: if they cannot be had.
+    """
+    from torchvision import models
+
+    try:
+        weights = models.get_model_weights(architecture).DEFAULT
+        given = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot download torchvision's weights of {architecture}: {error}; give a local file as `initial`"
+        ) from error
+    own = network.state_dict()
+    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    network.load_state_dict(fitting, strict=False)
+    return frozenset(fitting)

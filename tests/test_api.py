@@ -1,0 +1,294 @@
+"""The front door: one call attacks images of every form, and its types are real."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY_LABELS as LABELS
+from PIL import Image
+
+import mlperturb
+from mlperturb import Classifier, Limits, Preprocess
+from mlperturb.attacks.methods import METHODS
+from mlperturb.errors import CheckpointError, ImageError, LabelError, UsageError
+from mlperturb.targets import decide
+
+PUBLIC = {"Classifier", "Limits", "MlperturbError", "Preprocess", "Result", "attack", "load", "predict"}
+FEW = {"budget": "fast", "limits": Limits(passes=40)}
+SIDE = 40
+PREPROCESS = Preprocess((SIDE, SIDE))
+
+
+@pytest.fixture
+def classifier():
+    """A small network with random weights."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 5, stride=3), torch.nn.SiLU(), torch.nn.Flatten(), torch.nn.LazyLinear(len(LABELS))
+    )
+    module(torch.zeros(1, 3, SIDE, SIDE))
+    return Classifier(module, LABELS, preprocess=PREPROCESS)
+
+
+def photos(count=3):
+    rng = np.random.default_rng(0)
+    sizes = [(21, 34), (16, 40), (30, 18)]
+    return [rng.integers(0, 256, (*sizes[number % 3], 3), dtype=np.uint8) for number in range(count)]
+
+
+def check(classifier, result, arrays, flip, clean):
+    """The result's claims, decided anew on its own pixels."""
+    assert result.after.shape == result.before.shape == (len(arrays), len(LABELS))
+    for row, (pixels, photo) in enumerate(zip(arrays, clean, strict=True)):
+        assert pixels.dtype == np.uint8 and pixels.shape == photo.shape
+        logits = classifier([torch.from_numpy(pixels).permute(2, 0, 1).float() / 255])
+        was = classifier([torch.from_numpy(photo).permute(2, 0, 1).float() / 255])
+        torch.testing.assert_close(result.after[row], torch.sigmoid(logits[0]))
+        torch.testing.assert_close(result.before[row], torch.sigmoid(was[0]), atol=1e-5, rtol=1e-5)
+        turned = (decide(logits, classifier.boundary) != decide(was, classifier.boundary))[0].tolist()
+        asked = [label in flip for label in LABELS]
+        assert bool(result.success[row]) == (turned == asked)
+        moved = pixels.astype(float) - photo
+        assert float(result.rmsd[row]) == pytest.approx(float(np.sqrt((moved**2).mean())), rel=1e-6)
+        assert float(result.linf[row]) == np.abs(moved).max()
+        assert 1 < int(result.passes[row]) <= 40
+
+
+def test_arrays_come_back_as_arrays(classifier):
+    clean = photos()
+    result = mlperturb.attack(classifier, clean, flip=[LABELS[0]], keep="rest", **FEW)
+    check(classifier, result, result.images, {LABELS[0]}, clean)
+    assert bool(result.success.all()) and result.status == ("success",) * 3
+    assert result.flip.sum(1).tolist() == [1, 1, 1] and bool((result.flip | result.keep).all())
+    assert result.labels == LABELS and len(result) == 3
+
+
+def test_every_form_of_an_image_comes_back_in_its_form(classifier, tmp_path):
+    array = photos(1)[0]
+    path = tmp_path / "photo.png"
+    Image.fromarray(array).save(path)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    forms = [
+        array,
+        array.astype(np.float32) / np.float32(255),
+        tensor,
+        tensor.float() / 255,
+        tensor.double() / 255,
+        Image.fromarray(array),
+        path,
+        str(path),
+    ]
+    result = mlperturb.attack(classifier, forms, flip=LABELS[1], keep="rest", **FEW)
+    wanted = result.images[0]
+    assert not np.array_equal(wanted, array)
+    for form, image in zip(forms, result.images, strict=True):
+        kind = Image.Image if isinstance(form, str | Path) else type(form)
+        assert isinstance(image, kind)
+        if isinstance(image, torch.Tensor):
+            assert image.dtype == form.dtype and image.shape == form.shape
+            scale = 255 if image.is_floating_point() else 1
+            image = (image * scale).permute(1, 2, 0).numpy()
+        if isinstance(image, np.ndarray):
+            scale = 255 if image.dtype.kind == "f" and image.max() <= 1 else 1
+            np.testing.assert_allclose(image * scale, wanted, atol=1e-4)
+        else:
+            np.testing.assert_array_equal(np.asarray(image), wanted)
+
+
+def test_a_batch_comes_back_as_a_batch_of_multiples_of_a_grey_level(classifier):
+    batch = torch.rand(4, 3, 24, 31, generator=torch.Generator().manual_seed(1))
+    result = mlperturb.attack(classifier, batch, flip=[LABELS[2]], keep="rest", **FEW)
+    assert isinstance(result.images, torch.Tensor) and result.images.shape == batch.shape
+    torch.testing.assert_close(result.images * 255, (result.images * 255).round(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(mlperturb.predict(classifier, result.images), result.after, atol=1e-6, rtol=1e-5)
+
+
+def test_an_image_does_not_depend_on_its_neighbours(classifier):
+    clean = photos()
+    together = mlperturb.attack(classifier, clean, flip=[LABELS[0]], keep="rest", **FEW)
+    for row, photo in enumerate(clean):
+        alone = mlperturb.attack(classifier, [photo], flip=[LABELS[0]], keep="rest", **FEW)
+        assert abs(float(alone.rmsd[0] - together.rmsd[row])) < 0.02
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_is_called_alike(classifier, method):
+    result = mlperturb.attack(classifier, photos(), flip=[LABELS[0]], keep="rest", method=method, **FEW)
+    check(classifier, result, result.images, {LABELS[0]}, photos())
+
+
+def test_the_command_line_writes_what_the_front_door_finds(cli, tiny, tmp_path):
+    array = photos(1)[0]
+    Image.fromarray(array).save(tmp_path / "photo.png")
+    out = tmp_path / "out"
+    arguments = ["--flip", LABELS[0], "--keep", "rest", "--budget", "fast", "--passes", 40, "--out", out]
+    assert cli("attack", tmp_path / "photo.png", "--checkpoint", tiny, *arguments)[0] == 0
+    result = mlperturb.attack(mlperturb.load(tiny), [array], flip=LABELS[0], keep="rest", **FEW)
+    with Image.open(out / "photo.adv.png") as written:
+        np.testing.assert_array_equal(np.asarray(written), result.images[0])
+
+
+def test_limits_region_survival_seed_and_progress_are_taken(classifier):
+    clean, told = photos(), []
+    result = mlperturb.attack(
+        classifier,
+        clean,
+        flip=[LABELS[0]],
+        limits=Limits(passes=60, rmsd=3.0, linf=4),
+        region=(2, 3, 8, 9),
+        survive="jpeg:90",
+        seed=5,
+        progress=lambda done, count: told.append((done, count)),
+        rounding="inside",
+    )
+    assert told[-1] == (3, 3)
+    assert bool((result.linf <= 4).all()) and bool((result.rmsd <= 3).all()) and bool((result.passes <= 60).all())
+    for pixels, photo in zip(result.images, clean, strict=True):
+        changed = (pixels != photo).any(axis=2)
+        changed[3:12, 2:10] = False
+        assert not changed.any()
+
+
+def test_a_network_whose_outputs_are_not_finite_fails_and_says_so():
+    class Broken(torch.nn.Module):
+        def forward(self, images):
+            return images.mean((1, 2, 3))[:, None] * torch.full((1, len(LABELS)), torch.nan)
+
+    result = mlperturb.attack(Classifier(Broken(), LABELS, preprocess=PREPROCESS), photos(1), flip=LABELS[0])
+    assert result.status == ("failed",) and not bool(result.success[0])
+    np.testing.assert_array_equal(result.images[0], photos(1)[0])
+
+
+def test_the_global_random_state_is_left_alone(classifier):
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    mlperturb.attack(classifier, photos(1), flip=LABELS[0], **FEW)
+    assert torch.equal(torch.rand(2), wanted)
+
+
+def test_no_image_is_no_result(classifier):
+    result = mlperturb.attack(classifier, [], flip=LABELS[0])
+    assert len(result) == 0 and result.images == [] and result.before.shape == (0, len(LABELS))
+    assert mlperturb.predict(classifier, []).shape == (0, len(LABELS))
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ("photo.png", UsageError, "expected a batch .* or a list of images, got a str: put it in a list"),
+        (torch.zeros(3, 8, 8), UsageError, r"expected a batch .*, got a Tensor of shape \(3, 8, 8\)"),
+        (np.zeros((8, 8, 3)), UsageError, "put it in a list"),
+        ([torch.zeros(8, 8, 3)], UsageError, r"expected an image tensor \(3, H, W\)"),
+        ([np.zeros((8, 8))], UsageError, r"expected an image array \(H, W, 3\)"),
+        ([torch.full((3, 8, 8), 1.5)], UsageError, r"expected floats in \[0, 1\], got values from 1.5 to 1.5"),
+        ([torch.full((3, 8, 8), torch.nan)], UsageError, r"expected floats in \[0, 1\]"),
+        ([np.zeros((8, 8, 3), dtype=np.int64)], UsageError, "expected pixels of uint8, or floats"),
+        ([7], UsageError, "expected a tensor, an array, a PIL image or a path, got a int"),
+        (["nosuch.png"], ImageError, "nosuch.png"),
+    ],
+)
+def test_images_of_another_form_are_refused(classifier, images, error, message):
+    for call in (
+        lambda: mlperturb.attack(classifier, images, flip=LABELS[0]),
+        lambda: mlperturb.predict(classifier, images),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_bad_words_are_refused_before_any_pass(classifier):
+    with pytest.raises(LabelError, match="unknown label 'nosuch'"):
+        mlperturb.attack(classifier, photos(1), flip="nosuch")
+    with pytest.raises(UsageError, match="nothing to change"):
+        mlperturb.attack(classifier, photos(1))
+    with pytest.raises(UsageError, match="unknown method 'cw'"):
+        mlperturb.attack(classifier, photos(1), flip=LABELS[0], method="cw")
+    with pytest.raises(UsageError, match="is an option of ml-dp"):
+        mlperturb.attack(classifier, photos(1), flip=LABELS[0], solver="nnls")
+    with pytest.raises(UsageError, match="passes"):
+        mlperturb.attack(classifier, photos(1), flip=LABELS[0], limits=Limits(passes=3))
+    with pytest.raises(ImageError, match="outside the photo"):
+        mlperturb.attack(classifier, photos(1), flip=LABELS[0], region=(900, 0, 4, 4))
+
+
+def test_load_takes_our_checkpoints_and_plain_weights(tiny, tmp_path):
+    ours = mlperturb.load(tiny)
+    assert ours.labels == LABELS
+    bundled = mlperturb.load()
+    assert "person" in bundled.labels and len(bundled.labels) == 20
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        mlperturb.load(tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match="arch"):
+        mlperturb.load(tiny, arch="resnet18")
+
+
+# --- the names
+
+
+def test_the_public_names_are_these_and_load():
+    assert set(dir(mlperturb)) == PUBLIC | {"__version__"}
+    for name in PUBLIC:
+        assert getattr(mlperturb, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'no_such_thing'"):
+        mlperturb.no_such_thing  # noqa: B018
+    import mlperturb.attacks as attacks
+
+    for name in dir(attacks):
+        assert getattr(attacks, name) is not None
+
+
+def type_check(tmp_path, program):
+    (tmp_path / "program.py").write_text(program)
+    package = Path(mlperturb.__file__).parent.parent
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "program.py"],
+        cwd=tmp_path, env={"MYPYPATH": str(package), "PATH": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    return checked.stdout
+
+
+GOOD = """
+import torch
+import mlperturb
+from mlperturb import Limits, Result
+from mlperturb.attacks import ClassificationGoal, Outcome, Problem, ml_ddn
+
+classifier = mlperturb.load()
+result: Result = mlperturb.attack(classifier, ["a.png"], flip=["person"], keep="rest", limits=Limits(passes=40))
+share: float = result.success.float().mean().item()
+probabilities: torch.Tensor = mlperturb.predict(classifier, torch.rand(1, 3, 8, 8))
+
+def own(problem: Problem) -> Outcome:
+    return ml_ddn(problem.aim(ClassificationGoal(problem.targets)), iterations=9)
+"""
+BAD = """
+import mlperturb
+from mlperturb import no_such_thing
+from mlperturb.attacks import no_such_attack
+
+classifier = mlperturb.load(5)
+result = mlperturb.attack(classifier, ["a.png"], flip=["person"], budget="long")
+result.nothing
+count: str = result.rmsd
+"""
+
+
+@pytest.mark.slow
+def test_a_user_program_is_checked_for_real(tmp_path):
+    assert "Success" in type_check(tmp_path, GOOD)
+    told = type_check(tmp_path, BAD)
+    for line, word in [
+        (3, "no_such_thing"),
+        (4, "no_such_attack"),
+        (6, "load"),
+        (7, "budget"),
+        (8, "nothing"),
+        (9, "str"),
+    ]:
+        assert any(text.startswith(f"program.py:{line}:") and word in text for text in told.splitlines()), told
