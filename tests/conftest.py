@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_LABELS, TINY_PIXELS, contents, write_photos
 from hypothesis import settings
 from PIL import Image
+from support.models import TINY_LABELS, TINY_PIXELS
+from support.runs import contents, write_photos
 
 from mlperturb.cli.main import main
 from mlperturb.model.checkpoints import Metadata, build_network, save_checkpoint

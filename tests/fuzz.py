@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import atheris
-import hostile
 import torch
 import torch._weights_only_unpickler as unpickler
 from safetensors.torch import save_file
+from support import corpus as hostile
 
 with atheris.instrument_imports(include=["mlperturb", "PIL"]):
     from mlperturb.errors import CheckpointError, ImageError

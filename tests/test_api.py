@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_LABELS as LABELS
 from PIL import Image
+from support.models import TINY_LABELS as LABELS
 
 import mlperturb
 from mlperturb import Classifier, Limits, Preprocess

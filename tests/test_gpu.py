@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ATTACKS, make_net, ragged_targets
+from support.models import ATTACKS, make_net, ragged_targets
 
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.problem import Problem

@@ -9,13 +9,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import hostile
 import jsonschema
 import pytest
-from helpers import TINY_LABELS, TINY_PIXELS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import corpus as hostile
+from support.models import TINY_LABELS, TINY_PIXELS
 
 from mlperturb.errors import LabelError, UsageError
 from mlperturb.labels import parse_request
@@ -39,6 +39,8 @@ VALUES = {
     "--device": TEXT | st.just("cpu"),
     "--seed": TEXT | st.integers(-1, 2**33).map(str),
 }
+
+FORKED = Path(__file__).parent / "support" / "forked.py"
 
 
 def test_a_folder_of_bad_files_gives_a_record_each_and_nothing_outside_the_output(tmp_path, tiny):
@@ -105,7 +107,7 @@ def test_every_bad_checkpoint_is_refused_in_a_line_or_does_what_it_says_and_runs
     (tmp_path / "commands").write_text(json.dumps([[str(word) for word in words] for _, _, words in runs]))
     before = _tree(tmp_path, out)
     subprocess.run(
-        [sys.executable, Path(__file__).with_name("forked.py"), tmp_path / "commands", out.with_name("results")],
+        [sys.executable, FORKED, tmp_path / "commands", out.with_name("results")],
         cwd=cwd, check=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     results = [json.loads(line) for line in (tmp_path / "results").read_text().splitlines()]

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "method.fg": (f"{_FAST} --method fg",),
     "option.rounding": (f"{_FAST} --rounding after",),
     "option.space": (f"{_FAST} --space probability", f"{_FAST}-cw --method ml-cw --space probability --passes 40"),
-    "option.solver": (f"{_FAST} --method ml-dp --solver pinv --passes 100",),
+    "option.solver": ("attack few --flip person --method ml-dp --solver pinv --passes 100 --json --out out",),
     "option.between": (
         f"{_FAST} --method rank-2 --between threshold --passes 50",
         f"{_FAST}-1 --method rank-1 --between none --passes 30",

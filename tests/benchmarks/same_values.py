@@ -79,7 +79,7 @@ class Comparison:
             pairs = [(key, old[key], new[key]) for key in keys[0]]
         elif isinstance(old, list) and isinstance(new, list):
             if len(old) != len(new):
-                return f"{path or '(top)'}: {len(old)} -> {len(new)} items"
+                return f"{path or '(top)'}: {len(old)} -> {len(new)} items: {old!r:.100} -> {new!r:.100}"
             pairs = [(str(number), *pair) for number, pair in enumerate(zip(old, new, strict=True))]
         else:
             return None if repr(old) == repr(new) else f"{path or '(top)'}: {old!r:.200} -> {new!r:.200}"

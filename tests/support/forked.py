@@ -1,6 +1,6 @@
 """Run many commands, each in a process of its own with limits of its own, and load the libraries once for all.
 
-`python tests/forked.py COMMANDS RESULTS`: a JSON list of argument lists in, a JSON line each out.
+`python tests/support/forked.py COMMANDS RESULTS`: a JSON list of argument lists in, a JSON line each out.
 """
 
 from __future__ import annotations

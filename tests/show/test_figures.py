@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from helpers import TINY_PIXELS
 from PIL import Image
+from support.models import TINY_PIXELS
 
 from mlperturb.show.figures import attacked_labels, draw_case, draw_curve, draw_histogram
 

@@ -13,9 +13,9 @@ import jsonschema
 import matplotlib
 import pytest
 import torch
-from helpers import TINY_LABELS as LABELS
-from helpers import TINY_PIXELS as PIXELS
 from PIL import Image
+from support.models import TINY_LABELS as LABELS
+from support.models import TINY_PIXELS as PIXELS
 
 from mlperturb.attacks.methods import METHODS
 from mlperturb.cli.console import name_options

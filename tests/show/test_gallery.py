@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from helpers import TINY_PIXELS
 from PIL import Image
+from support.models import TINY_PIXELS
 
 HOSTILE = '<img src=x onerror="document.title=1">'
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import Linear, linear_problem, mask
 from scipy.optimize import minimize, nnls
+from support.models import Linear, linear_problem, mask
 from torch import Tensor
 
 from mlperturb.attacks.carlini_wagner import ml_cw

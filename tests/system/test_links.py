@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import contents, said
+from support.runs import contents, said
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import ATTACKS, Counting, linear_problem, make_net, mask, ragged_targets
+from support.counting import Counting
+from support.models import ATTACKS, linear_problem, make_net, mask, ragged_targets
 from torch import Tensor
 
 from mlperturb.attacks.best import Best

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import ATTACKS, Linear, linear_problem, make_net, mask, ragged_targets
+from support.models import ATTACKS, Linear, linear_problem, make_net, mask, ragged_targets
 from torch import Tensor
 
 from mlperturb.attacks.best import Outcome

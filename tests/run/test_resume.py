@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY_PIXELS, attacked, contents
 from PIL import Image
+from support.models import TINY_PIXELS
+from support.runs import attacked, contents
 
 import mlperturb.run.search
 from mlperturb.system.files import file_sha256

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_PIXELS
 from PIL import Image
+from support.models import TINY_PIXELS
 
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.problem import Problem

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_LABELS, TINY_PIXELS
 from PIL import Image
+from support.models import TINY_LABELS, TINY_PIXELS
 
 from mlperturb.errors import UsageError
 from mlperturb.experiment.defence import SCHEMA, find_attacked, sweep

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from helpers import contents, said
+from support.runs import contents, said
 
 
 @pytest.fixture

@@ -1,19 +1,12 @@
-"""What tests share: models with known answers, ragged targets, runs of several processes, what a run wrote."""
+"""Models with known answers, ragged targets, every attack tuned to be quick."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
-import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mlperturb.attacks.carlini_wagner import ml_cw
@@ -118,111 +111,3 @@ def ragged_targets(net: nn.Module, labels: int = 6, *, dtype=torch.double, margi
     flip = torch.stack([rows[number][0][number] for number in range(9)])
     keep = torch.stack([rows[number][1][number] for number in range(9)])
     return images, Targets(flip, keep, truth, boundary, margin)
-
-
-class _Count(torch.autograd.Function):
-    @staticmethod
-    def forward(context, logits, owner):
-        context.owner = owner
-        return logits.clone()
-
-    @staticmethod
-    def backward(context, gradient):
-        owner = context.owner
-        owner.tally.backward[owner.rows] += 1
-        owner.tally.used[owner.rows] += (gradient != 0).any(1).long()
-        return gradient, None
-
-
-@dataclass
-class Tally:
-    """What a counting model has seen.
-
-    Attributes:
-        forward: forward passes of each image.
-        backward: backward passes that each image was part of.
-        used: those in which it had a gradient of its own.
-        batches: the sizes of the batches.
-    """
-
-    forward: Tensor
-    backward: Tensor
-    used: Tensor
-    batches: list[int] = field(default_factory=list)
-
-
-class Counting:
-    """A model that counts, by itself, what each image of a batch costs."""
-
-    def __init__(self, model: Callable[[Tensor], Tensor], rows: int | Tensor, tally: Tally | None = None) -> None:
-        self.model = model
-        self.rows = torch.arange(rows) if isinstance(rows, int) else rows
-        self.tally = tally or Tally(*(torch.zeros(len(self.rows), dtype=torch.long) for _ in range(3)))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        assert len(images) == len(self.rows), "the model was not narrowed to the images it is called with"
-        self.tally.forward[self.rows] += 1
-        self.tally.batches.append(len(images))
-        return _Count.apply(self.model(images), self)
-
-    def select(self, rows: Tensor) -> Counting:
-        return Counting(self.model, self.rows[rows], self.tally)
-
-
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
-
-
-def launch(arguments: list[object], *, restarts: int = 0, processes: int = 2, mark: str = "") -> subprocess.Popen[str]:
-    """Start a command of ours under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [f"--max-restarts={restarts}", "-m", "mlperturb", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLPERTURB_TEST": mark}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for it; return exit code, stdout and stderr."""
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
-
-
-def find_rank(rank: int, mark: str) -> int:
-    """Return the process id of a rank of the run of this mark."""
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            environment = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if {f"RANK={rank}".encode(), f"MLPERTURB_TEST={mark}".encode()} <= set(environment):
-            return int(path.parent.name)
-    raise AssertionError(f"no process of rank {rank}")
-
-
-def write_photos(folder: Path, count: int) -> Path:
-    """Write photos of several sizes, named by number, and a file that is none."""
-    folder.mkdir()
-    for number in range(count):
-        pixels = np.roll(TINY_PIXELS, number, 1)[: 30 - number % 3, : 36 - number % 2]
-        Image.fromarray(pixels).save(folder / f"{number:0{len(str(count - 1))}}.png")
-    (folder / "broken.png").write_bytes(b"nonsense")
-    return folder
-
-
-def contents(out: Path) -> tuple[dict[str, bytes], list[dict]]:
-    """Return the PNGs, and the records of the report without their times."""
-    records = json.loads((out / "report.json").read_text())["images"]
-    for record in records:
-        record["cost"].pop("seconds")
-    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}, records
-
-
-def attacked(out: Path) -> list[str]:
-    """Return the photos of every attack that came to an end, in the order of the journal."""
-    entries = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
-    return [r["source"] for entry in entries for r in entry.get("records", ()) if r["error"] is None]
-
-
-def said(err: str) -> list[str]:
-    """Return the lines on stderr, but for that of the file that is no photo."""
-    assert "Traceback" not in err
-    return [line for line in err.splitlines() if "broken.png" not in line]

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import ATTACKS, TINY_PIXELS, make_net, ragged_targets
 from PIL import Image
+from support.models import ATTACKS, TINY_PIXELS, make_net, ragged_targets
 
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.problem import Problem

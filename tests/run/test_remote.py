@@ -9,8 +9,8 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from helpers import TINY_PIXELS
 from PIL import Image
+from support.models import TINY_PIXELS
 
 import mlperturb.run.search
 from mlperturb.errors import StorageError, UsageError

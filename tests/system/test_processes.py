@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from helpers import contents, find_rank, finish, launch, linux, write_photos
+from support.processes import find_rank, finish, launch, linux
+from support.runs import contents, write_photos
 
 from mlperturb.errors import StorageError, UsageError
 from mlperturb.model.checkpoints import load_checkpoint, read_metadata

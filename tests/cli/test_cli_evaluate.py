@@ -7,9 +7,9 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from helpers import TINY_LABELS as LABELS
-from helpers import finish, launch, linux
 from PIL import Image
+from support.models import TINY_LABELS as LABELS
+from support.processes import finish, launch, linux
 
 from mlperturb.experiment.evaluate import predict_photos
 from mlperturb.model.checkpoints import load_checkpoint

@@ -94,7 +94,7 @@ def test_methods_are_read_with_their_options():
     for wrong, message in (
         ("nope", "unknown method"),
         ("ml-cw:solver=pinv", "option of ml-dp"),
-        ("ml-dp:solver=x", "unknown --solver"),
+        ("ml-dp:solver=x", "unknown `solver`"),
         ("ml-dp:solver", "METHOD:OPTION=VALUE"),
         ("", "at least one method"),
     ):

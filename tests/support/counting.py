@@ -1,0 +1,58 @@
+"""A model that counts its passes by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class _Count(torch.autograd.Function):
+    @staticmethod
+    def forward(context, logits, owner):
+        context.owner = owner
+        return logits.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        owner = context.owner
+        owner.tally.backward[owner.rows] += 1
+        owner.tally.used[owner.rows] += (gradient != 0).any(1).long()
+        return gradient, None
+
+
+@dataclass
+class Tally:
+    """What a counting model has seen.
+
+    Attributes:
+        forward: forward passes of each image.
+        backward: backward passes that each image was part of.
+        used: those in which it had a gradient of its own.
+        batches: the sizes of the batches.
+    """
+
+    forward: Tensor
+    backward: Tensor
+    used: Tensor
+    batches: list[int] = field(default_factory=list)
+
+
+class Counting:
+    """A model that counts, by itself, what each image of a batch costs."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], rows: int | Tensor, tally: Tally | None = None) -> None:
+        self.model = model
+        self.rows = torch.arange(rows) if isinstance(rows, int) else rows
+        self.tally = tally or Tally(*(torch.zeros(len(self.rows), dtype=torch.long) for _ in range(3)))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        assert len(images) == len(self.rows), "the model was not narrowed to the images it is called with"
+        self.tally.forward[self.rows] += 1
+        self.tally.batches.append(len(images))
+        return _Count.apply(self.model(images), self)
+
+    def select(self, rows: Tensor) -> Counting:
+        return Counting(self.model, self.rows[rows], self.tally)
