@@ -42,12 +42,10 @@ def show_help(name: str) -> str:
     rows = [record for record in (param.get_help_record(context) for param in command.get_params(context)) if record]
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     lines = [f"```text\n{usage}\n```", "", dedent(command.help or ""), "", "| option | meaning |", "|---|---|"]
-    lines += [f"| `{_in_table(option)}` | {_in_table(meaning)} |" for option, meaning in rows]
+    for option, meaning in rows:
+        cells = f"`{option}`".replace("|", "\\|"), meaning.replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
-
-
-def _in_table(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;") if "`" not in text else text.replace("|", "\\|")
 
 
 def show_code(name: str) -> str:
