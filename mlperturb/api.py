@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlperturb.errors import CheckpointError, UsageError
-from mlperturb.limits import Limits
+from mlperturb.limits import MARGIN, Limits
 from mlperturb.metrics import distortion
 from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.model.classifier import Classifier
@@ -44,8 +44,11 @@ class Result:
     Attributes:
         images: the adversarial images, in the form that the images came in: a batch (N, 3, H, W), or a list of
             tensors, arrays or PIL images (for paths too). Floats are multiples of 1/255.
-        success: whether every decision is as asked on these 8-bit pixels, compressed too, boolean, (N,).
-        status: `success`; `partial`: a label flipped, but not every decision is as asked; `failed`: no label flipped.
+        success: whether every decision is as asked on these 8-bit pixels, in every reader, compressed too, boolean,
+            (N,).
+        readers: whether every decision is as asked in a reader, boolean, (N,), by the reader's name.
+        status: `success`; `unchanged`: the image was as asked already; `partial`: a label flipped, but not every
+            decision is as asked; `failed`: no label flipped.
         before: probabilities of the images, (N, L).
         after: probabilities of the adversarial images, (N, L).
         rmsd: root mean square of the change of the 8-bit pixels, on the 0-255 scale, (N,).
@@ -58,6 +61,7 @@ class Result:
 
     images: Tensor | list[Tensor | npt.NDArray[np.generic] | Image.Image]
     success: Tensor
+    readers: dict[str, Tensor]
     status: tuple[Status, ...]
     before: Tensor
     after: Tensor
@@ -131,6 +135,8 @@ def attack(
     budget: Literal["fast", "balanced", "paper"] = "balanced",
     limits: Limits | None = None,
     survive: Names = (),
+    reader: Names = (),
+    margin: float = MARGIN,
     region: str | tuple[int, int, int, int] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -151,6 +157,9 @@ def attack(
         budget: how long to search; `paper` is the paper's own setting.
         limits: the most passes, RMSD and change of a pixel; none by default.
         survive: compressions after which the result must hold too, such as `jpeg:75` or `jpeg:60-95`.
+        reader: how the programs read in which the result must hold, such as `pillow` or `pillow:bicubic`, see
+            `mlperturb.model.readers`; by default those that the classifier's `Preprocess` names.
+        margin: by how much each logit must clear its threshold during the search.
         region: change only this rectangle, (left, top, width, height) in pixels, or where a mask image is not black.
         seed: of everything random.
         progress: called with how many images are done, and how many there are.
@@ -166,9 +175,16 @@ def attack(
     """
     if isinstance(region, tuple):
         region = ",".join(map(str, region))
-    words = Words(_names(flip), _names(keep), _names(add), _names(remove), _names(survive), region)
+    words = Words(_names(flip), _names(keep), _names(add), _names(remove), _names(survive), _names(reader), region)
     settings = read_settings(
-        words, classifier.labels, method=method, budget=budget, limits=limits, options=dict(options)
+        words,
+        classifier.labels,
+        method=method,
+        budget=budget,
+        limits=limits,
+        margin=margin,
+        readers=classifier.preprocess.readers,
+        options=dict(options),
     )
     opened = _open(images)
     photos = [photo for photo, _ in opened]
@@ -186,7 +202,8 @@ def attack(
             if progress is not None:
                 progress(len(rows), len(photos))
     adversarial = [restore(row.pixels) for (_, restore), row in zip(opened, rows, strict=True)]
-    return _result(classifier, adversarial, rows, batch=isinstance(images, Tensor))
+    names = [reader.name for reader in settings.readers]
+    return _result(classifier, adversarial, rows, readers=names, batch=isinstance(images, Tensor))
 
 
 @dataclass(frozen=True)
@@ -202,6 +219,7 @@ class _Row:
     passes: int
     flip: Tensor
     keep: Tensor
+    held: dict[str, bool]
 
 
 def _parts(
@@ -223,19 +241,21 @@ def _judge(classifier: Classifier, photo: Photo, found: Found | None, settings: 
     count = len(classifier.labels)
     if found is None:  # the network's outputs are not finite on the clean image
         nowhere, unknown = torch.zeros(count, dtype=torch.bool), torch.full((count,), torch.nan)
-        return _Row(photo.rgb, "failed", unknown, unknown, 0.0, 0.0, 1, nowhere, nowhere)
-    seen = look(classifier, found.pixels, found.targets, settings.survive[1])
+        held = {reader.name: False for reader in settings.readers}
+        return _Row(photo.rgb, "failed", unknown, unknown, 0.0, 0.0, len(held), nowhere, nowhere, held)
+    seen = look(classifier, found.pixels, photo.rgb, found, settings)
     moved = distortion(torch.from_numpy(found.pixels.astype(np.int16) - photo.rgb))
     return _Row(
         found.pixels,
         seen.status,
-        torch.sigmoid(found.before),
+        torch.sigmoid(found.before[0]),
         torch.sigmoid(seen.logits[0]),
         moved.rmsd,
         moved.linf,
         found.forward + found.backward + seen.passes,
         found.targets.flip[0],
         found.targets.keep[0],
+        {name: bool(held.all()) for name, held in seen.readers.items()},
     )
 
 
@@ -244,6 +264,7 @@ def _result(
     adversarial: list[Tensor | npt.NDArray[np.generic] | Image.Image],
     rows: Sequence[_Row],
     *,
+    readers: Sequence[str],
     batch: bool,
 ) -> Result:
     """Put the rows together."""
@@ -254,7 +275,8 @@ def _result(
     tensors = [image for image in adversarial if isinstance(image, Tensor)]
     return Result(
         images=torch.stack(tensors) if batch and tensors else adversarial,
-        success=torch.tensor([row.status == "success" for row in rows], dtype=torch.bool),
+        success=torch.tensor([row.status in ("success", "unchanged") for row in rows], dtype=torch.bool),
+        readers={name: torch.tensor([row.held[name] for row in rows], dtype=torch.bool) for name in readers},
         status=tuple(row.status for row in rows),
         before=stack([row.before for row in rows]),
         after=stack([row.after for row in rows]),

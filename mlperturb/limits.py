@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mlperturb.errors import UsageError
 
 MIN_PASSES = 10
+MARGIN = 0.01  # of a logit beyond its threshold: another batch size or device adds in another order
 
 
 @dataclass(frozen=True)

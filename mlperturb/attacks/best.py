@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.goals import Goal
-from mlperturb.attacks.problem import Problem, norms, spread
+from mlperturb.attacks.problem import Problem, each_view, norms, spread
 
 
 class Best:
@@ -35,19 +35,25 @@ class Best:
         self._place[problem.rows] = torch.arange(count)
 
     @torch.no_grad()
-    def update(self, problem: Problem, images: Tensor, logits: Tensor) -> Tensor:
+    def update(self, problem: Problem, images: Tensor, logits: Tensor, computed: Tensor | None = None) -> Tensor:
         """Take over the iterates that beat those held; return which images meet the goal now, (n,).
 
         Args:
             problem: the part of the batch whose iterates these are.
             images: its iterates, (n, 3, H, W).
-            logits: of the iterates, (n, L).
+            logits: of the iterates, (n, L), or of each of their views, (n, V, L): the worst view counts.
+            computed: of which images the logits of every view are computed, (n,); None for all. Of the others some
+                are only expected, and such an iterate is not taken over as one that meets the goal.
         """
         goal = problem.goal
-        rows = self._place[problem.rows].to(images.device)
-        score, norm, met = goal.score(logits), norms(images - problem.images), goal.met(logits)
+        rows = self.places(problem)
+        views = logits.unsqueeze(1) if logits.dim() == 2 else logits
+        score, met = each_view(goal.score, views).amin(1), each_view(goal.met, views).all(1)
+        norm = norms(images - problem.images)
         held_score, held_norm = self.score[rows], self.norm[rows]
         better = (score > held_score) | ((score == held_score) & (norm < held_norm))
+        if computed is not None:
+            better &= computed | ~met
         if problem.cap is not None:
             better &= norm <= problem.cap
         self.score[rows] = torch.where(better, score, held_score)
@@ -55,6 +61,10 @@ class Best:
         self.met[rows] = torch.where(better, met, self.met[rows])
         self.images[rows] = torch.where(spread(better), images, self.images[rows])
         return met
+
+    def places(self, problem: Problem) -> Tensor:
+        """Return where the images of a part of the batch are held here, (n,)."""
+        return self._place[problem.rows].to(self.norm.device)
 
     def outcome(self, goal: Goal, *, on_lattice: bool = False) -> Outcome:
         """Return what is held as the result of an attack that was after `goal`."""

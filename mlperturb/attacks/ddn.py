@@ -12,7 +12,8 @@ from torch.nn import functional
 from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.lattice import lattice_scale, to_lattice
-from mlperturb.attacks.problem import Problem, norms, spread
+from mlperturb.attacks.panel import LATE, Panel, verify
+from mlperturb.attacks.problem import Problem, each_view, norms, spread
 from mlperturb.targets import Space
 
 Rounding = Literal["inside", "after"]
@@ -67,7 +68,11 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
     7. mu_j grows while constraint j is violated, and decays while it is slack.
     8. An image that never met its goal in a quarter of the iterations begins again near the photo, and counts
        constraints first: those that hold and the next two (at the end, the next) are pushed alike; the others wait.
-    9. From 2, `iterations` times. Of the lattice points that hold the most constraints, the nearest is kept.
+    9. Of several views of the photo (`mlperturb.model.views`), step 2 computes a single view; the others are expected
+       to differ from it as they last did (`attacks.panel`), and the violation of a constraint is the largest of all
+       views. On the second half of the way, an iterate that may be the best so far is computed in the others too.
+    10. From 2, `iterations` times. Of the lattice points that hold the most constraints in every view, the nearest is
+        kept.
 
     Sources: direction and norm apart, Rony et al. 2019 (DDN), which rounds its iterates to 8 bits too (`levels=256`);
     multipliers that follow the violations, as in an augmented Lagrangian, Rony et al. 2021 (ALMA, there for one
@@ -80,7 +85,7 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
         space: where the violations are measured, see `ClassificationGoal`.
         rounding: `inside` the loop, so that the result is a file and not a point that rounding would erase; or `after`
             it, by `quantise`, as for the other attacks: the float result is then nearer to the photo, the file further.
-        iterations: a forward and a backward pass each.
+        iterations: a forward and a backward pass each, and forward passes through further views.
     """
     problem, inside = problem.aim(ClassificationGoal(problem.targets, space)), rounding == "inside"
     best = Best(problem)
@@ -96,6 +101,7 @@ def descend(
     start: Tensor | None = None,
     lattice: bool = True,
     pace: Pace = SEARCH,
+    panel: Panel | None = None,
 ) -> None:
     """Run the loop of `ml_ddn`, and keep the best iterates in `best`.
 
@@ -106,7 +112,9 @@ def descend(
         start: the perturbation r to begin with, before any rounding, (n, 3, H, W); None to begin at the photos.
         lattice: look at round(x + r) in place of x + r.
         pace: how boldly to move.
+        panel: what is known of the views; begun here where there are several.
     """
+    panel = panel or Panel.of(problem)
     walk = _Walk.begin(problem, start, iterations)  # step 1
     for step in range(iterations):
         if (step == 1 and bool(walk.done.any())) or problem.runs_short(2):
@@ -114,9 +122,9 @@ def descend(
             if not len(rows):
                 return
             problem, walk = problem.select(rows), walk.select(rows)
-        decay = 1 - step / walk.allowed  # (n,)
-        seen = _look(problem, walk, decay, lattice=lattice, sharpness=pace.sharpness)  # step 2
-        met = best.update(problem, seen.images, seen.logits)
+        decay = 1 - (step / walk.allowed if panel is None else _progress(problem, walk, step / max(iterations, 1)))
+        seen = _look(problem, walk, best, panel, step, decay, lattice=lattice, sharpness=pace.sharpness)  # steps 2, 9
+        met = best.update(problem, seen.images, seen.logits, seen.computed)
         length = norms(seen.gradient).clamp(min=_TINY)
         distance = _linearised_loss(walk, seen, pace) / length
         latent = walk.latent - spread(_step_length(walk, decay, pace) / length) * seen.gradient  # steps 3, 4
@@ -148,6 +156,7 @@ class _Walk:
         radius: ||r||_2 as it was set, before x + r was clipped, (n,).
         multipliers: mu, (n, K), or (n, 1) before the first look.
         allowed: iterations, (n,).
+        begun: passes spent before the first iteration, (n,), on the CPU.
         done: the clean photo meets the goal, (n,).
         ever: the goal was met at some time, (n,).
         hard: constraints are counted first (step 8), (n,).
@@ -158,6 +167,7 @@ class _Walk:
     radius: Tensor
     multipliers: Tensor
     allowed: Tensor
+    begun: Tensor
     done: Tensor
     ever: Tensor
     hard: Tensor
@@ -172,12 +182,13 @@ class _Walk:
         radius = norms(latent)
         no = torch.zeros_like(radius, dtype=torch.bool)
         ones = torch.ones_like(radius).unsqueeze(1)
-        return cls(latent, radius, ones, problem.iterations_left(iterations), no, no, no, start is None)
+        left = problem.iterations_left(iterations)
+        return cls(latent, radius, ones, left, problem.spent, no, no, no, start is None)
 
     def select(self, rows: Tensor) -> _Walk:
         """Return the way of some images."""
         names = ("latent", "radius", "multipliers", "allowed", "done", "ever", "hard")
-        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+        return replace(self, begun=self.begun[rows.cpu()], **{name: getattr(self, name)[rows] for name in names})
 
 
 class _Seen(NamedTuple):
@@ -185,8 +196,9 @@ class _Seen(NamedTuple):
 
     Attributes:
         images: x + r, rounded if the attack is on the lattice, (n, 3, H, W).
-        logits: (n, L).
-        violations: (n, K), 0 where a constraint is absent.
+        logits: (n, L), or of every view, computed or expected, (n, V, L).
+        computed: of which images every view is computed, (n,); None for all.
+        violations: the largest of all views, (n, K), 0 where a constraint is absent.
         present: which constraints there are, (n, K).
         weights: w_j of the loss, (n, K).
         gradient: g, (n, 3, H, W).
@@ -194,27 +206,58 @@ class _Seen(NamedTuple):
 
     images: Tensor
     logits: Tensor
+    computed: Tensor | None
     violations: Tensor
     present: Tensor
     weights: Tensor
     gradient: Tensor
 
 
-def _look(problem: Problem, walk: _Walk, decay: Tensor, *, lattice: bool, sharpness: float) -> _Seen:
-    """Step 2: g = gradient of sum_j w_j softplus(violation_j), w_j = mu_j, at round(x + r)."""
+def _look(
+    problem: Problem,
+    walk: _Walk,
+    best: Best,
+    panel: Panel | None,
+    step: int,
+    decay: Tensor,
+    *,
+    lattice: bool,
+    sharpness: float,
+) -> _Seen:
+    """Step 2: g = gradient of sum_j w_j softplus(violation_j), w_j = mu_j, at round(x + r); step 9 in several views."""
     perturbed = problem.images + walk.latent
     if lattice and not walk.fresh:
         perturbed = to_lattice(perturbed)
     images = perturbed.requires_grad_()
-    logits = problem.logits(images)
+    late = 1 - decay >= LATE
+    view = None if panel is None else panel.choose(problem, step, late)
+    logits = problem.logits(images) if view is None else problem.look(images, view)
     violations = problem.goal.violations(logits)
     present = violations.isfinite()
     violations = violations.masked_fill(~present, 0.0)
+    known, computed = logits.detach(), None
+    if panel is not None and view is not None:
+        standing = walk.radius == 0  # at the clean photos, with which the panel began
+        known, computed = verify(problem, best, panel, images.detach(), known, view, late & ~standing)
+        computed = computed | standing
+        largest = each_view(problem.goal.violations, known).amax(1).masked_fill(~present, 0.0)
+        violations = violations + (largest - violations.detach())  # with the gradient of the view computed
     counted = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))
     weights = torch.where(walk.hard.unsqueeze(1), counted & present, walk.multipliers * present)
     losses = (weights * functional.softplus(violations, beta=sharpness)).sum(1)
     gradient = problem.gradient(losses, images)
-    return _Seen(images.detach(), logits.detach(), violations.detach(), present, weights, gradient)
+    return _Seen(images.detach(), known, computed, violations.detach(), present, weights, gradient)
+
+
+def _progress(problem: Problem, walk: _Walk, share: float) -> Tensor:
+    """Return how far each image is on its way: its share of the iterations or of its passes, whichever is larger, (n,).
+
+    Views that are verified cost passes, so that fewer iterations may be left than step 1 counted.
+    """
+    shares = torch.full((len(problem),), share)
+    if problem.limit is not None:
+        shares = shares.maximum((problem.spent - walk.begun) / (problem.limit - walk.begun).clamp(min=1))
+    return shares.to(problem.images)
 
 
 def _linearised_loss(walk: _Walk, seen: _Seen, pace: Pace) -> Tensor:

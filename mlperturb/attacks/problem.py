@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor
 
 from mlperturb.attacks.goals import Goal
 from mlperturb.errors import UsageError
-from mlperturb.model.protocol import Model, narrow
+from mlperturb.model.protocol import Model, Viewed, narrow
 from mlperturb.targets import Targets
 
 
@@ -42,16 +43,30 @@ class Meter:
 
 
 @torch.no_grad()
-def observe(model: Model, images: Tensor) -> tuple[Tensor, Meter]:
-    """Look at the clean photos before there is a goal: return their logits, (N, L), and the meter that counted it."""
-    meter = Meter.of(len(images))
-    meter.forward.add_(passes_of(model))
-    return model(images), meter
+def observe(model: Model | Viewed, images: Tensor) -> tuple[Tensor, Meter]:
+    """Look at the clean photos before there is a goal.
+
+    Returns:
+        Their logits in each of V views, (N, V, L), and the meter that counted the passes.
+    """
+    meter, count = Meter.of(len(images)), views_of(model)
+    meter.forward.add_(count)
+    return torch.stack([call(model, images, view) for view in range(count)], dim=1), meter
 
 
-def passes_of(model: Model) -> int:
-    """Return how many passes of the network a call of the model costs for each image."""
-    return int(getattr(model, "passes", 1))
+def views_of(model: Model | Viewed) -> int:
+    """Return how many views a model has; 1 for a model that knows no views."""
+    return int(getattr(model, "views", 1))
+
+
+def call(model: Model | Viewed, images: Tensor, view: int) -> Tensor:
+    """Return the logits of one view, (n, L)."""
+    return model(images) if views_of(model) == 1 else cast(Viewed, model)(images, view)
+
+
+def each_view(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """Return a function of logits, (n, L), for every view of (n, V, L), stacked at place 1."""
+    return torch.stack([function(logits[:, view]) for view in range(logits.shape[1])], dim=1)
 
 
 @dataclass(frozen=True)
@@ -68,12 +83,13 @@ class Problem:
         region: the pixels that may change, 1 or 0, (n, 1, H, W); None for all. Gradients vanish outside it.
         meter: the passes spent, shared by all parts of the batch; by default a new one.
         rows: the places of the images in the whole batch that the meter counts, (n,), on the CPU; by default all.
+        clean: the logits of the clean photos in each of V views, (n, V, L), where they are known, see `observe`.
 
     Raises:
         UsageError: if the images are not (n, 3, H, W) with one row of targets each.
     """
 
-    model: Model
+    model: Model | Viewed
     images: Tensor
     goal: Goal
     limit: int | None = None
@@ -82,6 +98,7 @@ class Problem:
     region: Tensor | None = None
     meter: Meter = field(default_factory=lambda: Meter.of(0))
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    clean: Tensor | None = None
 
     def __post_init__(self) -> None:
         count, wanted = len(self.images), len(self.targets.truth)
@@ -101,9 +118,14 @@ class Problem:
         return self.goal.targets
 
     @property
-    def cost(self) -> int:
-        """Passes of the network for one call of the model."""
-        return passes_of(self.model)
+    def views(self) -> int:
+        """In how many views the goal must hold; an attack that knows no views sees the first."""
+        return views_of(self.model)
+
+    @property
+    def spent(self) -> Tensor:
+        """The passes spent on each image, (n,), on the CPU."""
+        return self.meter.spent[self.rows]
 
     def aim(self, goal: Goal) -> Self:
         """Return the same problem with another goal."""
@@ -119,16 +141,29 @@ class Problem:
             cap=None if self.cap is None else self.cap[rows],
             region=None if self.region is None else self.region[rows],
             rows=self.rows[rows.cpu()],
+            clean=None if self.clean is None else self.clean[rows],
         )
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Return z, (n, L): one forward pass for each image."""
-        self.meter.forward[self.rows] += self.cost
-        return self.model(images)
+    def logits(self, images: Tensor, view: int = 0) -> Tensor:
+        """Return z in one view, (n, L): one forward pass for each image."""
+        self.meter.forward[self.rows] += 1
+        return call(self.model, images, view)
+
+    def look(self, images: Tensor, views: Tensor) -> Tensor:
+        """Return z of each image in a view of its own, (n,); (n, L): one forward pass for each image."""
+        self.meter.forward[self.rows] += 1
+        return self.model(images) if self.views == 1 else cast(Viewed, self.model).look(images, views)
+
+    @torch.no_grad()
+    def look_at_clean(self) -> Tensor:
+        """Return the logits of the clean photos in every view, (n, V, L): a forward pass each if they are unknown."""
+        if self.clean is not None:
+            return self.clean
+        return torch.stack([self.logits(self.images, view) for view in range(self.views)], dim=1)
 
     def gradient(self, losses: Tensor, images: Tensor) -> Tensor:
         """Return the gradient of each image's own loss, (n,), at `images`: one backward pass for each."""
-        self.meter.backward[self.rows] += self.cost
+        self.meter.backward[self.rows] += 1
         return self.within_region(torch.autograd.grad(losses.sum(), images)[0])
 
     def jacobian(self, outputs: Tensor, images: Tensor, present: Tensor) -> Tensor:
@@ -137,7 +172,7 @@ class Problem:
         A backward pass is counted for each output present. On CUDA they run as one batched pass; on the CPU, where
         that measures slower, one after the other.
         """
-        self.meter.backward[self.rows] += self.cost * present.sum(1).cpu()
+        self.meter.backward[self.rows] += present.sum(1).cpu()
         slots = int(present.sum(1).max())
         order = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
         seeds = torch.zeros(slots, *outputs.shape, dtype=outputs.dtype, device=outputs.device)
@@ -176,24 +211,22 @@ class Problem:
         return self.images + spread(share) * difference
 
     def affordable(self, passes: int | Tensor) -> Tensor:
-        """Say which images may spend so many more calls of the model, (n,), on the images' device."""
+        """Say which images may spend so many more passes, (n,), on the images' device."""
         return self._affordable(passes).to(self.images.device)
 
     def runs_short(self, passes: int) -> bool:
-        """Say whether some image may not spend so many more calls; unlike `affordable`, never waits for the device."""
+        """Say whether some image may not spend so many more passes; unlike `affordable`, never waits for the device."""
         return not bool(self._affordable(passes).all())
 
     def _affordable(self, passes: int | Tensor) -> Tensor:
         limit = torch.iinfo(torch.long).max if self.limit is None else self.limit
-        return self.meter.spent[self.rows] + self.cost * passes <= limit
+        return self.spent + passes <= limit
 
     def iterations_left(self, iterations: int) -> Tensor:
-        """Return how many iterations of two calls each image may still have, (n,), at most so many."""
+        """Return how many iterations of two passes each image may still have, (n,), at most so many."""
         if self.limit is None:
             return torch.full((len(self),), float(iterations), device=self.images.device)
-        return (
-            ((self.limit - self.meter.spent[self.rows]) // (2 * self.cost)).clamp(1, max(iterations, 1)).to(self.images)
-        )
+        return ((self.limit - self.spent) // 2).clamp(1, max(iterations, 1)).to(self.images)
 
 
 def norms(images: Tensor) -> Tensor:

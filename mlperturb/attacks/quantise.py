@@ -12,13 +12,16 @@ A result that is on the lattice already, as that of ML-DDN itself, is taken as i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.ddn import GENTLE, descend
 from mlperturb.attacks.lattice import STEP, to_lattice
-from mlperturb.attacks.problem import Problem, spread
+from mlperturb.attacks.panel import Panel, verify
+from mlperturb.attacks.problem import Problem, norms, spread
 
 
 def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations: int = 40) -> Outcome:
@@ -35,22 +38,24 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     problem = problem.aim(outcome.goal)
     best = Best(problem)
     difference = problem.within_region(outcome.images - problem.images)
-    if not bool(problem.affordable(1).all()):
+    if problem.clean is None and not bool(problem.affordable(problem.views).all()):
         return best.outcome(outcome.goal, on_lattice=True)
-    best.update(problem, problem.images, problem.logits(problem.images).detach())
+    clean = problem.look_at_clean()
+    best.update(problem, problem.images, clean)
+    panel = Panel.of(replace(problem, clean=clean))
     largest = difference.flatten(1).abs().amax(1)
     moved = largest > 0
     least = (STEP / 2 / largest.clamp(min=1e-30) * 1.1).clamp(min=1.0)  # below it everything rounds to the clean photo
-    scale = _search_scale(problem, difference, moved, best, least, scales)
+    scale = _search_scale(problem, difference, moved, best, panel, least, scales)
     if bool(moved.any()) and iterations:
         latent, rows = difference * spread(torch.minimum(scale, 1.3 * least)), moved.nonzero().flatten()
-        descend(problem.select(rows), best, iterations, start=latent[rows], pace=GENTLE)
+        descend(problem.select(rows), best, iterations, start=latent[rows], pace=GENTLE, panel=panel)
     return best.outcome(outcome.goal, on_lattice=True)
 
 
 @torch.no_grad()
 def _search_scale(
-    problem: Problem, difference: Tensor, active: Tensor, best: Best, start: Tensor, tries: int
+    problem: Problem, difference: Tensor, active: Tensor, best: Best, panel: Panel | None, start: Tensor, tries: int
 ) -> Tensor:
     """Bracket and bisect, from `start`, the least scale that meets the goal; return the best one known, (N,)."""
     scale = start.clone()
@@ -62,7 +67,12 @@ def _search_scale(
         rows = active.nonzero().flatten()
         part = problem.select(rows)
         images = to_lattice(part.clip(part.images + spread(scale[rows]) * difference[rows]))
-        met = best.update(part, images, part.logits(images))
+        logits, computed = part.logits(images), None
+        if panel is not None:
+            first, always = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
+            logits, computed = verify(part, best, panel, images, logits, first, always)
+        met = best.update(part, images, logits, computed)
+        met = met if computed is None else met & (computed | (best.norm[rows] < norms(images - part.images)))
         high[rows] = torch.where(met, scale[rows], high[rows])
         low[rows] = torch.where(met, low[rows], scale[rows])
         scale = torch.where(high.isinf(), low * 1.25, torch.where(low > 0, (low + high) / 2, high * 0.8))

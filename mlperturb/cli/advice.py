@@ -53,7 +53,7 @@ class Told:
                 self.notes.add(f"{record.source}: {note}")
             if record.error:
                 self.errors.add(record.error.message)
-            elif record.status != "success":
+            elif record.status not in ("success", "unchanged"):
                 self.notes.add(f"{record.source}: {advice(record, self.settings)}")
             yield record
 
@@ -65,6 +65,10 @@ def advice(record: Record, settings: Settings) -> str:
     lost = [
         f"{name} ({', '.join(one['violated'][:3])})" for name, one in (record.survival or {}).items() if one["violated"]
     ]
+    elsewhere = [name for name, reader in (record.readers or {}).items() if reader["violated"]]
+    if 0 < len(elsewhere) < len(record.readers or {}):
+        hint = "more --passes" if settings.limits.passes else "--margin 0.3"
+        return f"the file holds in some readers, but not in {', '.join(elsewhere)}; try {hint}"
     if lost and not missing:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         hint = "more --passes" if settings.limits.passes else "--budget paper"

@@ -16,17 +16,19 @@ from mlperturb.cli.options import (
     Device,
     Json,
     Labels,
+    Margin,
     Overwrite,
     Passes,
     Paths,
     Quiet,
+    Readers,
     Recursive,
     Seed,
     Source,
     find_source,
     parse_batch_size,
 )
-from mlperturb.limits import Limits
+from mlperturb.limits import MARGIN, Limits
 
 if TYPE_CHECKING:
     from mlperturb.run.outputs import Outputs
@@ -63,6 +65,8 @@ def attack(
     max_linf: Annotated[
         int | None, typer.Option(metavar="LEVELS", help="Change no pixel by more than so many grey levels, 1 to 255.")
     ] = None,
+    reader: Readers = None,
+    margin: Margin = MARGIN,
     survive: Annotated[
         list[str] | None,
         typer.Option(metavar="jpeg:Q", help="Hold after JPEG compression too: jpeg:75, jpeg:60-95; repeatable."),
@@ -110,12 +114,14 @@ def attack(
     from mlperturb.run.settings import Words, read_settings
 
     settings = read_settings(
-        Words(flip or [], keep or [], add or [], remove or [], survive or [], region),
+        Words(flip or [], keep or [], add or [], remove or [], survive or [], reader or [], region),
         source.labels,
         method=method,
         budget=budget,
         limits=Limits(passes, max_rmsd, max_linf),
         batch_size=parse_batch_size(batch_size),
+        margin=margin,
+        readers=source.readers,
         options={"between": between, "solver": solver, "rounding": rounding, "space": space},
     )
     photos = find_photos(paths, recursive=recursive)

@@ -26,7 +26,7 @@ def demo(
     if not portrait.is_file():
         raise UsageError(f"this Matplotlib comes without its sample photo: expected {portrait}")
     source = find_source(None, None, None)
-    settings = read_settings(Words(flip=["person"], keep=["rest"]), source.labels)
+    settings = read_settings(Words(flip=["person"], keep=["rest"]), source.labels, readers=source.readers)
     predict.run(source, [portrait], device=device)
     raise typer.Exit(
         attack.run(source, [portrait], settings, Outputs(out, out / "report.json"), overwrite=True, device=device)

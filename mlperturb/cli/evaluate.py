@@ -20,10 +20,12 @@ from mlperturb.cli.options import (
     Json,
     Labels,
     LabelTable,
+    Margin,
     Overwrite,
     Passes,
     PhotoFolder,
     Quiet,
+    Readers,
     Seed,
     Source,
     Voc,
@@ -33,7 +35,7 @@ from mlperturb.cli.options import (
     parse_batch_size,
 )
 from mlperturb.errors import UsageError
-from mlperturb.limits import Limits
+from mlperturb.limits import MARGIN, Limits
 from mlperturb.system.text import printable
 
 if TYPE_CHECKING:
@@ -73,6 +75,8 @@ def evaluate(
     ] = None,
     budget: Annotated[str, typer.Option(help=f"How long to search: {', '.join(BUDGETS)}.")] = "balanced",
     passes: Passes = None,
+    reader: Readers = None,
+    margin: Margin = MARGIN,
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
@@ -103,6 +107,7 @@ def evaluate(
     from mlperturb.cli.longrun import LongRun
     from mlperturb.experiment.cases import Protocol, align, parse_cases, parse_variants
     from mlperturb.experiment.evaluate import make_settings
+    from mlperturb.model.readers import parse_readers
     from mlperturb.photos.datasets import read_csv, read_splits
     from mlperturb.run.outputs import make_folder
     from mlperturb.system.processes import join
@@ -113,6 +118,7 @@ def evaluate(
         () if clean else parse_cases(cases or (), reduce or (), augment or (), source.labels),
         parse_variants(methods or ["all"], budget),
         images, budget, Limits(passes, max_rmsd or None, max_linf), parse_batch_size(batch_size), seed, keep_images,
+        parse_readers(reader or source.readers), margin,
     )  # fmt: skip
     for variant in () if clean else protocol.variants:
         make_settings(protocol, variant)  # refuses what cannot be, before anything is read or written
@@ -256,6 +262,8 @@ class _Run:
             batch_size=protocol.batch_size,
             seed=protocol.seed,
             keep_images=protocol.keep_images,
+            readers=[reader.name for reader in protocol.readers],
+            margin=protocol.margin,
         )
 
     def _finish(self, name: str, values: Any, grids: list[Grid], shown: list[Grid] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlperturb.errors import CheckpointError, UsageError
+from mlperturb.model.readers import DEFAULT_READERS
 from mlperturb.system.files import parse_local, parse_path
 
 if TYPE_CHECKING:
@@ -30,6 +31,18 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
 Passes = Annotated[
     int | None, typer.Option(max=10**9, help="At most so many forward plus backward passes for a photo, in all.")
+]
+Readers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reader",
+        metavar="NAME",
+        help="Programs in which the result must hold: float, pillow, torchvision, opencv, with or without :FILTER; "
+        "repeatable. Without it, those of the checkpoint.",
+    ),
+]
+Margin = Annotated[
+    float, typer.Option(help="By how much each logit must clear its threshold: safety in readers that are not named.")
 ]
 BatchSize = Annotated[str, typer.Option(help="Photos attacked together, or auto.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are there already.")]
@@ -64,6 +77,7 @@ class Source:
     architecture: str | None
     names: tuple[str, ...] | None
     labels: tuple[str, ...]
+    readers: tuple[str, ...] = DEFAULT_READERS
 
     def load(self, device: str) -> tuple[Classifier, dict[str, Any]]:
         """Load the classifier, and describe it as a report does."""
@@ -80,6 +94,13 @@ class Source:
             "labels": list(metadata.labels),
             "thresholds": list(metadata.thresholds),
         }
+
+
+def _readers_of(preprocess: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of a checkpoint's readers; what is wrong with them is said when it is loaded."""
+    names = preprocess.get("readers")
+    known = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    return tuple(names) if known and names else DEFAULT_READERS
 
 
 def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) -> Source:
@@ -99,7 +120,8 @@ def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) 
     if labels is None:
         if path.suffix != ".safetensors":
             raise UsageError(f"{path} is no .safetensors file of ours: for plain weights give --arch and --labels")
-        return Source(path, None, None, read_metadata(path).labels)
+        metadata = read_metadata(path)
+        return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess))
     try:
         names = tuple(line.strip() for line in labels.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
@@ -124,7 +146,8 @@ def named_source(described: dict[str, Any]) -> Source:
         if not path.is_file() or file_sha256(path) != described["sha256"]:
             raise UsageError(f"the report's checkpoint {described['checkpoint']} is gone: give --checkpoint")
     try:
-        return Source(path, None, None, read_metadata(path).labels)
+        metadata = read_metadata(path)
+        return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess))
     except CheckpointError:  # plain weights
         return Source(path, described["architecture"], names, names)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mlperturb.cli.console import out, print_error
-from mlperturb.cli.options import Arch, Checkpoint, Device, Json, Labels, Paths, Recursive, Source, find_source
+from mlperturb.cli.options import Arch, Checkpoint, Device, Json, Labels, Paths, Readers, Recursive, Source, find_source
 from mlperturb.errors import ImageError
+
+if TYPE_CHECKING:
+    from mlperturb.model.classifier import Classifier
+    from mlperturb.model.readers import Reader
 
 SCHEMA = "mlperturb.predictions/1"
 
@@ -21,6 +26,7 @@ def predict(
     arch: Arch = None,
     labels: Labels = None,
     recursive: Recursive = False,
+    reader: Readers = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -29,46 +35,55 @@ def predict(
 
     source = find_source(checkpoint, arch, labels)
     photos = find_photos(paths, recursive=recursive)
-    raise typer.Exit(run(source, photos, device=device, json=json))
+    raise typer.Exit(run(source, photos, readers=reader or [], device=device, json=json))
 
 
-def run(source: Source, photos: list[Path], *, device: str = "auto", json: bool = False) -> int:
-    """Predict and print; return the exit code."""
-    import torch
-
-    from mlperturb.model.preprocess import to_tensor
-    from mlperturb.photos.images import read_photo
-    from mlperturb.run.record import NOT_FINITE, Failure
+def run(
+    source: Source, photos: list[Path], *, readers: Sequence[str] = (), device: str = "auto", json: bool = False
+) -> int:
+    """Predict and print, in each of the readers named, or in the first of the checkpoint's; return the exit code."""
+    from mlperturb.model.readers import parse_readers
     from mlperturb.run.report import to_json
     from mlperturb.show.tables import clean, prediction_table
     from mlperturb.system.devices import prepare
-    from mlperturb.targets import present
 
+    chosen = parse_readers(readers or source.readers[:1])
     classifier, description = source.load(prepare(device, 0))
     images: list[dict[str, Any]] = []
     thresholds = dict(zip(classifier.labels, classifier.thresholds, strict=True))
     for photo in photos:
-        entry: dict[str, Any] = {"source": str(photo), "probabilities": None, "labels": None, "error": None}
-        images.append(entry)
-        try:
-            image = to_tensor(read_photo(photo).rgb, classifier.device)
-            with torch.inference_mode():
-                logits = classifier([image])[0]
-        except ImageError as error:
-            entry["error"] = asdict(Failure.of(error))
-            print_error(f"{photo}: {error}" if str(photo) not in str(error) else str(error))
-            continue
-        if not bool(logits.isfinite().all()):
-            entry["error"] = asdict(NOT_FINITE)
-            print_error(f"{photo}: {NOT_FINITE.message}")
-            continue
-        values = torch.sigmoid(logits.double().cpu()).tolist()
-        entry["probabilities"] = dict(zip(classifier.labels, values, strict=True))
-        there = present(logits, classifier.boundary).tolist()
-        entry["labels"] = [label for label, is_there in zip(classifier.labels, there, strict=True) if is_there]
-        if not json:
-            out.print(clean(str(photo)), soft_wrap=True)
-            out.print(prediction_table(entry["probabilities"], thresholds))
+        for entry in _predict(classifier, photo, chosen):
+            images.append(entry)
+            if not json and entry["probabilities"]:
+                name = str(photo) if len(chosen) == 1 else f"{photo}, {entry['reader']}"
+                out.print(clean(name), soft_wrap=True)
+                out.print(prediction_table(entry["probabilities"], thresholds))
     if json:
         print(to_json({"schema": SCHEMA, "classifier": description, "images": images}))
     return int(any(entry["error"] for entry in images))
+
+
+def _predict(classifier: Classifier, photo: Path, readers: Sequence[Reader]) -> Iterator[dict[str, Any]]:
+    """Yield what the classifier sees in a photo, in each reader; print what went wrong."""
+    from mlperturb.model.views import read_logits
+    from mlperturb.photos.images import read_photo
+    from mlperturb.run.record import NOT_FINITE, Failure
+    from mlperturb.targets import present
+
+    for reader in readers:
+        entry: dict[str, Any] = {"source": str(photo), "reader": reader.name, "probabilities": None, "labels": None}
+        entry["error"] = None
+        try:
+            logits = read_logits(classifier, read_photo(photo).rgb, reader)[0]
+        except ImageError as error:
+            print_error(f"{photo}: {error}" if str(photo) not in str(error) else str(error))
+            yield {**entry, "error": asdict(Failure.of(error))}
+            return
+        if not bool(logits.isfinite().all()):
+            print_error(f"{photo}: {NOT_FINITE.message}")
+            yield {**entry, "error": asdict(NOT_FINITE)}
+            return
+        values = logits.double().sigmoid().tolist()
+        there = present(logits, classifier.boundary.cpu()).tolist()
+        labels = [label for label, is_there in zip(classifier.labels, there, strict=True) if is_there]
+        yield {**entry, "probabilities": dict(zip(classifier.labels, values, strict=True)), "labels": labels}

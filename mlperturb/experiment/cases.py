@@ -13,7 +13,8 @@ import numpy.typing as npt
 from mlperturb.attacks.methods import METHODS, find_method
 from mlperturb.errors import UsageError
 from mlperturb.labels import Request, find_label, split_names
-from mlperturb.limits import Limits
+from mlperturb.limits import MARGIN, Limits
+from mlperturb.model.readers import DEFAULT_READERS, Reader, parse_readers
 from mlperturb.photos.datasets import Dataset
 
 Kind = Literal["random", "extreme", "reduce", "augment"]
@@ -78,6 +79,8 @@ class Protocol:
         batch_size: photos at a time; None to choose.
         seed: of the sample of photos and of the Random case's labels.
         keep_images: keep the PNGs, in folders by case and method.
+        readers: that a result is to hold in; the first decides whether the classifier gets a photo right.
+        margin: by how much a logit must clear its threshold during the search.
     """
 
     cases: tuple[Case, ...]
@@ -88,6 +91,8 @@ class Protocol:
     batch_size: int | None = None
     seed: int = 0
     keep_images: bool = False
+    readers: tuple[Reader, ...] = parse_readers(DEFAULT_READERS)
+    margin: float = MARGIN
 
 
 def parse_cases(

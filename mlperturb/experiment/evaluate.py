@@ -225,7 +225,7 @@ def make_settings(protocol: Protocol, variant: Variant) -> Settings:
     """
     return Settings(
         variant.method, protocol.budget, Request(flip=(0,)), protocol.limits, protocol.batch_size,
-        keep_failed=True, options=variant.options,
+        protocol.margin, readers=protocol.readers, keep_failed=True, options=variant.options,
     )  # fmt: skip
 
 

@@ -64,6 +64,11 @@ class Classifier(nn.Module):
         resizer = self.preprocess.bind(sizes, self.device, self.boundary.dtype)
         return BoundClassifier(self, resizer)
 
+    def network_logits(self, inputs: Tensor) -> Tensor:
+        """Return the logits, (N, L), of network input, (N, 3, h, w)."""
+        logits: Tensor = self.network(inputs.contiguous(memory_format=torch.channels_last))
+        return logits
+
     def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """Return logits z(x), (N, L).
 
@@ -89,9 +94,7 @@ class BoundClassifier:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map padded photos in [0, 1], (N, 3, H, W), to logits, (N, L)."""
-        prepared = self.resizer(images).contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.classifier.network(prepared)
-        return logits
+        return self.classifier.network_logits(self.resizer(images))
 
     def select(self, rows: Tensor) -> BoundClassifier:
         """Return the classifier of some photos of the batch."""

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mlperturb.errors import CheckpointError, ImageError
+from mlperturb.errors import CheckpointError, ImageError, UsageError
+from mlperturb.model.readers import DEFAULT_READERS, parse_readers
 
 Size = tuple[int, int]
 
@@ -38,6 +39,7 @@ class Preprocess:
         mean: subtracted per channel, in [0, 1] units, after resizing.
         std: divided by per channel.
         interpolation: `bilinear` or `bicubic`, both antialiased.
+        readers: names of the readers that programs use the checkpoint with, see `mlperturb.model.readers`.
     """
 
     resize: int | Size = (224, 224)
@@ -45,6 +47,7 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: str = "bilinear"
+    readers: tuple[str, ...] = DEFAULT_READERS
 
     def __post_init__(self) -> None:
         resize = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
@@ -52,6 +55,10 @@ class Preprocess:
             raise CheckpointError(f"expected interpolation bilinear or bicubic, got {self.interpolation!r}")
         if min(resize) < 1 or (self.crop and (min(self.crop) < 1 or any(map(int.__gt__, self.crop, resize)))):
             raise CheckpointError(f"expected a crop within the resized photo, got {self.crop} of {self.resize}")
+        try:
+            parse_readers(self.readers)
+        except UsageError as error:
+            raise CheckpointError(f"expected names of readers, got {self.readers!r:.200}: {error}") from error
         if max(resize) > MAX_SIDE:
             raise CheckpointError(f"expected to resize to at most {MAX_SIDE} pixels a side, got {self.resize}")
         numbers = all(map(math.isfinite, (*self.mean, *self.std)))
@@ -132,7 +139,7 @@ class Preprocess:
             CheckpointError: if a field is missing, unknown or out of range.
         """
         names = set(cls.__dataclass_fields__)
-        if not isinstance(values, dict) or set(values) != names:
+        if not isinstance(values, dict) or set(values) | {"readers"} != names:  # checkpoints of 0.1.0 name no readers
             raise CheckpointError(f"expected preprocessing with the fields {sorted(names)}, got {values!r:.200}")
         try:
             resize, crop = values["resize"], values["crop"]
@@ -142,6 +149,7 @@ class Preprocess:
                 mean=_three(values["mean"]),
                 std=_three(values["std"]),
                 interpolation=str(values["interpolation"]),
+                readers=_names(values.get("readers", DEFAULT_READERS)),
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"expected preprocessing fields of the right types, got {values!r:.200}") from error
@@ -206,6 +214,12 @@ def _resize_matrix(source: int, target: int, crop: int, interpolation: str) -> T
 def stack_matrices(matrices: Sequence[Tensor], width: int) -> Tensor:
     """Stack matrices (h, w_i), padded with zero columns to one width, to (N, h, width)."""
     return torch.stack([functional.pad(matrix, (0, width - matrix.shape[1])) for matrix in matrices])
+
+
+def _names(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list | tuple) or not values or not all(isinstance(name, str) for name in values):
+        raise TypeError("expected a list of names")
+    return tuple(values)
 
 
 def _two(values: Sequence[int]) -> Size:

@@ -11,8 +11,7 @@ class Model(Protocol):
     """Images in [0, 1], (N, 3, H, W), to logits, (N, L).
 
     A model whose answer depends on the place of an image in the batch (as that of a batch of mixed photo sizes does)
-    has a method `select(rows)` that returns the model of some images. A call costs a pass for each image, or as many
-    passes as the model's attribute `passes` says.
+    has a method `select(rows)` that returns the model of some images. A call costs a pass for each image.
     """
 
     def __call__(self, images: Tensor, /) -> Tensor:
@@ -20,8 +19,28 @@ class Model(Protocol):
         ...
 
 
-def narrow(model: Model, rows: Tensor) -> Model:
+class Viewed(Model, Protocol):
+    """A model of several views of each image; what holds must hold in all of them, see `mlperturb.model.views`.
+
+    A call costs a pass for each image and view.
+    """
+
+    @property
+    def views(self) -> int:
+        """How many views there are."""
+        ...
+
+    def __call__(self, images: Tensor, /, view: int = 0) -> Tensor:
+        """Return the logits of one view, (N, L)."""
+        ...
+
+    def look(self, images: Tensor, views: Tensor) -> Tensor:
+        """Return the logits of each image in a view of its own, (N,); (N, L)."""
+        ...
+
+
+def narrow(model: Model | Viewed, rows: Tensor) -> Model | Viewed:
     """Return the model of some images of the batch: the model itself, unless it has a method `select`."""
     narrower = getattr(model, "select", None)
-    narrowed: Model = narrower(rows) if narrower else model
+    narrowed: Model | Viewed = narrower(rows) if narrower else model
     return narrowed

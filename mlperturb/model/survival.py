@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -20,46 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlperturb.model.preprocess import Size
-from mlperturb.model.protocol import Model, narrow
 from mlperturb.photos.purify import Purification
-from mlperturb.targets import Targets
 
 _DITHER = 0.15  # of the average over nearby coefficients, in quantisation steps
-
-
-@dataclass(frozen=True)
-class SurvivingModel:
-    """A classifier of a batch that sees each photo as it is and after each compression.
-
-    Attributes:
-        model: of the batch, (N, 3, H, W) to (N, L).
-        sizes: (height, width) of the photos.
-        purifications: Q compressions.
-    """
-
-    model: Model
-    sizes: Sequence[Size]
-    purifications: Sequence[Purification]
-
-    @property
-    def passes(self) -> int:
-        """Passes of the network for one call."""
-        return 1 + len(self.purifications)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Map photos in [0, 1], (N, 3, H, W), to the logits of all views, (N, (1 + Q) L)."""
-        views = [images, *(compress(images, self.sizes, one) for one in self.purifications)]
-        return torch.cat([self.model(view) for view in views], dim=1)
-
-    def select(self, rows: Tensor) -> SurvivingModel:
-        """Return the model of some photos of the batch."""
-        return SurvivingModel(narrow(self.model, rows), [self.sizes[row] for row in rows.tolist()], self.purifications)
-
-
-def repeat_targets(targets: Targets, views: int) -> Targets:
-    """Ask of every view what is asked of the photo: (N, L) becomes (N, views L)."""
-    flip, keep, truth = (mask.repeat(1, views) for mask in (targets.flip, targets.keep, targets.truth))
-    return replace(targets, flip=flip, keep=keep, truth=truth, boundary=targets.boundary.repeat(views))
 
 
 def compress(images: Tensor, sizes: Sequence[Size], purification: Purification) -> Tensor:

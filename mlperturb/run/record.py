@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from mlperturb.metrics import Distortion
 
-Status = Literal["success", "partial", "failed", "unreadable"]
+Status = Literal["success", "unchanged", "partial", "failed", "unreadable"]
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,15 @@ NOT_FINITE = Failure("NumericalError", "the network's outputs are not finite")
 
 @dataclass(frozen=True)
 class Record:
-    """One image of a report, as the JSON has it; see `schemas/report-1.json`.
+    """One image of a report, as the JSON has it; see `schemas/report-2.json`.
 
     Attributes:
         source: the photo's path, as given.
         sha256: of the photo's file.
         width: in pixels, upright.
         height: in pixels, upright.
-        status: `success` if every constraint holds on the PNG as read back, and after the compressions to survive,
+        status: `success` if every constraint holds on the PNG as read back, in every reader and after the compressions
+            to survive, `unchanged` if the photo was as asked already and no pixel was touched,
             `partial` if some label of A flipped, `failed` if none did (no file is written), `unreadable` if the photo
             could not be decoded.
         truth: y, the classifier's decisions on the photo.
@@ -52,6 +53,8 @@ class Record:
         distortion: of the PNG, on the 0-255 scale.
         distortion_float: of the attack's float result.
         success_float: whether every constraint holds on the float result.
+        readers: by reader, the constraints `held`, `total` and `violated`, and the probabilities `before` and `after`;
+            None where no file was judged.
         survival: by compression that the attack was to survive, the constraints `held`, `total` and `violated`; None
             if there was none.
         ranking: for a ranking attack, whether its constraints hold on the PNG, and Kendall's tau_b.
@@ -74,6 +77,7 @@ class Record:
     distortion: Distortion | None = None
     distortion_float: Distortion | None = None
     success_float: bool | None = None
+    readers: dict[str, dict[str, Any]] | None = None
     survival: dict[str, dict[str, Any]] | None = None
     ranking: dict[str, Any] | None = None
     cost: dict[str, float] = field(default_factory=lambda: {"forward": 0, "backward": 0, "seconds": 0.0})
@@ -103,11 +107,15 @@ class Record:
 
 @dataclass
 class Summary:
-    """Counts of statuses and costs, and the RMSD of the successes: what is kept of records that have gone by."""
+    """Counts of statuses and costs, and the RMSD of the successes: what is kept of records that have gone by.
+
+    Photos that were as asked already count in neither the success rate nor the RMSD.
+    """
 
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(get_args(Status), 0))
     errors: int = 0
     sizes: list[float] = field(default_factory=list)
+    readers: dict[str, int] = field(default_factory=dict)  # photos whose constraints all hold, by reader
     forward: int = 0
     backward: int = 0
 
@@ -117,14 +125,21 @@ class Summary:
         self.errors += record.error is not None
         self.forward += int(record.cost["forward"])
         self.backward += int(record.cost["backward"])
+        for name, reader in (record.readers or {}).items():
+            holds = record.status != "unchanged" and not reader["violated"]
+            self.readers[name] = self.readers.get(name, 0) + holds
         if record.status == "success" and record.distortion is not None:
             self.sizes.append(record.distortion.rmsd)
 
     @property
+    def attacked(self) -> int:
+        """How many photos were attacked: they could be read, and were not as asked already."""
+        return sum(self.counts.values()) - self.counts["unreadable"] - self.counts["unchanged"]
+
+    @property
     def success_rate(self) -> float | None:
-        """The share of the photos that could be read; None if there was none."""
-        attacked = sum(self.counts.values()) - self.counts["unreadable"]
-        return self.counts["success"] / attacked if attacked else None
+        """The share of successes among the attacked photos; None if there were none."""
+        return self.counts["success"] / self.attacked if self.attacked else None
 
     @property
     def mean_rmsd(self) -> float | None:
@@ -146,4 +161,5 @@ class Summary:
             "forward": self.forward,
             "backward": self.backward,
             "seconds": round(seconds, 3),
+            "readers": {name: count / self.attacked if self.attacked else None for name, count in self.readers.items()},
         }

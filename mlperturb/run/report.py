@@ -17,7 +17,8 @@ from mlperturb.run.record import Record, Summary
 from mlperturb.system.files import is_file_of, is_remote, parse_path
 from mlperturb.system.text import printable
 
-SCHEMA = "mlperturb.report/1"
+SCHEMA = "mlperturb.report/2"
+EARLIER = ("mlperturb.report/1",)  # schemas that are read too
 
 
 def report_lines(
@@ -37,12 +38,12 @@ def report_lines(
 
 def read_schema() -> dict[str, Any]:
     """Return the JSON Schema of `report.json`."""
-    schema: dict[str, Any] = json.loads((files("mlperturb") / "schemas" / "report-1.json").read_text())
+    schema: dict[str, Any] = json.loads((files("mlperturb") / "schemas" / f"report-{SCHEMA[-1]}.json").read_text())
     return schema
 
 
-def read_json(path: Path, schema: str) -> dict[str, Any]:
-    """Read one of our JSON files.
+def read_json(path: Path, schema: str, *earlier: str) -> dict[str, Any]:
+    """Read one of our JSON files, of a schema or of an earlier schema.
 
     Raises:
         UsageError: if it is none, or of another schema.
@@ -55,7 +56,7 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
         raise UsageError(f"no such report: {path}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read the report {path}: {str(error):.100}") from error
-    if not isinstance(found, dict) or found.get("schema") != schema:
+    if not isinstance(found, dict) or found.get("schema") not in (schema, *earlier):
         raise UsageError(f"expected a file of schema {schema}, got {path}")
     return found
 
@@ -71,7 +72,7 @@ def read_report(path: Path) -> tuple[dict[str, Any], Path]:
         UsageError: if it is none.
     """
     path = path / "report.json" if path.is_dir() else path
-    report = read_json(path, SCHEMA)
+    report = read_json(path, SCHEMA, *EARLIER)
     with reading(path):
         out = report["settings"].get("out", ".")
         return report, path.parent if out == "." else path.parent / out

@@ -12,14 +12,14 @@ from torch import Tensor
 from mlperturb.attacks.best import Outcome
 from mlperturb.attacks.goals import ClassificationGoal, Goal
 from mlperturb.attacks.methods import find_method
-from mlperturb.attacks.problem import Problem, observe
+from mlperturb.attacks.problem import Problem, each_view, observe
 from mlperturb.attacks.quantise import quantise
 from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
 from mlperturb.labels import Request
 from mlperturb.metrics import Distortion, distortion
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Size, pad_batch, to_tensor
-from mlperturb.model.survival import SurvivingModel, repeat_targets
+from mlperturb.model.views import ViewedModel, make_views
 from mlperturb.photos.images import Photo, Pixels
 from mlperturb.photos.regions import Region
 from mlperturb.run.settings import Settings
@@ -40,9 +40,9 @@ class Found:
     Attributes:
         pixels: the adversarial photo, (H, W, 3).
         goal: what was asked of the photo, without a margin, one row.
-        before: logits of the photo, (L,).
-        logits: of the float result, (L,).
-        met: whether all constraints hold on the float result, compressed too.
+        before: logits of the photo in each reader, (R, L).
+        logits: of the float result in the first reader, (L,); None where the result is on the lattice.
+        met: whether all constraints hold on the float result, in the first reader; None where it is on the lattice.
         distortion: of the float result.
         forward: passes.
         backward: passes.
@@ -52,8 +52,8 @@ class Found:
     pixels: Pixels
     goal: Goal
     before: Tensor
-    logits: Tensor
-    met: bool
+    logits: Tensor | None
+    met: bool | None
     distortion: Distortion
     forward: int
     backward: int
@@ -78,27 +78,29 @@ def search(
     """
     started = time.perf_counter()
     images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
-    model = classifier.bind(sizes)
+    model = ViewedModel.bind(classifier, make_views(settings.readers, settings.survive[0]), sizes)
     before, meter = observe(model, images)
-    rows = before.isfinite().all(1).nonzero().flatten()
+    rows = before.isfinite().all(2).all(1).nonzero().flatten()
     found: list[Found | None] = [None] * len(photos)
     if not len(rows):
         return found
     usable = rows.tolist()
     asked, sizes = [requests[row] for row in usable], [sizes[row] for row in usable]
-    truth = decide(before[rows], classifier.boundary)
+    truth = decide(before[rows, 0], classifier.boundary)
     limits = settings.limits
     problem = Problem(
         model.select(rows),
         images[rows],
         ClassificationGoal(make_targets(asked, truth, classifier.boundary, margin=settings.margin)),
+        limit=None if limits.passes is None else limits.passes - settings.looks,
         cap=None if limits.rmsd is None else _norm_cap(limits.rmsd, sizes, images.device),
         bound=None if limits.linf is None else limits.linf / 255,
         region=None if settings.region is None else _region_of(settings.region, sizes, images[rows]),
         meter=meter,
         rows=rows.cpu(),
+        clean=before[rows],
     )
-    results = _search(problem, sizes, asked, before[rows], settings)
+    results = _search(problem, sizes, asked, settings)
     share = (time.perf_counter() - started) / len(rows)
     for row, result in zip(usable, results, strict=True):
         found[row] = replace(result, seconds=share)
@@ -195,56 +197,62 @@ def _region_of(region: Region, sizes: Sequence[Size], images: Tensor) -> Tensor:
     return allowed
 
 
-def _search(
-    problem: Problem, sizes: Sequence[Size], requests: Sequence[Request], before: Tensor, settings: Settings
-) -> list[Found]:
-    """Attack a batch, then find the 8-bit photos; no image spends more than `settings.limits.passes`."""
+def _search(problem: Problem, sizes: Sequence[Size], requests: Sequence[Request], settings: Settings) -> list[Found]:
+    """Attack the photos that are not as asked already; no image spends more than the limit of passes."""
+    if any(request.any_label for request in requests):
+        problem = problem.aim(_resolve_any(problem, requests))
+    clean = problem.look_at_clean()
+    bare = problem.goal.aimed_at(replace(problem.targets, margin=0.0))
+    touched = ~(each_view(bare.met, clean).all(1) & ~problem.targets.flip.any(1))
+    rows = touched.nonzero().flatten()
+    images, outcome, logits = problem.images.clone(), None, None
+    if len(rows):
+        outcome, images[rows], logits = _attack(problem.select(rows), settings)
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    goal = bare if outcome is None else outcome.goal
+    place = {int(row): number for number, row in enumerate(rows)}
+    found = []
+    for row, (height, width) in enumerate(sizes):
+        number = place.get(row)
+        exact = problem.images[row] if outcome is None or number is None else outcome.images[number]
+        targets = bare.targets.select(torch.tensor([row], device=rows.device)).cpu()
+        known = None if logits is None or number is None else logits[number].cpu()
+        one = Found(
+            pixels[row, :height, :width],
+            goal.aimed_at(targets),
+            clean[row, : len(settings.readers)].cpu(),
+            known,
+            None if known is None else bool(targets.holds(known[None]).all()),
+            distortion((exact * 255 - problem.images[row] * 255)[:, :height, :width]),
+            int(problem.meter.forward[problem.rows[row]]),
+            int(problem.meter.backward[problem.rows[row]]),
+            0.0,
+        )
+        found.append(one)
+    return found
+
+
+def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Tensor, Tensor | None]:
+    """Attack a batch, then bring it to 8 bits.
+
+    Returns:
+        The attack's own outcome; the 8-bit images, (n, 3, H, W); the logits of the outcome, (n, L), in the first
+        view, None where it is on the lattice.
+    """
     method = find_method(settings.method)
     tuning = method.tuning(settings.budget, **settings.options)
     scales, iterations = LATTICE[settings.budget]
-    seen, checked = settings.survive
-    passes = settings.limits.passes
-    if passes is not None:
-        left = passes - 1 - len(checked)  # decisions on the PNG as read back, and compressed
-        reserved = 0 if method.writes_lattice(tuning) else min(scales + 2 * iterations + 1, passes // 3)
-        problem = replace(problem, limit=left - (1 + len(seen)) - reserved)  # the float result's decision
-    if any(request.any_label for request in requests):
-        problem = problem.aim(_resolve_any(problem, requests))
-    asked = problem
-    if seen:
-        model = SurvivingModel(problem.model, sizes, seen)
-        problem = replace(problem, model=model, goal=ClassificationGoal(repeat_targets(asked.targets, model.passes)))
-    outcome = method.load()(problem, **tuning)
+    if method.writes_lattice(tuning):
+        outcome = method.load()(problem, **tuning)
+        return outcome, outcome.images, None
+    short = problem
+    if problem.limit is not None:  # some passes are kept for the 8-bit search, and one for the float result
+        reserved = min(problem.views * (scales + 2 * iterations + 1), problem.limit // 3)
+        short = replace(problem, limit=problem.limit - 1 - reserved)
+    outcome = method.load()(short, **tuning)
     with torch.no_grad():
         logits = problem.logits(outcome.images)
-    if passes is not None:
-        problem = replace(problem, limit=left)
-    lattice = quantise(problem, outcome, scales=scales, iterations=iterations)
-    met = replace(problem.targets, margin=0.0).holds(logits).all(1)
-    pixels = (lattice.images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    targets = replace(asked.targets.cpu(), margin=0.0)
-    logits, before = logits[:, : targets.truth.shape[1]].cpu(), before.cpu()
-    return [
-        Found(
-            pixels[row, :height, :width],
-            outcome.goal.aimed_at(targets.select(torch.tensor([row]))),
-            before[row],
-            logits[row],
-            bool(met[row]),
-            _distortion(outcome, asked, row, (height, width)),
-            int(asked.meter.forward[asked.rows[row]]),
-            int(asked.meter.backward[asked.rows[row]]),
-            0.0,
-        )
-        for row, (height, width) in enumerate(sizes)
-    ]
-
-
-def _distortion(outcome: Outcome, problem: Problem, row: int, size: Size) -> Distortion:
-    """Measure the float result of one photo of a padded batch."""
-    height, width = size
-    exact, clean = (images[row, :, :height, :width] * 255 for images in (outcome.images, problem.images))
-    return distortion(exact - clean)
+    return outcome, quantise(problem, outcome, scales=scales, iterations=iterations).images, logits
 
 
 def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Goal:

@@ -9,7 +9,8 @@ from typing import Any
 from mlperturb.attacks.methods import DEFAULT_METHOD, find_method
 from mlperturb.errors import UsageError
 from mlperturb.labels import Request, parse_request
-from mlperturb.limits import Limits
+from mlperturb.limits import MARGIN, Limits
+from mlperturb.model.readers import DEFAULT_READERS, Reader, parse_readers
 from mlperturb.photos.purify import Purification, parse_survival
 from mlperturb.photos.regions import Region, parse_region
 
@@ -24,6 +25,7 @@ class Words:
         add: labels to be present.
         remove: labels to be absent.
         survive: compressions that the result is to survive, see `parse_survival`.
+        reader: readers that the result is to hold in, see `parse_readers`; empty for those of the checkpoint.
         region: the part of each photo that may change, see `parse_region`.
     """
 
@@ -32,6 +34,7 @@ class Words:
     add: list[str] = field(default_factory=list)
     remove: list[str] = field(default_factory=list)
     survive: list[str] = field(default_factory=list)
+    reader: list[str] = field(default_factory=list)
     region: str | None = None
 
 
@@ -47,6 +50,7 @@ class Settings:
         batch_size: photos at a time; None to choose by device and photo size.
         margin: by how much a logit must clear its threshold during the search, see `Targets`.
         survive: compressions that the result is to survive: those the attack sees, and those it is checked at.
+        readers: how the programs read in which the result is to hold; the first reader decides what a photo has now.
         region: the part of each photo that may change; None for all of it.
         keep_failed: write the files of a photo even where no label of A flipped.
         options: of the method, see `attacks.CHOICES`.
@@ -61,8 +65,9 @@ class Settings:
     request: Request
     limits: Limits = Limits()
     batch_size: int | None = None
-    margin: float = 0.01
+    margin: float = MARGIN
     survive: tuple[tuple[Purification, ...], tuple[Purification, ...]] = ((), ())
+    readers: tuple[Reader, ...] = parse_readers(DEFAULT_READERS)
     region: Region | None = None
     keep_failed: bool = False
     options: dict[str, str | None] = field(default_factory=dict)
@@ -70,9 +75,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         find_method(self.method).tuning(self.budget, **self.options)
-        passes = self.limits.passes
-        if passes is not None and passes < 5 * (1 + len(self.survive[0])) + len(self.survive[1]):
-            raise UsageError(f"expected more `passes` than {passes}: each quality to survive takes some of its own")
+        passes, least = self.limits.passes, self.looks + len(self.readers) * (1 + len(self.survive[0])) + 4
+        if passes is not None and passes < least:
+            raise UsageError(
+                f"expected at least {least} `passes`, got {passes}: each reader and each compression takes its own"
+            )
+        if not 0 <= self.margin < float("inf"):
+            raise UsageError(f"expected a `margin` of at least 0, got {self.margin}")
+
+    @property
+    def looks(self) -> int:
+        """Forward passes that the decision on a file takes: every reader, of the file and of each compression."""
+        return len(self.readers) * (1 + len(self.survive[1]))
 
     def describe(self, *, seed: int, device: str) -> dict[str, Any]:
         """Return the `settings` of a report.
@@ -82,6 +96,7 @@ class Settings:
             device: that the run takes.
         """
         words = asdict(self.words)
+        del words["reader"]
         asked = {name: words.pop(name) for name in ("flip", "keep", "add", "remove")}
         return {
             "method": self.method,
@@ -93,6 +108,7 @@ class Settings:
             **words,
             "batch_size": self.batch_size or "auto",
             "margin": self.margin,
+            "readers": [reader.name for reader in self.readers],
             **{name: value for name, value in self.options.items() if value is not None},
         }
 
@@ -105,6 +121,8 @@ def read_settings(
     budget: str = "balanced",
     limits: Limits | None = None,
     batch_size: int | None = None,
+    margin: float = MARGIN,
+    readers: Sequence[str] = DEFAULT_READERS,
     options: dict[str, str | None] | None = None,
 ) -> Settings:
     """Read what a user asks for.
@@ -116,6 +134,8 @@ def read_settings(
         budget: a name of `attacks.BUDGETS`.
         limits: on passes and distortion; None for none.
         batch_size: photos at a time; None to choose.
+        margin: by how much a logit must clear its threshold during the search.
+        readers: names of the checkpoint's own readers, where the words name none.
         options: of the method, see `attacks.CHOICES`.
 
     Raises:
@@ -129,7 +149,9 @@ def read_settings(
         request,
         limits or Limits(),
         batch_size,
+        margin,
         survive=parse_survival(words.survive),
+        readers=parse_readers(words.reader or readers),
         region=None if words.region is None else parse_region(words.region),
         options=options or {},
         words=words,

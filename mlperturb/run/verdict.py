@@ -14,9 +14,8 @@ from torch import Tensor
 from mlperturb.errors import ImageError, OutputError, StorageError
 from mlperturb.metrics import distortion
 from mlperturb.model.classifier import Classifier
-from mlperturb.model.preprocess import to_tensor
+from mlperturb.model.views import read_logits
 from mlperturb.photos.images import Photo, Pixels, magnify, read_pixels, write_png
-from mlperturb.photos.purify import Purification
 from mlperturb.run.jobs import Job
 from mlperturb.run.record import Failure, Record, Status
 from mlperturb.run.search import Found
@@ -62,8 +61,8 @@ def judge(
     labels, asked = classifier.labels, found.targets
     cost = {"forward": found.forward, "backward": found.backward, "seconds": round(found.seconds, 4)}
     probabilities: dict[str, dict[str, float] | None] = {
-        "before": _probabilities(labels, found.before),
-        "float": _probabilities(labels, found.logits) if found.logits.isfinite().all() else None,
+        "before": _probabilities(labels, found.before[0]),
+        "float": _finite(labels, found.logits),
         "after": None,
     }
     facts: dict[str, Any] = facts_of(job, photo) | {
@@ -76,20 +75,30 @@ def judge(
     }
     if isinstance(saved, Exception):
         return Record(**facts, status="failed", cost=cost, error=Failure.of(saved))
-    known = found.before.unsqueeze(0) if saved is photo.rgb else None
-    seen = look(classifier, saved, asked, settings.survive[1], known)
+    seen = look(classifier, saved, photo.rgb, found, settings)
     cost["forward"] += seen.passes
+    if found.logits is None:  # the attack's own result is the file
+        facts["success_float"] = bool(next(iter(seen.readers.values())).all())
+        probabilities["float"] = _finite(labels, seen.logits[0])
     facts |= {
         "status": seen.status,
         "constraints": _held(labels, seen.held, asked),
+        "readers": {
+            name: {
+                **_held(labels, held, asked),
+                "before": _probabilities(labels, found.before[number]),
+                "after": _probabilities(labels, seen.logits[number]),
+            }
+            for number, (name, held) in enumerate(seen.readers.items())
+        },
         "survival": {name: _held(labels, held, asked) for name, held in seen.survival.items()} or None,
-        "ranking": found.goal.describe(seen.logits),
+        "ranking": found.goal.describe(seen.logits[:1]),
         "cost": cost,
     }
     if seen.status == "failed" and not settings.keep_failed:
         for name in (job.adversarial, job.map):
             remove_file(out / name)
-        return Record(**{**facts, "survival": None})
+        return Record(**{**facts, "survival": None, "readers": None})
     probabilities["after"] = _probabilities(labels, seen.logits[0])
     return Record(
         **facts,
@@ -114,50 +123,52 @@ class Seen:
     """What a classifier decides on the pixels of an adversarial photo.
 
     Attributes:
-        logits: (1, L), on the CPU.
-        held: which constraints hold, (1, L).
-        survival: which hold once the photo is compressed, by the compression's name.
-        status: whether all hold, compressed too; else whether a label of A flipped.
+        logits: as each reader reads the pixels, (R, L), on the CPU.
+        held: which constraints hold in every reader, (1, L).
+        readers: which constraints hold, (1, L), by the reader's name.
+        survival: which hold in every reader once the photo is compressed, (1, L), by the compression's name.
+        status: `success` if all hold, compressed too, or `unchanged` if the photo was as asked; else `partial` if a
+            label of A flipped in every reader, or `failed`.
         passes: forward passes spent.
     """
 
     logits: Tensor
     held: Tensor
+    readers: dict[str, Tensor]
     survival: dict[str, Tensor]
     status: Status
     passes: int
 
 
-def look(
-    classifier: Classifier,
-    rgb: Pixels,
-    targets: Targets,
-    checked: Sequence[Purification] = (),
-    known: Tensor | None = None,
-) -> Seen:
-    """Decide on the pixels of one adversarial photo, (H, W, 3).
+def look(classifier: Classifier, rgb: Pixels, photo: Pixels, found: Found, settings: Settings) -> Seen:
+    """Decide on the pixels of one adversarial photo, (H, W, 3), in every reader, by the reader's real code.
 
     Args:
         classifier: that was attacked.
-        rgb: the pixels.
-        targets: what was asked, one row, without a margin.
-        checked: compressions that the result is to survive.
-        known: the logits of these pixels, (1, L), where they are known.
+        rgb: the pixels; the same object as `photo` where no file was written.
+        photo: the clean photo's pixels, (H, W, 3).
+        found: what was asked, and the logits of the clean photo.
+        settings: the readers, and the compressions that the result is to survive.
     """
-    logits = _logits(classifier, rgb) if known is None else known
-    held = targets.holds(logits)
-    survival = {one.name: targets.holds(_logits(classifier, one.apply(rgb)[0])) for one in checked}
+    targets = found.targets
+
+    def read(pixels: Pixels) -> Tensor:
+        return torch.cat([read_logits(classifier, pixels, reader) for reader in settings.readers])
+
+    def everywhere(logits: Tensor) -> Tensor:
+        return torch.cat([targets.holds(row[None]) for row in logits]).all(0, keepdim=True)
+
+    checked = settings.survive[1]
+    logits = found.before if rgb is photo else read(rgb)
+    readers = {reader.name: targets.holds(row[None]) for reader, row in zip(settings.readers, logits, strict=True)}
+    held = everywhere(logits)
+    survival = {one.name: everywhere(read(one.apply(rgb)[0])) for one in checked}
     flipped = bool((held & targets.flip).any()) or not bool(targets.flip.any())
-    everywhere = all(bool(one.all()) for one in (held, *survival.values()))
-    status: Status = "success" if everywhere else "partial" if flipped else "failed"
-    return Seen(logits, held, survival, status, (known is None) + len(survival))
-
-
-@torch.no_grad()
-def _logits(classifier: Classifier, rgb: Pixels) -> Tensor:
-    """Return the logits of one photo, (H, W, 3), on the CPU, (1, L)."""
-    logits: Tensor = classifier([to_tensor(rgb, classifier.device)])
-    return logits.cpu()
+    holds = all(bool(one.all()) for one in (held, *survival.values()))
+    untouched = not bool(targets.flip.any()) and np.array_equal(rgb, photo)
+    status: Status = "unchanged" if holds and untouched else "success" if holds else "partial" if flipped else "failed"
+    passes = len(settings.readers) * ((rgb is not photo) + len(survival))
+    return Seen(logits, held, readers, survival, status, passes)
 
 
 def _held(labels: Sequence[str], held: Tensor, targets: Targets) -> dict[str, Any]:
@@ -170,6 +181,11 @@ def _held(labels: Sequence[str], held: Tensor, targets: Targets) -> dict[str, An
 
 def _chosen(labels: Sequence[str], mask: Tensor) -> list[str]:
     return [label for label, wanted in zip(labels, mask.tolist(), strict=True) if wanted]
+
+
+def _finite(labels: Sequence[str], logits: Tensor | None) -> dict[str, float] | None:
+    """Return the probabilities; None where they are unknown or not finite."""
+    return None if logits is None or not bool(logits.isfinite().all()) else _probabilities(labels, logits)
 
 
 def _probabilities(labels: Sequence[str], logits: Tensor) -> dict[str, float]:

@@ -38,6 +38,9 @@ def image_line(record: Record) -> Text:
         if record.distortion_float and record.success_float:
             line += f" (float {record.distortion_float.rmsd:.3f})"
         line += f", {int(record.cost['forward'])} forward + {int(record.cost['backward'])} backward passes"
+    lost = [name for name, reader in (record.readers or {}).items() if reader["violated"]]
+    if lost:
+        line += f"; does not hold in {', '.join(lost)}"
     if record.survival:
         held = [name for name, one in record.survival.items() if not one["violated"]]
         names = ", ".join(held) if len(held) <= 4 else f"{len(held)} compressions"
@@ -68,12 +71,15 @@ def image_table(record: Record) -> Table:
 def summary_table(summary: dict[str, Any]) -> Table:
     """Show the summary of a run."""
     table = _table("", "photos")
-    for status in ("success", "partial", "failed", "unreadable"):
+    for status in ("success", "unchanged", "partial", "failed", "unreadable"):
         table.add_row(status, str(summary[status]))
     table.add_row("all", str(summary["images"]))
     rmsd, photos = summary["rmsd"], max(summary["images"] - summary["unreadable"], 1)
     if rmsd["mean"] is not None:
         table.add_row("RMSD mean, median", f"{rmsd['mean']:.3f}, {rmsd['median']:.3f}")
+    if len(set(summary["readers"].values())) > 1:
+        for name, share in summary["readers"].items():
+            table.add_row(f"hold in {name}", "-" if share is None else f"{share:.0%}")
     table.add_row("passes a photo", f"{summary['forward'] / photos:.0f} + {summary['backward'] / photos:.0f}")
     table.add_row("seconds", f"{summary['seconds']:.1f}")
     return table

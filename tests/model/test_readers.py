@@ -11,8 +11,9 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as plain
 
 from mlperturb.errors import UsageError
+from mlperturb.model.engines import to_pixels
 from mlperturb.model.preprocess import Preprocess, pad_batch
-from mlperturb.model.readers import Reader, parse_reader, parse_readers, to_pixels
+from mlperturb.model.readers import Reader, parse_reader, parse_readers
 from mlperturb.model.taps import bind_products
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
