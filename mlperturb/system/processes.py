@@ -228,7 +228,7 @@ def is_shared() -> bool:
         return False
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
-        raise UsageError(f"expected {', '.join(missing)} with WORLD_SIZE {size}, as torchrun sets them")
+        raise UsageError(f"WORLD_SIZE is {size}: expected {', '.join(missing)} too, as torchrun sets them")
     rank = os.environ["RANK"]
     if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
         raise UsageError(f"expected RANK from 0 to WORLD_SIZE - 1, got {rank} of {size}")
