@@ -6,8 +6,8 @@ before 13, which never resize the height first), torchvision's transforms of uin
 `torchvision-cuda` on a GPU, and older versions on CPUs with AVX-512), OpenCV (`opencv`).
 
 The forward pass of a reader is the library's own code, bit for bit. Its backward pass is the library's linear map
-R_h X R_w^T, as if nothing were rounded (the straight-through gradient). On a device, where a trip to the host would
-cost more, `pillow`, `pillow-12` and `torchvision` run as integer products with the library's weights
+R_h X R_w^T, as if nothing were rounded (the straight-through gradient). On a device, where a copy to the host would
+take longer, `pillow`, `pillow-12` and `torchvision` run as integer products with the library's weights
 (`mlperturb.model.taps`), equal bit for bit.
 """
 
@@ -29,7 +29,7 @@ from mlperturb.model.preprocess import Preprocess, Resizer, Size, stack_matrices
 from mlperturb.model.taps import Products, bind_products
 
 _PILLOW = ("bilinear", "bicubic", "box", "hamming", "lanczos")
-FILTERS: dict[str, tuple[str, ...]] = {  # of each engine; the first two follow Preprocess.interpolation
+FILTERS: dict[str, tuple[str, ...]] = {  # the first two of an engine: Preprocess.interpolation bilinear, bicubic
     "float": ("bilinear", "bicubic"),
     "pillow": _PILLOW,
     "pillow-12": _PILLOW,
@@ -40,7 +40,7 @@ FILTERS: dict[str, tuple[str, ...]] = {  # of each engine; the first two follow 
 DEFAULT_READERS = ("float", "pillow", "torchvision")
 _PLAIN = "no-antialias"
 _OPTIONAL_ANTIALIAS = ("float", "torchvision", "torchvision-cuda")
-_STRIP = 512  # unit images at a time
+_STRIP = 512  # unit images in a strip
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Reader:
     Attributes:
         engine: a key of `FILTERS`.
         filter: one of the engine's filters; None for the checkpoint's own.
-        antialias: whether the filter widens when a photo is made smaller. Pillow's always does, OpenCV's never (its
-            `area` averages instead).
+        antialias: whether the filter widens when a photo is made smaller. Pillow's filters always widen, OpenCV's never
+            (its `area` averages instead).
     """
 
     engine: str
@@ -60,7 +60,7 @@ class Reader:
 
     @property
     def name(self) -> str:
-        """As it is written on the command line: `pillow:bicubic`."""
+        """The name on the command line, such as `pillow:bicubic`."""
         parts = [self.engine, self.filter, None if self.antialias else _PLAIN]
         return ":".join(part for part in parts if part)
 
@@ -80,15 +80,15 @@ class Reader:
         """Return the map for a batch of photos of these (height, width), padded to the largest of them.
 
         Args:
-            preprocess: of the checkpoint: the size to resize to, the crop, mean, std, and the filter where the reader
-                has none of its own.
+            preprocess: the checkpoint's: the size to resize to, the crop, mean, std, and the filter of a reader
+                without its own.
             sizes: (height, width) of each photo.
-            device: where the batch and the network are.
-            dtype: of the network's input.
+            device: the device of the batch and the network.
+            dtype: the dtype of the network's input.
 
         Raises:
             ImageError: if a photo is too long to be resized, see `Preprocess.check`.
-            UsageError: if the library is not installed.
+            UsageError: if OpenCV is needed and not installed.
         """
         kernel = self.filter_for(preprocess)
         if self.engine == "opencv":
@@ -116,7 +116,7 @@ class Reader:
     def _bind_plain(
         self, preprocess: Preprocess, sizes: Sequence[Size], device: torch.device | str, dtype: torch.dtype
     ) -> Resizer:
-        """Return the linear map of a filter that `Preprocess` does not have."""
+        """Return the linear map of a filter that is not among the filters of `Preprocess`."""
         kernel = self.filter_for(preprocess)
         pairs = []
         for size in sizes:
@@ -131,12 +131,12 @@ class Reader:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes that one photo passes through, each (height, width).
+    """The sizes of a photo, of its resized and of its cropped image, each (height, width).
 
     Attributes:
-        source: of the photo.
-        target: after resizing.
-        crop: of the centre that is kept.
+        source: the size of the photo.
+        target: the size after resizing.
+        crop: the size after the centre crop.
     """
 
     source: Size
@@ -145,27 +145,27 @@ class Plan:
 
     @property
     def axes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """The three lengths of the height, then those of the width."""
+        """The three heights, then the three widths."""
         (height, width), (tall, wide), (rows, columns) = self.source, self.target, self.crop
         return (height, tall, rows), (width, wide, columns)
 
     @property
     def corner(self) -> Size:
-        """The first row and the first column of the crop, torchvision's rule."""
+        """The first row and the first column of the crop, by torchvision's rule."""
         return round((self.target[0] - self.crop[0]) / 2), round((self.target[1] - self.crop[1]) / 2)
 
 
 @dataclass(frozen=True)
 class BoundReader:
-    """A reader of 8-bit pixels, bound to the sizes of one batch; to be called as a `Resizer` is.
+    """A reader of 8-bit pixels, bound to the sizes of a batch; it is called like a `Resizer`.
 
     Attributes:
         engine: a key of `FILTERS`, not `float`.
-        filter: one of the engine's.
+        filter: one of the engine's filters.
         antialias: see `Reader`.
-        resizer: the linear map, whose gradient the backward pass takes, and the mean and std.
-        plans: of each photo.
-        products: the integer weights, on a device; None where the library itself runs.
+        resizer: the linear map of the backward pass, and the mean and std.
+        plans: the sizes of each photo.
+        products: the integer weights, on a device; None to run the library itself.
     """
 
     engine: str
@@ -203,10 +203,10 @@ class BoundReader:
 
 
 def parse_reader(name: str) -> Reader:
-    """Read `pillow`, `pillow:bicubic`, `torchvision:no-antialias`, `opencv:area`.
+    """Read a name such as `pillow`, `pillow:bicubic`, `torchvision:no-antialias` or `opencv:area`.
 
     Raises:
-        UsageError: if the engine is unknown, or has no such filter or choice.
+        UsageError: if the engine is unknown, or does not have the filter or `no-antialias`.
     """
     engine, *parts = name.split(":")
     if engine not in FILTERS:
@@ -222,10 +222,10 @@ def parse_reader(name: str) -> Reader:
 
 
 def parse_readers(names: Iterable[str]) -> tuple[Reader, ...]:
-    """Read names, comma-separated or one by one; each reader counts once.
+    """Read names of readers, comma-separated or one each; repeated readers are dropped.
 
     Raises:
-        UsageError: if a reader is unknown, or there is none.
+        UsageError: if a reader is unknown, or `names` is empty.
     """
     readers = [parse_reader(part.strip()) for name in names for part in name.split(",") if part.strip()]
     if not readers:
@@ -242,7 +242,7 @@ def load_opencv() -> Any:
     """Return the module `cv2`.
 
     Raises:
-        UsageError: if it is not installed.
+        UsageError: if OpenCV is not installed.
     """
     try:
         import cv2
@@ -326,8 +326,8 @@ _ENGINES: dict[str, Callable[[Tensor, Size, str, bool], Tensor]] = {
 def _matrix(engine: str, kernel: str, source: int, target: int, crop: int) -> Tensor:
     """Return the (crop, source) matrix of a library's filter without rounding, made from unit images in floats.
 
-    OpenCV's `area` interpolates both axes of a photo if it makes one of them longer; the matrix of each axis here is
-    that of the axis alone, which changes gradients of such photos a little and nothing else.
+    OpenCV's `area` interpolates both axes of a photo if it makes either longer. The matrix here treats each axis by
+    itself; for such photos this changes the gradient a little, and nothing else.
     """
     parts = []
     for start in range(0, source, _STRIP):

@@ -32,7 +32,7 @@ def test_every_method_of_the_list_is_tested_here():
     assert {name.split()[0] for name in ATTACKS} == set(METHODS)
 
 
-# --- an image's result does not depend on who shares its batch
+# --- an image's result does not depend on the other images of its batch
 
 
 @every_attack
@@ -127,13 +127,13 @@ def test_a_photo_that_meets_the_goal_already_comes_back_unchanged(name):
     order = model(images).argsort(1)
     images, truth = images[:1], truth[:1]
     lowest, highest = order[0, 0], order[0, -1]
-    # Labelled against the model's decisions, so that flipping asks for what the model says.
+    # The labels are the reverse of the model's decisions, so that the photo meets a flip already.
     flip = torch.zeros(1, 3, dtype=torch.bool)
     flip[0, [lowest, highest]] = True
     logits = model(images)
     middle = (logits[0, lowest] + logits[0, highest]) / 2
     signs = torch.ones_like(truth)
-    signs[0, lowest], signs[0, highest] = 1.0, -1.0  # lowest is to go, highest to come
+    signs[0, lowest], signs[0, highest] = 1.0, -1.0  # lowest is to be removed, highest to be added
     targets = Targets(flip, mask(1, 3, []), signs, middle.expand(3))
     problem = Problem(model, images, ClassificationGoal(targets))
     outcome = ATTACKS[name](problem)
@@ -152,7 +152,7 @@ def test_nan_logits_are_never_met_and_do_not_spoil_other_images(name, kind):
     images, targets = ragged_targets(NET)
 
     class Broken:
-        """NaN for every image, for every image but the clean ones, or for the photo of that place alone."""
+        """Give NaN for every image, for every image but the clean photos, or only for the photo at a place."""
 
         def __init__(self, rows: Tensor) -> None:
             self.rows = rows
@@ -220,7 +220,7 @@ def test_the_jacobian_of_one_pixel_is_its_finite_difference():
 def check_meter(problem: Problem, counted: Counting) -> None:
     meter, tally = problem.meter, counted.tally
     assert meter.forward.tolist() == tally.forward.tolist()
-    # An image whose gradient is zero, or that has fewer constraints than its neighbours, still rides along.
+    # An image with a zero gradient, or with fewer constraints than its neighbours, stays in the batch's pass.
     assert bool((tally.used <= meter.backward).all())
     assert bool((meter.backward <= tally.backward).all())
 
@@ -268,7 +268,7 @@ def test_no_image_spends_more_passes_than_its_limit(name, limit):
 def test_no_iterate_or_lattice_point_lies_beyond_the_cap(name, cap):
     images, targets = ragged_targets(NET)
     caps = torch.full((len(images),), cap, dtype=images.dtype)
-    caps[::2] *= 2  # an image's own
+    caps[::2] *= 2  # each image has its own cap
     problem = Problem(NET, images, ClassificationGoal(targets), cap=caps)
     outcome = ATTACKS[name](problem)
     moved = (outcome.images - images).flatten(1).norm(dim=1)
@@ -369,7 +369,7 @@ def test_best_keeps_the_highest_score_then_the_least_norm():
     best = Best(problem)
 
     class Scores:
-        """A goal whose score and success are written in the first two logits."""
+        """A goal whose score and success are the first two logits."""
 
         def __init__(self, targets):
             self.targets = targets

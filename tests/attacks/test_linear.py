@@ -20,7 +20,7 @@ from mlperturb.attacks.schedule import Schedule
 from mlperturb.targets import Targets, decide
 
 LONG = Schedule(1.0, 10, 200, 5e-3, final_rate=0.005, patience=0.0, precision=0.01)
-TINY = 1e-7  # with no overshoot at all the step may end on the boundary itself, where nothing is flipped yet
+TINY = 1e-7  # without overshoot the step may end on the boundary itself, where no label is flipped
 COUNTS = pytest.mark.parametrize("count", [1, 3, 8])
 
 
@@ -39,7 +39,7 @@ def moved(problem: Problem, images: Tensor) -> np.ndarray:
 
 
 def nearest(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Return the least r with rows @ r <= q, by SLSQP on the primal, in the span of the rows."""
+    """Return the shortest r with rows @ r <= q, by SLSQP on the primal, in the span of the rows."""
     basis = np.linalg.qr(rows.T)[0]  # the answer lies in the span
     reduced = rows @ basis
     found = minimize(
@@ -55,7 +55,7 @@ def nearest(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def nearest_ldp(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Return the least r with rows @ r <= q, by Lawson and Hanson's Least Distance Programming."""
+    """Return the shortest r with rows @ r <= q, by Lawson and Hanson's Least Distance Programming."""
     stacked = np.vstack([-rows.T, -q[None]])
     target = np.zeros(len(stacked))
     target[-1] = 1
@@ -64,7 +64,7 @@ def nearest_ldp(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def nearest_within(rows: np.ndarray, q: np.ndarray, bound: float) -> np.ndarray:
-    """Return the least r with rows @ r <= q and no entry beyond the bound, by SLSQP."""
+    """Return the shortest r with rows @ r <= q and no entry beyond the bound, by SLSQP."""
     found = minimize(
         lambda r: r @ r / 2,
         np.clip(nearest(rows, q), -bound, bound),
@@ -356,7 +356,7 @@ def test_ml_ddn_holds_all_that_can_hold_where_one_label_is_out_of_reach():
     model, problem, targets = make(4, 5, [0, 1, 2, 3, 4], [], seed=4)
     logits = model(problem.images)
     boundary = targets.boundary.clone()
-    boundary[2] = 1e6  # absent, and never to be present
+    boundary[2] = 1e6  # absent, and out of reach
     targets = Targets(targets.flip, targets.keep, decide(logits, boundary), boundary)
     outcome = ml_ddn(Problem(model, problem.images, ClassificationGoal(targets)), rounding="after", iterations=60)
     assert not bool(outcome.met.any())
@@ -383,7 +383,7 @@ def test_under_a_bound_on_each_pixel_the_distance_is_that_of_the_quadratic_progr
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_ml_ddn_holds_all_but_one_of_labels_that_exclude_each_other(seed):
-    # Eight directions that add up to nothing: z_i > 0 for all of them is impossible, for any seven it is possible.
+    # Eight directions whose sum is 0: z_i > 0 is impossible for all eight, and possible for any seven.
     generator = torch.Generator().manual_seed(seed)
     weight = torch.linalg.qr(torch.randn(48, 8, generator=generator, dtype=torch.double))[0].T
     weight = weight - weight.mean(0)

@@ -68,8 +68,8 @@ def gap_of(model, images, targets) -> float:
 
 def least_steps(model, images, targets) -> float:
     """Return the least sum of squared grey steps that flips label 0 of one photo on the lattice."""
-    # Least sum of n^2, n integer, with sum n |w| / 255 > gap: raise, again and again, the pixel whose next grey
-    # level gains the most for its cost, |w| / (2 n + 1). All n come out small, and the greedy sum close to the least.
+    # Least sum of n^2, n integer, with sum n |w| / 255 > gap: again and again, raise the pixel whose next grey level
+    # gains the most for its cost, |w| / (2 n + 1). All n are small, so that the greedy sum is close to the least.
     wanted = gap_of(model, images, targets)
     sizes = np.sort(model.weight[0].abs().numpy())[::-1] / 255
     gains = np.array([(size / (2 * n + 1), size, 2 * n + 1) for n in range(4) for size in sizes])
@@ -173,7 +173,7 @@ def test_a_coarse_result_is_not_made_worse():
     model, images, targets = linear_case(2, 4, [0], [1, 2], gap=0.3)
     problem = Problem(model, images, ClassificationGoal(targets))
     outcome = ml_dp(problem)
-    further = (images + 3 * (outcome.images - images)).clamp(0, 1)  # wide of the boundary
+    further = (images + 3 * (outcome.images - images)).clamp(0, 1)  # far beyond the boundary
     goal = outcome.goal
     lattice = quantise(problem, Outcome(further, goal.met(model(further)), goal))
     plain = to_lattice(further)
@@ -217,7 +217,7 @@ def test_no_iterations_leave_the_search_for_a_scale_alone():
 
 def test_a_first_step_is_as_long_as_rounding_needs():
     generator = torch.Generator().manual_seed(3)
-    gradient = torch.randn(4, 3, 40, 40, generator=generator) ** 3  # heavy tails, as photos' gradients have
+    gradient = torch.randn(4, 3, 40, 40, generator=generator) ** 3  # heavy tails, as in gradients of photos
     latent = -gradient * torch.tensor([1e-4, 1e-3, 1e-2, 1.0]).view(-1, 1, 1, 1) / 255
     needed = -(latent * gradient).flatten(1).sum(1)
     scale = lattice_scale(latent, gradient, needed)
@@ -225,7 +225,7 @@ def test_a_first_step_is_as_long_as_rounding_needs():
     assert bool((effect >= needed).all()) and bool((scale >= 1).all())
     shorter = (0.9 * scale).clamp(min=1).view(-1, 1, 1, 1)
     less = -((shorter * latent * 255).round() / 255 * gradient).flatten(1).sum(1)
-    assert bool((less < needed)[:3].all())  # it is no longer than that
+    assert bool((less < needed)[:3].all())  # it is not longer than needed
 
 
 @pytest.mark.parametrize("gap", [1e-3, 0.05, 0.2, 1.0])

@@ -40,7 +40,7 @@ def test_compressed_views_are_those_of_the_codec_and_padding_stays_zero():
 
 
 def test_the_linear_parts_are_jpeg_s(monkeypatch):
-    """With the rounding put back, they give the codec's own pixels, but for how chroma is enlarged."""
+    """With the rounding put back, they give the codec's own pixels, except for the enlargement of chroma."""
     images, sizes = photos()
     monkeypatch.setattr(survival, "_sensitivity", lambda c: torch.where(c.abs() > 1e-9, c.round() / c, 0.0))
     real = compress(images, sizes, Purification("jpeg", 50))

@@ -228,7 +228,7 @@ def test_a_folder_given_as_a_photo_is_an_image_error(tmp_path):
 
 def test_a_pipe_given_as_a_photo_is_an_image_error_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(ImageError, match="no regular file"):
+    with pytest.raises(ImageError, match="not a regular file"):
         read_photo(tmp_path / "x.png")
 
 

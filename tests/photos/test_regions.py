@@ -27,7 +27,7 @@ def test_no_attack_changes_a_pixel_outside_the_region(name):
     outcome = ATTACKS[name](problem)
     saved = quantise(problem, outcome, scales=4, iterations=6)
     outside = region.expand_as(images) == 0
-    assert float((outcome.images - images)[outside].abs().max()) < 1e-5  # tanh and back
+    assert float((outcome.images - images)[outside].abs().max()) < 1e-5  # the error of tanh and its inverse
     assert torch.equal((saved.images * 255).round()[outside], (images * 255).round()[outside])
     assert not torch.equal(saved.images, images)
 
@@ -51,7 +51,7 @@ def test_a_mask_says_what_may_change_and_must_fit(save_photo):
     assert np.argwhere(region.inside(4, 5)).tolist() == [[1, 2]]
     with pytest.raises(ImageError, match="5 x 4 pixels, expected the photo's 4 x 5"):
         region.inside(5, 4)
-    with pytest.raises(UsageError, match="is black"):
+    with pytest.raises(UsageError, match="not all black"):
         parse_region(str(save_photo("black.png", Image.fromarray(0 * pixels))))
 
 

@@ -36,7 +36,7 @@ def test_a_device_that_is_here_keeps_its_name(found):
 @pytest.mark.parametrize(("name", "cuda"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2), ("mps", 2)])
 def test_a_device_that_is_not_here_is_a_usage_error(found, name, cuda):
     found(cuda)
-    with pytest.raises(UsageError, match=f"no device '{name}' here"):
+    with pytest.raises(UsageError, match=f"expected a device of this machine.*, got '{name}'"):
         resolve_device(name)
 
 

@@ -52,7 +52,7 @@ def test_another_key_is_refused_and_named(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"photo", b"[1]\n", b'{"key": 5}\n', b'{"key": 3', b"\x89PNG\r\n\x1a\n"])
 def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path, content):
     (tmp_path / "j.jsonl").write_bytes(content)
-    with pytest.raises(UsageError, match="no journal"):
+    with pytest.raises(UsageError, match="not the journal of a run"):
         Journal(tmp_path / "j.jsonl", KEY)
     assert (tmp_path / "j.jsonl").read_bytes() == content
 

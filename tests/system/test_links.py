@@ -12,7 +12,7 @@ from support.runs import contents, said
 
 @pytest.fixture
 def elsewhere(tmp_path) -> Path:
-    """Return a folder beside the output folder, with a file that is nobody's business."""
+    """Return a folder beside the output folder, with a file that no run may touch."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "precious").write_bytes(b"precious")

@@ -29,7 +29,7 @@ def test_alone_a_process_does_everything_and_waits_for_nobody():
 
 @pytest.fixture
 def shares() -> list[Share]:
-    """Return the two shares of one run, in one process."""
+    """Return the two shares of a run, both in this process."""
     store = dist.HashStore()
     return [Share(rank, 2, store) for rank in range(2)]
 
@@ -46,7 +46,7 @@ def test_what_one_process_claims_no_other_does(shares):
             if len(taken[0]) > 150:
                 most.set()
             if rank == 1:
-                most.wait(30)  # a slow one
+                most.wait(30)  # a slow process
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -61,7 +61,7 @@ def test_what_one_process_claims_no_other_does(shares):
 def test_processes_that_see_other_photos_are_told_apart(shares):
     shares[0].agree("these", "photos")
     shares[1].agree("these", "photos")
-    with pytest.raises(UsageError, match="process 1 of 2 has other photos than process 0"):
+    with pytest.raises(UsageError, match="expected the same photos in all processes, got others in 1 of 2"):
         shares[1].agree("those", "photos")
 
 
@@ -102,7 +102,7 @@ def test_a_store_that_is_gone_is_told_in_a_line():
     share = Share(1, 2, client)
     assert share.count("n", 1) == 1
     del server
-    with pytest.raises(StorageError, match="lost touch") as caught:
+    with pytest.raises(StorageError, match="lost the connection") as caught:
         for _ in range(50):
             share.count("n", 1)
     assert "\n" not in str(caught.value)
@@ -159,7 +159,7 @@ def test_a_process_that_lives_is_waited_for(shares, monkeypatch):
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Write 24 photos and a file that is none."""
+    """Write 24 photos and a file that is not a photo."""
     return write_photos(tmp_path / "photos", 24)
 
 
@@ -192,7 +192,7 @@ def test_two_processes_one_killed_and_restarted_come_to_the_files_and_report_of_
     assert done.keys() == {"journal.jsonl", "journal.rank-1.jsonl"} and all(done.values())
     times = Counter(name for names in done.values() for name in names)
     assert len(times) == 24 and set(times.values()) == {1}
-    # One process goes on from what two left.
+    # One process continues the run of two.
     (out / "05.adv.png").unlink()
     assert cli(*command, "--out", out)[0] == 1
     assert contents(out) == contents(tmp_path / "whole")
@@ -224,7 +224,7 @@ def test_two_processes_train_one_network_and_go_on_after_one_is_killed(labelled,
     code, text, err = finish(process)
     assert code == 0 and text.count("wrote") == 1, err
     firsts = [line for line in err.splitlines() if line.startswith("epoch 1/8 step 1/")]
-    assert len(firsts) == 1  # what was finished was not trained again
+    assert len(firsts) == 1  # finished epochs were not trained again
     metadata = read_metadata(out)
     assert metadata.provenance["photos"] == {"training": 22, "validation": 2}
     assert load_checkpoint(out)[0].labels == ("cat", "dog")

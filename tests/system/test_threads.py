@@ -66,7 +66,7 @@ def test_who_is_too_far_ahead_waits():
     go, third = threading.Event(), threading.Event()
     behind = Behind(depth=1)
     behind.submit(lambda: go.wait(10) and None)
-    behind.submit(lambda: None)  # the first is in hand now, the second waits
+    behind.submit(lambda: None)  # the first runs now, the second waits
 
     def hand_over() -> None:
         behind.submit(lambda: None)
