@@ -1,4 +1,4 @@
-"""An adversarial photo, written, read back, and judged by what was read."""
+"""Write an adversarial photo, read it back, and judge the pixels that were read."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from mlperturb.targets import Targets
 
 
 def save(job: Job, photo: Photo, found: Found, out: Path, settings: Settings) -> Pixels | OutputError | ImageError:
-    """Write the adversarial PNG and the map; return the PNG's pixels as read back, (H, W, 3), or what went wrong.
+    """Write the adversarial PNG and the map; return the PNG's pixels as read back, (H, W, 3), or the error.
 
-    Where nothing that was to flip can have flipped, nothing is written.
+    If the pixels equal the photo's, no label flipped: nothing is written, unless `settings.keep_failed`.
 
     Raises:
         StorageError: if nothing can be written to `out` any more.
@@ -54,7 +54,7 @@ def judge(
     out: Path,
     settings: Settings,
 ) -> Record:
-    """Decide on what `save` returned, and say how the attack came out.
+    """Classify the pixels that `save` returned; return the record of the photo.
 
     Raises:
         StorageError: if the files of a failure cannot be deleted.
@@ -99,7 +99,7 @@ def judge(
 
 
 def facts_of(job: Job, photo: Photo) -> dict[str, Any]:
-    """Return what a record says of the photo itself."""
+    """Return the part of a record that describes the photo itself."""
     return {
         "source": str(job.source),
         "sha256": photo.sha256,
@@ -111,13 +111,14 @@ def facts_of(job: Job, photo: Photo) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a classifier decides on the pixels of an adversarial photo.
+    """The classifier's decisions on the pixels of an adversarial photo.
 
     Attributes:
         logits: (1, L), on the CPU.
-        held: which constraints hold, (1, L).
-        survival: which hold once the photo is compressed, by the compression's name.
-        status: whether all hold, compressed too; else whether a label of A flipped.
+        held: whether each label's constraint holds, boolean, (1, L).
+        survival: the same once the photo is compressed, by the compression's name.
+        status: `success` if all constraints hold, compressed too; else `partial` if a label of A flipped, else
+            `failed`.
         passes: forward passes spent.
     """
 
@@ -135,14 +136,14 @@ def look(
     checked: Sequence[Purification] = (),
     known: Tensor | None = None,
 ) -> Seen:
-    """Decide on the pixels of one adversarial photo, (H, W, 3).
+    """Classify the pixels of one adversarial photo, (H, W, 3).
 
     Args:
-        classifier: that was attacked.
-        rgb: the pixels.
-        targets: what was asked, one row, without a margin.
+        classifier: the classifier that was attacked.
+        rgb: the pixels, 8 bits.
+        targets: the targets of the photo, one row, without a margin.
         checked: compressions that the result is to survive.
-        known: the logits of these pixels, (1, L), where they are known.
+        known: the logits of these pixels, (1, L), if they are known already.
     """
     logits = _logits(classifier, rgb) if known is None else known
     held = targets.holds(logits)

@@ -1,4 +1,4 @@
-"""Train a multi-label classifier: where it starts, fitting, calibration, measuring (Section IV-B)."""
+"""Train a multi-label classifier: initial weights, fitting, calibration, measurement (Section IV-B)."""
 
 from __future__ import annotations
 
@@ -76,20 +76,20 @@ def train(
     Several processes share each step's photos (`DistributedDataParallel`); each must see the same files.
 
     Args:
-        recipe: how.
-        training: photos to fit.
-        validation: photos to calibrate on, and to watch.
-        tests: photos that nothing is tuned on, by name.
-        output: the `.safetensors` file; beside it a `.resume.pt` is written each epoch.
-        initial: weight files to start from, each overriding those before it.
+        recipe: the settings of the training.
+        training: photos to train on.
+        validation: photos to calibrate on, and to measure during training.
+        tests: photos to measure at the end, by name; nothing is tuned on them.
+        output: the `.safetensors` file; beside it a `.resume.pt` is written after each epoch.
+        initial: files of initial weights; a later file overrides earlier files.
         pretrained: start from torchvision's own weights, which it downloads.
         teachers: checkpoints of ours whose probabilities on the training photos, averaged over them, are targets too.
         half: write matrices in float16, as they are then calibrated and measured too.
-        device: where to train.
-        resume: go on from `.resume.pt`.
-        provenance: what to say in the checkpoint's metadata.
+        device: the device to train on.
+        resume: resume from `.resume.pt`.
+        provenance: the provenance for the checkpoint's metadata.
         report: called after every step.
-        share: what this process does of it; all if None.
+        share: the part of the training that this process does; None for the whole training.
 
     Returns:
         The checkpoint's metadata; None in a process that is not the first.
@@ -97,7 +97,7 @@ def train(
     Raises:
         DatasetError: if the data sets have different labels, a batch is larger than the training set, or cannot be
             shared out evenly among the processes.
-        CheckpointError: if the initial weights or the resumed state do not fit, or the head is no linear layer.
+        CheckpointError: if the initial weights or the resumed state do not fit, or the network has no linear layer.
         OutputError: if the checkpoint, or the state to resume from, cannot be written.
     """
     for dataset in (validation, *tests.values()):
@@ -164,7 +164,7 @@ def choose_preprocess(recipe: Recipe) -> Preprocess:
 
 @dataclass(frozen=True)
 class _Start:
-    """What is done once, before the first epoch; several processes on CPUs share the photos out."""
+    """The work before the first epoch; processes on CPUs share out the photos."""
 
     recipe: Recipe
     training: Dataset
@@ -173,7 +173,7 @@ class _Start:
     share: Share
 
     def read_features(self, network: nn.Module, dataset: Dataset) -> Tensor:
-        """Return what the head gets for every photo, (N, F), on the CPU."""
+        """Return the input of the head for every photo, (N, F), on the CPU."""
         options: dict[str, Any] = {"device": self.device, "workers": self.recipe.workers, "amp": self.recipe.amp}
         return self._share_out(lambda part: read_features(network, part, self.preprocess, **options), dataset)
 
@@ -181,7 +181,7 @@ class _Start:
         """Return the logit of the teachers' mean probability of every label of every training photo, (N, L).
 
         Raises:
-            CheckpointError: if a teacher is no checkpoint of ours, or has other labels.
+            CheckpointError: if a teacher is not a checkpoint of mlperturb, or has other labels.
         """
         options: dict[str, Any] = {"device": self.device, "workers": self.recipe.workers, "amp": self.recipe.amp}
         total = torch.zeros(self.training.truth.shape)

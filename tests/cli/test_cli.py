@@ -69,7 +69,7 @@ def start(*arguments: object, **options) -> subprocess.Popen:
 
 
 def refused(result, *parts: str) -> None:
-    """Check that a command line was refused with one line that says these things."""
+    """Check that a command line was refused with one line that contains these texts."""
     code, stdout, stderr = result[:3]
     assert code == 2
     assert stdout == ""
@@ -439,7 +439,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(attack, photo, tmp_path):
     for content in (b"", b"x", b"\xff" * 100, (30).to_bytes(8, "little") + b"{}" * 15):
         fake.write_bytes(content)
         refused(attack(photo, "--flip", "cat", "--checkpoint", fake), "fake.safetensors")
-    refused(attack(photo, "--flip", "cat", "--checkpoint", photo), "no .safetensors file of ours")
+    refused(attack(photo, "--flip", "cat", "--checkpoint", photo), "expected a .safetensors checkpoint, got")
     refused(attack(photo, "--flip", "cat", "--checkpoint", tmp_path), "no such checkpoint")
 
 
@@ -647,7 +647,7 @@ def test_odd_values_are_usage_errors(tiny, photo, tmp_path):
         (["--flip", "cat", "--seed", "9" * 23], "--seed"),
         (["--flip", "cat", "--report", str(tmp_path / "out" / "photo.adv.png")], "would replace another file"),
         (["--flip", "cat", "--keep", "any"], "'any' is not a label"),
-        (["--flip", "cat", ""], "an argument is empty"),
+        (["--flip", "cat", ""], "expected a path or a value, got an empty argument"),
     ):
         found = subprocess.run(
             [sys.executable, "-m", "mlperturb", *base, *arguments], capture_output=True, text=True, env=ENVIRONMENT

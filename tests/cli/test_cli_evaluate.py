@@ -20,7 +20,7 @@ QUICK = ("--budget", "fast", "--passes", 20, "--images", 2, "--methods", "fgs,ml
 
 @pytest.fixture
 def table(tmp_path, tiny) -> Path:
-    """Write six photos and a table of what the classifier sees in them."""
+    """Write six photos and a table of the classifier's decisions on them."""
     rng = np.random.default_rng(4)
     paths = [tmp_path / "photos" / f"{number}.png" for number in range(6)]
     paths[0].parent.mkdir()
@@ -108,9 +108,9 @@ def test_a_photo_that_cannot_be_read_is_left_out_and_said(evaluate, table):
         (("--passes", "3", "--cases", "random"), "--passes of at least"),
         (("--max-rmsd", "inf", "--cases", "random"), "--max-rmsd above 0"),
         (("--max-linf", "0", "--cases", "random"), "--max-linf from 1 to 255 grey levels, got 0"),
-        (("--split", "test"), "--split goes with --voc"),
-        (("--year", "2007"), "--year and --voc go together"),
-        (("--clean", "--cases", "random"), "--clean attacks nothing"),
+        (("--split", "test"), "expected --split with --voc"),
+        (("--year", "2007"), "expected both --year and --voc"),
+        (("--clean", "--cases", "random"), "expected --clean without --cases"),
         (("--voc", "x"), "either --voc with --year, or --photos with --csv"),
     ],
 )

@@ -106,7 +106,7 @@ def test_a_png_that_is_gone_or_a_photo_that_changed_is_named_and_the_rest_goes_o
     Image.fromarray(TINY_PIXELS).save(tmp_path / "photos" / "1.png")
     code, _, err = cli("jpeg-defend", attacked, "--device", "cpu")
     assert code == 1
-    assert "0.adv.png" in err and "the photos of 1 of 3 PNGs are not at hand, or changed" in err
+    assert "0.adv.png" in err and "the photos of 1 of 3 PNGs are missing or changed" in err
     row = json.loads((attacked / "jpeg-defence.json").read_text())["qualities"][0]
     assert (row["images"], row["clean_images"]) == (2, 1)
 
@@ -154,7 +154,7 @@ def test_a_report_names_no_file_elsewhere(cli, attacked):
 
 
 def test_photos_are_found_where_they_lie_now_and_by_their_content(cli, attacked, tmp_path, monkeypatch):
-    """Started elsewhere; moved beside the report; named with --photos, by hand too; another photo of that name."""
+    """Find photos after a start elsewhere, beside the report, and with --photos; not another photo of the same name."""
 
     def control(*more: object) -> int:
         code, _, err = cli("jpeg-defend", attacked, "--quality", 50, "--device", "cpu", "--overwrite", *more)

@@ -120,7 +120,7 @@ def test_the_bootstrap_interval_covers_a_known_mean():
     for _ in range(60):
         low, high = statistics._mean(rng.exponential(2.0, 80))[1]
         inside += low < 2.0 < high
-    assert inside >= 51  # 95% less what chance and the skew take
+    assert inside >= 51  # 95% of the intervals, less a margin for chance and skew
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def make_protocol(**more) -> Protocol:
 
 
 def strip(entries: list[dict]) -> list[dict]:
-    """Drop what differs from run to run: seconds."""
+    """Drop the seconds, which differ from run to run."""
     for entry in entries:
         for record in entry.get("records", ()):
             del record["cost"]["seconds"]

@@ -1,4 +1,4 @@
-"""Photos and outputs at URLs: fsspec's `memory://` in the place of a bucket, and `file://`."""
+"""Photos and outputs at URLs: fsspec's `memory://` in place of a bucket, and `file://`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _empty_store():
 
 @pytest.fixture
 def bucket(tmp_path) -> str:
-    """Put five photos, one in a subfolder, and a file that is none at a URL."""
+    """Put five photos, one of them in a subfolder, and a file that is not a photo at a URL."""
     for number in range(5):
         path = tmp_path / "photo.png"
         Image.fromarray(np.roll(TINY_PIXELS, number, 1)).save(path)

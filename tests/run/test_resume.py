@@ -22,7 +22,7 @@ from mlperturb.system.journal import Journal
 
 
 def test_a_run_that_is_done_is_not_done_again(cli, command, tmp_path, monkeypatch):
-    assert cli(*command(tmp_path / "out"))[0] == 1  # one file is no photo
+    assert cli(*command(tmp_path / "out"))[0] == 1  # one file is not a photo
     before = contents(tmp_path / "out")
     monkeypatch.setattr(mlperturb.run.search, "search", None)  # would fail if it were called
     code, text, err = cli(*command(tmp_path / "out"))
@@ -84,7 +84,7 @@ def test_a_damaged_journal_stops_with_a_line(cli, command, tmp_path, line):
 
 
 def kill_until_done(arguments: list[str], kills: int, number: signal.Signals, seed: int) -> None:
-    """Start the command again and again, each time killed at a random moment, and let the last one finish."""
+    """Start the command several times, kill it each time at a random moment, and let the last start finish."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-m", "mlperturb", *arguments]
     rng = random.Random(seed)
@@ -121,7 +121,7 @@ def test_killed_at_any_moment_a_run_comes_to_the_files_and_records_of_an_undistu
     expected, wanted = contents(tmp_path / "whole")
     assert files == expected and records == wanted
     sources = attacked(tmp_path / "out")
-    assert len(sources) == len(set(sources)) == 9  # nothing that the journal had was attacked again
+    assert len(sources) == len(set(sources)) == 9  # no photo in the journal was attacked again
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_photo_too_large_by_itself_fails_and_the_rest_goes_on(cli, command, ph
     records = contents(tmp_path / "out")[1]
     assert code == 1 and "4.png: too large" in err
     assert [record["status"] for record in records].count("success") == 8
-    assert "4.png" not in [Path(name).name for name in attacked(tmp_path / "out")]  # it is tried again
+    assert "4.png" not in [Path(name).name for name in attacked(tmp_path / "out")]  # the photo is attacked again
 
 
 @pytest.mark.slow
@@ -277,7 +277,7 @@ def test_another_photo_of_the_same_name_does_not_replace_what_is_done(cli, comma
     assert code == 2 and "new.adv.png exists already" in err
     assert (out / "new.adv.png").read_bytes() == b"precious"
     (out / "new.adv.png").unlink()
-    assert cli(*arguments)[0] == 1  # one more photo in the folder is no other run
+    assert cli(*arguments)[0] == 1  # one more photo in the folder does not make another run
     assert len(attacked(out)) == 10
 
 

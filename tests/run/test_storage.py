@@ -1,4 +1,4 @@
-"""Storage that fails under a run."""
+"""Storage that fails during a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.runs import contents, said
 
 @pytest.fixture
 def mount() -> Iterator[Callable[..., None]]:
-    """Mount something on a folder until the test ends; skip where that is not allowed."""
+    """Mount a file system on a folder until the test ends; skip the test if mounting is not allowed."""
     mounted: list[Path] = []
 
     def run(folder: Path, *arguments: object) -> None:
@@ -35,7 +35,7 @@ def mount() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def from_call(monkeypatch) -> Callable[..., None]:
-    """Let something happen right before the n-th call of a function of `os`, or before every one from there on."""
+    """Call a function right before the n-th call of a function of `os`, or before each call from the n-th on."""
 
     def arrange(name: str, number: int, happen: Callable[[], None], *, once: bool) -> None:
         calls, function = count(1), getattr(os, name)
@@ -136,7 +136,7 @@ def test_a_folder_that_vanishes_stops_the_run_with_a_line(cli, command, tmp_path
     from_call("replace", number, lambda: vanish(out), once=True)
     code, _, err = cli(*command(out))
     assert code == 3 and len(said(err)) == 1 and "No such file or directory" in said(err)[0]
-    assert not out.exists()  # nor is it made again behind its owner's back
+    assert not out.exists()  # the run does not make the deleted folder again
     assert cli(*command(out))[0] == 1
     assert contents(out) == whole
 

@@ -15,7 +15,7 @@ HOSTILE = '<img src=x onerror="document.title=1">'
 
 @pytest.fixture
 def page(cli, tiny, tmp_path):
-    """Attack three photos, one with a hostile name and one that is no photo; return the page."""
+    """Attack three photos, one with a hostile name, and a file that is not a photo; return the page."""
     photos = tmp_path / "photos"
     photos.mkdir()
     for number, name in enumerate(("a", HOSTILE.replace("/", ""), "javascript:alert(1)")):
@@ -100,7 +100,7 @@ def test_a_damaged_report_is_refused_in_a_line(cli, page, damage):
         if damage[0] == "summary" and command[0] != "gallery":
             continue  # which they do not read
         code, _, err = cli(*command)
-        assert code == 2 and "is not as `attack` writes it" in err and err.count("\n") == 1
+        assert code == 2 and "does not follow its schema" in err and err.count("\n") == 1
 
 
 @pytest.fixture
