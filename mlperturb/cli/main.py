@@ -69,7 +69,7 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
         raise UsageError("an argument is empty: expected a path or a value")
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(_number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt; but while a library loads end the process: torch aborts if it is broken there."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
@@ -109,7 +109,7 @@ def main() -> None:
         sys.exit(130)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            print_error(f"expected a path, got one too long: {str(error.filename):.60}...")
+            print_error(f"expected a path, got one too long: {error.filename!s:.60}...")
             sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EIO):
             raise

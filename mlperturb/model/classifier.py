@@ -55,7 +55,7 @@ class Classifier(nn.Module):
         """Where the classifier lives."""
         return self.boundary.device
 
-    def train(self, mode: bool = True) -> Classifier:
+    def train(self, mode: bool = True) -> Classifier:  # noqa: ARG002  # torch names it
         """Stay in evaluation mode: an attack on moving batch statistics means nothing."""
         return super().train(False)
 
