@@ -33,21 +33,19 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 def show_help(name: str) -> str:
     """Return a command's own help as Markdown: usage, description, a table of its arguments and options."""
-    from typer.main import get_command
+    from typer.main import get_group
 
     from mlperturb.cli.main import app
 
-    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    command = get_group(app).commands[name]
     context = command.context_class(command, info_name=f"mlperturb {name}")
     rows = [record for record in (param.get_help_record(context) for param in command.get_params(context)) if record]
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     lines = [f"```text\n{usage}\n```", "", dedent(command.help or ""), "", "| option | meaning |", "|---|---|"]
-    lines += [f"| `{_in_table(option)}` | {_in_table(meaning)} |" for option, meaning in rows]
+    for option, meaning in rows:
+        cells = f"`{option}`".replace("|", "\\|"), meaning.replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
-
-
-def _in_table(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;") if "`" not in text else text.replace("|", "\\|")
 
 
 def show_code(name: str) -> str:

@@ -17,7 +17,7 @@ Space = Literal["logit", "probability"]
 
 @dataclass(frozen=True)
 class Targets:
-    """What an attacked batch is to be given (METHODS.md, Notation).
+    """What an attacked batch is to be given (docs/methods.md, Notation).
 
     Attributes:
         flip: A, boolean, (N, L).

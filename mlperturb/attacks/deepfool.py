@@ -28,7 +28,7 @@ def ml_dp(
 ) -> Outcome:
     """Linearise the constraints, step to where they hold, repeat: P(x_i)^T dr <= q(x_i), Algorithm 1.
 
-    Deviations from Algorithm 1 as printed (METHODS.md): line 8 is x_{i+1} = x + r_{i+1}; line 14 compares the
+    Deviations from Algorithm 1 as printed (docs/methods.md): line 8 is x_{i+1} = x + r_{i+1}; line 14 compares the
     perturbations; lines 13 and 15 keep the iterate just tested; x + r is clipped to the pixel range.
 
     Args:

@@ -21,7 +21,7 @@ Kind = Literal["random", "extreme", "reduce", "augment"]
 
 @dataclass(frozen=True)
 class Case:
-    """Which labels are attacked (METHODS.md, Cases).
+    """Which labels are attacked (docs/methods.md, Cases).
 
     Attributes:
         name: as tables show it.

@@ -68,7 +68,7 @@ class Preprocess:
     def matrices(self, size: Size) -> tuple[Tensor, Tensor]:
         """Return R_h, (h, H), and R_w, (w, W), for photos of `size` (H, W), in float32 on the CPU."""
         self.check(size)
-        (height, width), resized = size, self._resized(size)
+        (height, width), resized = size, self.resized(size)
         crop = self.crop or resized
         return (
             _resize_matrix(height, resized[0], crop[0], self.interpolation),
@@ -81,13 +81,13 @@ class Preprocess:
         Raises:
             ImageError: if it is one.
         """
-        for side, resized in zip(size, self._resized(size), strict=True):
+        for side, resized in zip(size, self.resized(size), strict=True):
             if side * max(side, resized) > MAX_WORK:
                 raise ImageError(
                     f"expected a photo that can be resized to {self.resize}, got one of {size[1]} x {size[0]} pixels"
                 )
 
-    def _resized(self, size: Size) -> Size:
+    def resized(self, size: Size) -> Size:
         """Return the (height, width) before the crop."""
         if not isinstance(self.resize, int):
             return self.resize
@@ -98,8 +98,8 @@ class Preprocess:
     def bind(self, sizes: Sequence[Size], device: torch.device | str, dtype: torch.dtype = torch.float32) -> Resizer:
         """Return the map for a batch of photos of these (height, width), padded to the largest of them."""
         pairs = [self.matrices(size) for size in sizes]
-        rows = _stack([pair[0] for pair in pairs], max(size[0] for size in sizes))
-        columns = _stack([pair[1] for pair in pairs], max(size[1] for size in sizes))
+        rows = stack_matrices([pair[0] for pair in pairs], max(size[0] for size in sizes))
+        columns = stack_matrices([pair[1] for pair in pairs], max(size[1] for size in sizes))
         mean = torch.tensor(self.mean, device=device, dtype=dtype).view(3, 1, 1)
         std = torch.tensor(self.std, device=device, dtype=dtype).view(3, 1, 1)
         return Resizer(rows.to(device, dtype), columns.to(device, dtype), mean, std)
@@ -203,7 +203,8 @@ def _resize_matrix(source: int, target: int, crop: int, interpolation: str) -> T
     return torch.cat(parts, 1)[top : top + crop].clone()
 
 
-def _stack(matrices: Sequence[Tensor], width: int) -> Tensor:
+def stack_matrices(matrices: Sequence[Tensor], width: int) -> Tensor:
+    """Stack matrices (h, w_i), padded with zero columns to one width, to (N, h, width)."""
     return torch.stack([functional.pad(matrix, (0, width - matrix.shape[1])) for matrix in matrices])
 
 

@@ -17,7 +17,7 @@ from mlperturb.run.record import Record, Summary
 from mlperturb.system.files import is_file_of, is_remote, parse_path
 from mlperturb.system.text import printable
 
-SCHEMA = "mlperturb.run.report/1"
+SCHEMA = "mlperturb.report/1"
 
 
 def report_lines(

@@ -252,7 +252,7 @@ def test_a_report_edited_by_hand_never_ends_in_a_traceback(cli, attacked, damage
         assert code == 0 or err.startswith("mlperturb: ")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": "mlperturb.run.report/1", "settings": NaN}', "5", "\xff"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": "mlperturb.report/1", "settings": NaN}', "5", "\xff"])
 def test_what_is_no_report_is_refused(cli, tmp_path, text):
     (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
     for command in ("jpeg-defend", "figures", "gallery"):

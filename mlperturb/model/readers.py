@@ -1,0 +1,347 @@
+"""Readers: how a program turns the 8-bit pixels of a file into the input of a network.
+
+`Preprocess` resizes in floats. Most programs resize 8-bit pixels and round the result to 8 bits before they normalise
+it: `Image.resize` and torchvision's transforms of PIL images (`pillow`: the version installed; `pillow-12`: versions
+before 13, which never resize the height first), torchvision's transforms of uint8 tensors (`torchvision` on the CPU,
+`torchvision-cuda` on a GPU, and older versions on CPUs with AVX-512), OpenCV (`opencv`).
+
+The forward pass of a reader is the library's own code, bit for bit. Its backward pass is the library's linear map
+R_h X R_w^T, as if nothing were rounded (the straight-through gradient). On a device, where a trip to the host would
+cost more, `pillow`, `pillow-12` and `torchvision` run as integer products with the library's weights
+(`mlperturb.model.taps`), equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from mlperturb.errors import UsageError
+from mlperturb.model.preprocess import Preprocess, Resizer, Size, stack_matrices
+from mlperturb.model.taps import Products, bind_products
+
+_PILLOW = ("bilinear", "bicubic", "box", "hamming", "lanczos")
+FILTERS: dict[str, tuple[str, ...]] = {  # of each engine; the first two follow Preprocess.interpolation
+    "float": ("bilinear", "bicubic"),
+    "pillow": _PILLOW,
+    "pillow-12": _PILLOW,
+    "torchvision": ("bilinear", "bicubic"),
+    "torchvision-cuda": ("bilinear", "bicubic"),
+    "opencv": ("linear", "cubic", "area"),
+}
+DEFAULT_READERS = ("float", "pillow", "torchvision")
+_PLAIN = "no-antialias"
+_OPTIONAL_ANTIALIAS = ("float", "torchvision", "torchvision-cuda")
+_STRIP = 512  # unit images at a time
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a program reads a photo.
+
+    Attributes:
+        engine: a key of `FILTERS`.
+        filter: one of the engine's filters; None for the checkpoint's own.
+        antialias: whether the filter widens when a photo is made smaller. Pillow's always does, OpenCV's never (its
+            `area` averages instead).
+    """
+
+    engine: str
+    filter: str | None = None
+    antialias: bool = True
+
+    @property
+    def name(self) -> str:
+        """As it is written on the command line: `pillow:bicubic`."""
+        parts = [self.engine, self.filter, None if self.antialias else _PLAIN]
+        return ":".join(part for part in parts if part)
+
+    def filter_for(self, preprocess: Preprocess) -> str:
+        """Return the engine's name of the filter: the reader's own, or the checkpoint's."""
+        if self.filter is not None:
+            return self.filter
+        return FILTERS[self.engine][("bilinear", "bicubic").index(preprocess.interpolation)]
+
+    def bind(
+        self,
+        preprocess: Preprocess,
+        sizes: Sequence[Size],
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> Resizer | BoundReader:
+        """Return the map for a batch of photos of these (height, width), padded to the largest of them.
+
+        Args:
+            preprocess: of the checkpoint: the size to resize to, the crop, mean, std, and the filter where the reader
+                has none of its own.
+            sizes: (height, width) of each photo.
+            device: where the batch and the network are.
+            dtype: of the network's input.
+
+        Raises:
+            ImageError: if a photo is too long to be resized, see `Preprocess.check`.
+            UsageError: if the library is not installed.
+        """
+        kernel = self.filter_for(preprocess)
+        if self.engine == "opencv":
+            load_opencv()
+        if self.antialias and kernel in ("bilinear", "bicubic"):
+            resizer = replace(preprocess, interpolation=kernel).bind(sizes, device, dtype)
+        else:
+            resizer = self._bind_plain(preprocess, sizes, device, dtype)
+        if self.engine == "float":
+            return resizer
+        plans = [Plan(size, *_frame(preprocess, size)) for size in sizes]
+        products = None
+        if torch.device(device).type != "cpu" and self.has_products(kernel):
+            products = bind_products(self.engine, kernel, [plan.axes for plan in plans], device)
+        return BoundReader(self.engine, kernel, self.antialias, resizer, tuple(plans), products)
+
+    def has_products(self, kernel: str) -> bool:
+        """Say whether `mlperturb.model.taps` has the integer weights of this reader."""
+        return (
+            self.engine in ("pillow", "pillow-12", "torchvision")
+            and self.antialias
+            and kernel in ("bilinear", "bicubic")
+        )
+
+    def _bind_plain(
+        self, preprocess: Preprocess, sizes: Sequence[Size], device: torch.device | str, dtype: torch.dtype
+    ) -> Resizer:
+        """Return the linear map of a filter that `Preprocess` does not have."""
+        kernel = self.filter_for(preprocess)
+        pairs = []
+        for size in sizes:
+            preprocess.check(size)
+            pairs.append([_matrix(self.engine, kernel, *axis) for axis in Plan(size, *_frame(preprocess, size)).axes])
+        rows, columns = (
+            stack_matrices([pair[axis] for pair in pairs], max(size[axis] for size in sizes)) for axis in (0, 1)
+        )
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
+        return Resizer(*(values.to(device, dtype) for values in (rows, columns, mean, std)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes that one photo passes through, each (height, width).
+
+    Attributes:
+        source: of the photo.
+        target: after resizing.
+        crop: of the centre that is kept.
+    """
+
+    source: Size
+    target: Size
+    crop: Size
+
+    @property
+    def axes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """The three lengths of the height, then those of the width."""
+        (height, width), (tall, wide), (rows, columns) = self.source, self.target, self.crop
+        return (height, tall, rows), (width, wide, columns)
+
+    @property
+    def corner(self) -> Size:
+        """The first row and the first column of the crop, torchvision's rule."""
+        return round((self.target[0] - self.crop[0]) / 2), round((self.target[1] - self.crop[1]) / 2)
+
+
+@dataclass(frozen=True)
+class BoundReader:
+    """A reader of 8-bit pixels, bound to the sizes of one batch; to be called as a `Resizer` is.
+
+    Attributes:
+        engine: a key of `FILTERS`, not `float`.
+        filter: one of the engine's.
+        antialias: see `Reader`.
+        resizer: the linear map, whose gradient the backward pass takes, and the mean and std.
+        plans: of each photo.
+        products: the integer weights, on a device; None where the library itself runs.
+    """
+
+    engine: str
+    filter: str
+    antialias: bool
+    resizer: Resizer
+    plans: tuple[Plan, ...]
+    products: Products | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map padded photos in [0, 1], (N, 3, H, W), to network input, (N, 3, h, w); rounds to 8 bits first."""
+        resized = self.resized(to_pixels(images.detach())).to(self.resizer.mean.dtype) / 255
+        if images.requires_grad and torch.is_grad_enabled():
+            through: Tensor = _StraightThrough.apply(images, resized, self.resizer.rows, self.resizer.columns)
+            resized = through
+        return (resized - self.resizer.mean) / self.resizer.std
+
+    def resized(self, pixels: Tensor) -> Tensor:
+        """Return the 8-bit pixels that the program sees, (N, 3, h, w), of padded 8-bit photos, (N, 3, H, W)."""
+        if self.products is not None:
+            return self.products(pixels)
+        resize = _ENGINES[self.engine]
+        result = pixels.new_empty(len(pixels), 3, *self.plans[0].crop)
+        for row, plan in enumerate(self.plans):
+            (height, width), (top, left), crop = plan.source, plan.corner, plan.crop
+            whole = resize(pixels[row, :, :height, :width], plan.target, self.filter, self.antialias)
+            result[row] = whole[:, top : top + crop[0], left : left + crop[1]]
+        return result
+
+    def select(self, rows: Tensor) -> BoundReader:
+        """Return the reader of some photos of the batch."""
+        plans = tuple(self.plans[row] for row in rows.tolist())
+        products = None if self.products is None else self.products.select(rows)
+        return replace(self, resizer=self.resizer.select(rows), plans=plans, products=products)
+
+
+def parse_reader(name: str) -> Reader:
+    """Read `pillow`, `pillow:bicubic`, `torchvision:no-antialias`, `opencv:area`.
+
+    Raises:
+        UsageError: if the engine is unknown, or has no such filter or choice.
+    """
+    engine, *parts = name.split(":")
+    if engine not in FILTERS:
+        raise UsageError(f"unknown reader {name!r}: expected {', '.join(FILTERS)}, with or without :FILTER")
+    known = [*FILTERS[engine], *([_PLAIN] if engine in _OPTIONAL_ANTIALIAS else [])]
+    for part in parts:
+        if part not in known:
+            raise UsageError(f"unknown filter {part!r} of reader {name!r}: expected {', '.join(known)}")
+    kernels = [part for part in parts if part != _PLAIN]
+    if len(kernels) > 1 or len(parts) - len(kernels) > 1:
+        raise UsageError(f"expected one filter of a reader, got {name!r}")
+    return Reader(engine, kernels[0] if kernels else None, _PLAIN not in parts)
+
+
+def parse_readers(names: Iterable[str]) -> tuple[Reader, ...]:
+    """Read names, comma-separated or one by one; each reader counts once.
+
+    Raises:
+        UsageError: if a reader is unknown, or there is none.
+    """
+    readers = [parse_reader(part.strip()) for name in names for part in name.split(",") if part.strip()]
+    if not readers:
+        raise UsageError(f"expected at least one reader of {', '.join(FILTERS)}")
+    return tuple(dict.fromkeys(readers))
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Return images in [0, 1] as 8-bit pixels of the same shape."""
+    return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def load_opencv() -> Any:
+    """Return the module `cv2`.
+
+    Raises:
+        UsageError: if it is not installed.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise UsageError("expected OpenCV for the reader opencv: pip install opencv-python-headless") from error
+    return cv2
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The library's result forward, the linear map's gradient backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(images: Tensor, resized: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return `resized`, (N, 3, h, w), as the image of photos (N, 3, H, W)."""
+        return resized.view_as(resized)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
+        """Keep the matrices."""
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return R_h^T G R_w."""
+        rows, columns = ctx.saved_tensors
+        return rows.unsqueeze(1).transpose(2, 3) @ gradients[0] @ columns.unsqueeze(1), None, None, None
+
+
+def _frame(preprocess: Preprocess, size: Size) -> tuple[Size, Size]:
+    """Return the (height, width) after resizing and after the crop."""
+    target = preprocess.resized(size)
+    return target, preprocess.crop or target
+
+
+def _pillow(pixels: Tensor, target: Size, kernel: str, antialias: bool) -> Tensor:
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    resized = image.resize((target[1], target[0]), Image.Resampling[kernel.upper()])
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).to(pixels.device)
+
+
+def _pillow_12(pixels: Tensor, target: Size, kernel: str, antialias: bool) -> Tensor:
+    wide = _pillow(pixels, (int(pixels.shape[1]), target[1]), kernel, antialias)
+    return _pillow(wide, target, kernel, antialias)
+
+
+def _torchvision(pixels: Tensor, target: Size, kernel: str, antialias: bool) -> Tensor:
+    if tuple(pixels.shape[1:]) == tuple(target):
+        return pixels
+    photo = pixels[None].cpu().contiguous(memory_format=torch.channels_last)
+    resized = functional.interpolate(photo, size=target, mode=kernel, align_corners=False, antialias=antialias)
+    return resized[0].to(pixels.device)
+
+
+def _torchvision_cuda(pixels: Tensor, target: Size, kernel: str, antialias: bool) -> Tensor:
+    if tuple(pixels.shape[1:]) == tuple(target):
+        return pixels
+    photo = pixels[None].float()
+    resized = functional.interpolate(photo, size=target, mode=kernel, align_corners=False, antialias=antialias)
+    return resized[0].clamp_(0, 255).round_().to(torch.uint8)
+
+
+def _opencv(pixels: Tensor, target: Size, kernel: str, antialias: bool) -> Tensor:
+    cv2 = load_opencv()
+    photo = pixels.permute(1, 2, 0).contiguous().cpu().numpy()
+    resized = cv2.resize(photo, (target[1], target[0]), interpolation=getattr(cv2, f"INTER_{kernel.upper()}"))
+    return torch.from_numpy(resized).permute(2, 0, 1).to(pixels.device)
+
+
+_ENGINES: dict[str, Callable[[Tensor, Size, str, bool], Tensor]] = {
+    "pillow": _pillow,
+    "pillow-12": _pillow_12,
+    "torchvision": _torchvision,
+    "torchvision-cuda": _torchvision_cuda,
+    "opencv": _opencv,
+}
+
+
+@lru_cache(maxsize=256)
+def _matrix(engine: str, kernel: str, source: int, target: int, crop: int) -> Tensor:
+    """Return the (crop, source) matrix of a library's filter without rounding, made from unit images in floats.
+
+    OpenCV's `area` interpolates both axes of a photo if it makes one of them longer; the matrix of each axis here is
+    that of the axis alone, which changes gradients of such photos a little and nothing else.
+    """
+    parts = []
+    for start in range(0, source, _STRIP):
+        count = min(_STRIP, source - start)
+        units = np.zeros((source, count), dtype=np.float32)
+        units[range(start, start + count), range(count)] = 1
+        if engine.startswith("pillow"):
+            lines = np.array(Image.fromarray(units).resize((count, target), Image.Resampling[kernel.upper()]))
+        elif engine == "opencv":
+            cv2 = load_opencv()
+            lines = cv2.resize(units, (count, target), interpolation=getattr(cv2, f"INTER_{kernel.upper()}"))
+        else:
+            photo = torch.from_numpy(units)[None, None]
+            lines = functional.interpolate(photo, size=(target, count), mode=kernel, align_corners=False)[0, 0].numpy()
+        parts.append(torch.from_numpy(lines))
+    top = round((target - crop) / 2)
+    return torch.cat(parts, 1)[top : top + crop].clone()
