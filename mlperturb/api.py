@@ -173,19 +173,9 @@ def attack(
     )
     opened = _open(images)
     photos = [photo for photo, _ in opened]
-    for photo in photos:
-        classifier.preprocess.check(photo.rgb.shape[:2])
-        if settings.region is not None:
-            settings.region.inside(*photo.rgb.shape[:2])
-    rows: list[_Row] = []
     with torch.random.fork_rng(enabled=bool(photos)):
         torch.manual_seed(seed)
-        for part in _parts(classifier, photos, settings.request, settings):
-            for found in part:
-                photo = photos[len(rows)]
-                rows.append(_judge(classifier, photo, found, settings))
-            if progress is not None:
-                progress(len(rows), len(photos))
+        rows = _attack_photos(classifier, photos, settings, progress)
     adversarial = [restore(row.pixels) for (_, restore), row in zip(opened, rows, strict=True)]
     return _result(classifier, adversarial, rows, batch=isinstance(images, Tensor))
 
@@ -203,6 +193,27 @@ class _Row:
     passes: int
     flip: Tensor
     keep: Tensor
+
+
+def _attack_photos(
+    classifier: Classifier,
+    photos: Sequence[Photo],
+    settings: Settings,
+    progress: Callable[[int, int], None] | None,
+) -> list[_Row]:
+    """Attack the photos, and decide on each result."""
+    for photo in photos:
+        classifier.preprocess.check(photo.rgb.shape[:2])
+        if settings.region is not None:
+            settings.region.inside(*photo.rgb.shape[:2])
+    rows: list[_Row] = []
+    for part in _parts(classifier, photos, settings.request, settings):
+        for found in part:
+            photo = photos[len(rows)]
+            rows.append(_judge(classifier, photo, found, settings))
+        if progress is not None:
+            progress(len(rows), len(photos))
+    return rows
 
 
 def _parts(

@@ -29,7 +29,7 @@ def test_an_unknown_name_lists_the_close_matches_as_the_model_spells_them():
 
 
 def test_an_unknown_name_without_close_matches_lists_labels():
-    with pytest.raises(LabelError, match="expected one of aeroplane, Cat, dog, person, potted plant, sheep$"):
+    with pytest.raises(LabelError, match=r"expected one of aeroplane, Cat, dog, person, potted plant, sheep$"):
         find_label("zzzzzz", LABELS)
 
 

@@ -127,7 +127,8 @@ def evaluate(
     if voc is not None:
         parts = read_splits(voc, [name for value in year or () for name in value.split(",")], split or "test")
     else:
-        assert photos is not None and csv is not None
+        assert photos is not None
+        assert csv is not None
         parts = {csv.name: read_csv(photos, csv)}
     parts = {name: align(part, source.labels) for name, part in parts.items()}
     make_folder(out)

@@ -102,7 +102,8 @@ class LongRun:
             had: number of items that were done before.
             text: the text beside the bar.
         """
-        assert self._bar is not None and self._task is not None
+        assert self._bar is not None
+        assert self._task is not None
         self._phase, self._had = phase, had
         self._bar.reset(self._task, total=total, completed=had, description=text)
 

@@ -71,7 +71,7 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
         raise UsageError("expected a path or a value, got an empty argument")
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(_number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt; but while a module is imported, exit: torch aborts if its import is interrupted."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
@@ -114,7 +114,7 @@ def main() -> None:
         sys.exit(130)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            print_error(f"expected a shorter path, got {str(error.filename):.60}...")
+            print_error(f"expected a shorter path, got {error.filename!s:.60}...")
             sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EIO):
             raise

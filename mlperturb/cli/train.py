@@ -133,7 +133,8 @@ def train(
         if test_split:
             tests = read_splits(voc, years, test_split)
     else:
-        assert photos is not None and csv is not None
+        assert photos is not None
+        assert csv is not None
         training = read_csv(photos, csv)
         tests = {test_csv.name: read_csv(photos, test_csv)} if test_csv else {}
     if validation is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -159,7 +158,7 @@ def _remove_empty_folders(folder: Path) -> None:
     """Remove a folder and its subfolders, except folders that hold a file."""
     if is_remote(folder):
         return
-    for place in sorted(folder.rglob("*"), reverse=True) + [folder]:
+    for place in [*sorted(folder.rglob("*"), reverse=True), folder]:
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
 
@@ -211,7 +210,7 @@ def _make_folder(folder: Path, out: Path) -> None:
     if is_remote(folder):
         return
     try:
-        os.stat(out)
+        out.stat()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot make {folder}: {error.strerror or error}") from error

@@ -55,7 +55,7 @@ class Classifier(nn.Module):
         """The device of the classifier."""
         return self.boundary.device
 
-    def train(self, mode: bool = True) -> Classifier:
+    def train(self, mode: bool = True) -> Classifier:  # noqa: ARG002  # torch names it
         """Stay in evaluation mode: under an attack the batch statistics must not move."""
         return super().train(False)
 

@@ -156,7 +156,7 @@ def convert_image(image: Image.Image) -> tuple[Pixels, Pixels | None]:
     upright = ImageOps.exif_transpose(image)
     if mode.startswith(("I", "F")):
         return _scale_grey(np.asarray(upright)), None
-    if "A" in mode.upper() and mode != "LAB" or transparency:
+    if ("A" in mode.upper() and mode != "LAB") or transparency:
         rgba = np.asarray(upright.convert("RGBA"))
         return rgba[..., :3].copy(), rgba[..., 3].copy()
     return np.array(upright.convert("RGB")), None

@@ -59,7 +59,7 @@ def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> fro
         raise UsageError(f"the report would replace another file of the run: choose another `report` than {report}")
     existing = [out / name for name in sorted(targets & there)] + ([report] if taken_report else [])
     written = {identity(target) for target in existing} - {None}
-    taken = [job for job in jobs if job.source in existing or written and identity(job.source) in written]
+    taken = [job for job in jobs if job.source in existing or (written and identity(job.source) in written)]
     if taken:
         raise UsageError(f"an output would replace the photo {taken[0].source}: choose another `out` than {out}")
     if existing and not overwrite and not find_journal(journal):
@@ -80,7 +80,7 @@ def identity(path: Path) -> tuple[int, int] | None:
     if is_remote(path):
         return None
     try:
-        status = os.stat(path)
+        status = path.stat()
     except OSError:
         return None
     return status.st_dev, status.st_ino

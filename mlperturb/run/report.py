@@ -54,7 +54,7 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UsageError(f"no such report: {path}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"cannot read the report {path}: {str(error):.100}") from error
+        raise UsageError(f"cannot read the report {path}: {error!s:.100}") from error
     if not isinstance(found, dict) or found.get("schema") != schema:
         raise UsageError(f"expected a file of schema {schema}, got {path}")
     return found

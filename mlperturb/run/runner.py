@@ -48,10 +48,10 @@ def run_attack(
     settings: Settings,
     done: Callable[[list[Record]], None],
     *,
-    finished: Callable[[Job], Size | None] = lambda job: None,
+    finished: Callable[[Job], Size | None] = lambda _: None,
     claims: Callable[[int], Iterable[int]] = range,
     hold: Callable[[], AbstractContextManager[None]] = nullcontext,
-    warn: Callable[[str], None] = lambda message: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Waits:
     """Attack every photo, write its files to `out`, and hand the records of each batch to `done` once they are final.
 

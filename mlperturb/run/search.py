@@ -118,7 +118,7 @@ class Searcher:
 
     classifier: Classifier
     settings: Settings
-    warn: Callable[[str], None] = lambda message: None
+    warn: Callable[[str], None] = lambda _: None
     most: int | None = None
 
     @property

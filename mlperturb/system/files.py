@@ -43,7 +43,7 @@ def parse_path(text: str | Path) -> Path:
             path.fs  # noqa: B018  # loads the package
     except (ValueError, ImportError) as error:
         hint = " (pip install 'mlperturb[s3]')" if scheme in ("s3", "s3a") else ""
-        raise UsageError(f"cannot open {scheme}:// URLs: {str(error):.200}{hint}") from error
+        raise UsageError(f"cannot open {scheme}:// URLs: {error!s:.200}{hint}") from error
     except Exception as error:  # a store's own package may raise anything: no credentials, no network
         raise UsageError(f"cannot reach {text}: {str(error) or type(error).__name__:.200}") from error
     return cast(Path, path)
@@ -172,7 +172,7 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
             yield target
             target.flush()
             os.fsync(target.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         kind = OutputError if error.errno in _THIS_NAME_ALONE else StorageError
         raise kind(f"cannot write {path}: {error.strerror or error}") from error

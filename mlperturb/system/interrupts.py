@@ -40,7 +40,7 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         restore(self._before)
 
-    def _arrive(self, number: int, frame: FrameType | None) -> None:
+    def _arrive(self, _number: int, _frame: FrameType | None) -> None:
         self._waiting += 1
         if not self._held or self._waiting > 1:
             raise KeyboardInterrupt

@@ -193,7 +193,7 @@ class _Files:
 
     def append(self, line: bytes) -> None:
         try:
-            if not os.path.samestat(os.stat(self._own), os.fstat(self._stream.fileno())):
+            if not os.path.samestat(self._own.stat(), os.fstat(self._stream.fileno())):
                 raise StorageError(f"{self._own} was replaced while the run was going on")
             end, text = self._stream.seek(0, os.SEEK_END), self._turn + line
             try:
@@ -236,7 +236,7 @@ class _Objects:
 
     torn = False
 
-    def __init__(self, path: Path, key: dict[str, Any], rank: int, size: int) -> None:
+    def __init__(self, path: Path, key: dict[str, Any], rank: int, _size: int) -> None:
         self._path, self._number = path, 0
         before = find_journal(path)
         self.resumed = bool(before)

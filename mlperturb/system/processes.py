@@ -102,7 +102,7 @@ class Share:
             self._counts[name] += more
             return self._counts[name]
 
-    def gather(self, *, patience: float = float("inf"), warn: Callable[[str], None] = lambda message: None) -> bool:
+    def gather(self, *, patience: float = float("inf"), warn: Callable[[str], None] = lambda _: None) -> bool:
         """Announce that this process has finished. Rank 0 waits for the others and returns whether all have finished.
 
         Args:
@@ -114,7 +114,7 @@ class Share:
         """
         self.tell(f"finished/{self.rank}", "")
         began, silent = time.monotonic(), True
-        lost = {rank: (-1, began) for rank in range(1, self.size)} if self.first else {}  # last heartbeat, when
+        lost = dict.fromkeys(range(1, self.size), (-1, began)) if self.first else {}  # last heartbeat, when
         while lost and time.monotonic() - began < patience:
             for rank in list(lost):
                 sign = self.count(f"alive/{rank}")

@@ -184,7 +184,7 @@ class Fitter:
             matched = [value for name, value in parameters.items() if fnmatchcase(name, pattern)]
             if not matched:
                 raise CheckpointError(
-                    f"no parameter to freeze is called {pattern}, expected such as {list(parameters)[0]}"
+                    f"no parameter to freeze is called {pattern}, expected such as {next(iter(parameters))}"
                 )
             for value in matched:
                 value.requires_grad_(False)

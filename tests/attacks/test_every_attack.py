@@ -92,7 +92,8 @@ def test_pixels_stay_in_range_and_the_clean_photos_stay_untouched(name):
     copy = images.clone()
     outcome = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
     assert torch.equal(images, copy)
-    assert float(outcome.images.min()) >= 0 and float(outcome.images.max()) <= 1
+    assert float(outcome.images.min()) >= 0
+    assert float(outcome.images.max()) <= 1
     assert not outcome.images.requires_grad
     assert float((outcome.images - images).abs().max()) > 0
 
@@ -168,7 +169,8 @@ def test_nan_logits_are_never_met_and_do_not_spoil_other_images(name, kind):
 
     outcome = ATTACKS[name](Problem(Broken(torch.arange(9)), images, ClassificationGoal(targets)))
     assert bool(outcome.images.isfinite().all())
-    assert float(outcome.images.min()) >= 0 and float(outcome.images.max()) <= 1
+    assert float(outcome.images.min()) >= 0
+    assert float(outcome.images.max()) <= 1
     if kind != "one image":
         clean_met = outcome.goal.met(NET(images))
         assert not bool((outcome.met & ~clean_met).any())
@@ -272,7 +274,8 @@ def test_no_iterate_or_lattice_point_lies_beyond_the_cap(name, cap):
     problem = Problem(NET, images, ClassificationGoal(targets), cap=caps)
     outcome = ATTACKS[name](problem)
     moved = (outcome.images - images).flatten(1).norm(dim=1)
-    assert bool((moved <= caps).all()) and (name == "ml-dp pinv" or float(moved.max()) > 0)
+    assert bool((moved <= caps).all())
+    assert name == "ml-dp pinv" or float(moved.max()) > 0
     lattice = quantise(problem, outcome, scales=6, iterations=20)
     assert bool(((lattice.images - images).flatten(1).norm(dim=1) <= caps).all())
 
@@ -313,9 +316,11 @@ def test_a_generous_bound_changes_nothing(name):
 def test_a_problem_runs_short_once_any_of_its_images_has_spent_the_limit():
     images, targets = ragged_targets(NET)
     problem = Problem(NET, images, ClassificationGoal(targets), limit=5)
-    assert not problem.runs_short(5) and problem.runs_short(6)
+    assert not problem.runs_short(5)
+    assert problem.runs_short(6)
     problem.meter.forward[3] = 2
-    assert problem.runs_short(4) and problem.affordable(4).tolist() == [row != 3 for row in range(len(images))]
+    assert problem.runs_short(4)
+    assert problem.affordable(4).tolist() == [row != 3 for row in range(len(images))]
     others = (torch.arange(len(images)) != 3).nonzero().flatten()
     assert not problem.select(others).runs_short(5)
     assert not Problem(NET, images, ClassificationGoal(targets)).runs_short(10**9)
@@ -339,7 +344,8 @@ def test_images_that_are_finished_leave_the_batch(name):
     model = Counting(NET, 9)
     ATTACKS[name](Problem(model, images, ClassificationGoal(Targets(flip, keep, targets.truth, targets.boundary))))
     assert model.tally.batches[0] == 9
-    assert len(model.tally.batches) > 1 and max(model.tally.batches[1:]) <= 2
+    assert len(model.tally.batches) > 1
+    assert max(model.tally.batches[1:]) <= 2
 
 
 def test_ml_dp_narrows_the_batch_as_images_finish():
@@ -482,7 +488,8 @@ def test_every_budget_is_a_tuning_that_the_method_takes(name, budget):
     done = Targets(targets.flip & False, targets.keep & False, targets.truth, targets.boundary)
     outcome = find_method(name).load()(Problem(NET, images, ClassificationGoal(done)), **tuning)
     assert isinstance(outcome.goal, RankingGoal if name.startswith("rank") else ClassificationGoal)
-    assert bool(outcome.met.all()) and torch.equal(outcome.images, images)
+    assert bool(outcome.met.all())
+    assert torch.equal(outcome.images, images)
 
 
 def test_an_unknown_method_budget_or_option_is_refused():

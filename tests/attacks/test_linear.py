@@ -34,7 +34,7 @@ def make(count: int, labels: int, flip: list[int], keep: list[int], *, seed: int
 
 def moved(problem: Problem, images: Tensor) -> np.ndarray:
     """Return the L2 norm of each perturbation."""
-    assert float(images.min()) > 0.01 and float(images.max()) < 0.99, "a clipped pixel spoils the closed form"
+    assert 0.01 < float(images.min()) <= float(images.max()) < 0.99, "a clipped pixel spoils the closed form"
     return (images - problem.images).flatten(1).norm(dim=1).numpy()
 
 
@@ -46,7 +46,7 @@ def nearest(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
         lambda u: u @ u / 2,
         np.linalg.lstsq(reduced, q, rcond=None)[0],
         jac=lambda u: u,
-        constraints={"type": "ineq", "fun": lambda u: q - reduced @ u, "jac": lambda u: -reduced},
+        constraints={"type": "ineq", "fun": lambda u: q - reduced @ u, "jac": lambda _: -reduced},
         method="SLSQP",
         options={"ftol": 1e-14, "maxiter": 500},
     )
@@ -70,7 +70,7 @@ def nearest_within(rows: np.ndarray, q: np.ndarray, bound: float) -> np.ndarray:
         np.clip(nearest(rows, q), -bound, bound),
         jac=lambda r: r,
         bounds=[(-bound, bound)] * rows.shape[1],
-        constraints={"type": "ineq", "fun": lambda r: q - rows @ r, "jac": lambda r: -rows},
+        constraints={"type": "ineq", "fun": lambda r: q - rows @ r, "jac": lambda _: -rows},
         method="SLSQP",
         options={"maxiter": 1000, "ftol": 1e-14},
     )
@@ -289,7 +289,8 @@ def test_solve_dual_is_optimal_by_the_kkt_conditions():
         gram = rows @ rows.T
         mu = solve_dual(gram, q, present)
         slack = q + gram @ mu  # q - P^T dr, dr = -P mu
-        assert np.all(mu >= 0) and np.all(mu[~present] == 0)
+        assert np.all(mu >= 0)
+        assert np.all(mu[~present] == 0)
         assert np.all(slack[present] >= -1e-6)
         assert np.abs(mu * slack).max() < 1e-6
 
@@ -337,7 +338,8 @@ def test_ml_cw_with_a_hinge_on_probabilities_finds_the_same_point():
 def test_ml_ddn_comes_close_to_the_nearest_point_of_the_polyhedron(count, flip, keep):
     model, problem, targets = make(count, 5, flip, keep, seed=4)
     outcome = ml_ddn(problem, rounding="after", iterations=200)
-    assert bool(outcome.met.all()) and not outcome.on_lattice
+    assert bool(outcome.met.all())
+    assert not outcome.on_lattice
     assert bool(targets.holds(model(outcome.images)).all())
     for row, distance in enumerate(moved(problem, outcome.images)):
         exact = np.linalg.norm(nearest(*constraints(model, problem, row)))
@@ -345,9 +347,10 @@ def test_ml_ddn_comes_close_to_the_nearest_point_of_the_polyhedron(count, flip, 
 
 
 def test_ml_ddn_meets_a_linear_goal_in_a_few_passes():
-    model, problem, targets = make(8, 5, [0, 3], [1, 2, 4], seed=4)
+    model, problem, _ = make(8, 5, [0, 3], [1, 2, 4], seed=4)
     outcome = ml_ddn(problem, rounding="after", iterations=10)
-    assert bool(outcome.met.all()) and int((problem.meter.forward + problem.meter.backward).max()) == 20
+    assert bool(outcome.met.all())
+    assert int((problem.meter.forward + problem.meter.backward).max()) == 20
     for row, distance in enumerate(moved(problem, outcome.images)):
         assert distance <= 1.5 * np.linalg.norm(nearest(*constraints(model, problem, row)))
 
@@ -373,7 +376,8 @@ def test_under_a_bound_on_each_pixel_the_distance_is_that_of_the_quadratic_progr
         outcome = ml_ddn(bounded, rounding="after", iterations=300)
     else:
         outcome = ml_cw(bounded, schedule=Schedule(searches=8, iterations=200))
-    assert bool(outcome.met.all()) and float((outcome.images - problem.images).abs().max()) <= bound * (1 + 1e-9)
+    assert bool(outcome.met.all())
+    assert float((outcome.images - problem.images).abs().max()) <= bound * (1 + 1e-9)
     for row, distance in enumerate(moved(problem, outcome.images)):
         rows, q = constraints(model, problem, row)
         exact = np.linalg.norm(nearest_within(rows, q, bound))

@@ -105,7 +105,7 @@ def test_metadata_is_read_without_torch(saved, run_python):
     assert run_python(code) == f"{ARCHITECTURE} False"
 
 
-def test_a_checkpoint_that_cannot_be_written_is_an_output_error(tmp_path, network):
+def test_a_checkpoint_that_cannot_be_written_is_an_output_error(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OutputError, match="cannot write"):
         save_checkpoint(tmp_path / "file" / "x.safetensors", {"a": torch.zeros(1)}, METADATA)
@@ -136,7 +136,7 @@ def test_a_plain_state_dict_loads_with_architecture_and_labels(save_plain, netwo
     assert classifier.preprocess == default_preprocess(ARCHITECTURE)
 
 
-def test_plain_weights_without_architecture_or_labels_say_what_is_missing(save_plain, tmp_path):
+def test_plain_weights_without_architecture_or_labels_say_what_is_missing(save_plain):
     path = save_plain()
     with pytest.raises(CheckpointError, match="give `architecture` and `labels`"):
         load_checkpoint(path)
@@ -168,7 +168,7 @@ def test_missing_and_unexpected_tensors_are_named(save_plain):
         state["classifier.weight"] = state.pop("fc.weight")
         return state
 
-    with pytest.raises(CheckpointError, match="missing fc.weight, unexpected classifier.weight$"):
+    with pytest.raises(CheckpointError, match=r"missing fc\.weight, unexpected classifier\.weight$"):
         _load_plain(save_plain(change))
 
 
@@ -285,7 +285,7 @@ def test_a_header_that_is_no_object_is_refused(tmp_path, header):
 
 @pytest.mark.parametrize("header", [b"{}", b'{"__metadata__": {"format": "pt"}}', b'{"__metadata__": 3}'])
 def test_a_safetensors_file_of_others_is_told_from_ours(tmp_path, header):
-    with pytest.raises(CheckpointError, match="has no mlperturb metadata.*`architecture` and `labels`"):
+    with pytest.raises(CheckpointError, match=r"has no mlperturb metadata.*`architecture` and `labels`"):
         read_metadata(_write(tmp_path / "x.safetensors", header))
 
 
@@ -349,7 +349,7 @@ def test_default_preprocessing_is_that_of_torchvisions_weights():
 
 def test_a_missing_bundled_checkpoint_is_a_checkpoint_error(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "mlperturb" / "model" / "checkpoints.py"))
-    with pytest.raises(CheckpointError, match="bundled checkpoint .* is missing"):
+    with pytest.raises(CheckpointError, match=r"bundled checkpoint .* is missing"):
         bundled_checkpoint()
 
 

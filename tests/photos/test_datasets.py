@@ -66,7 +66,7 @@ def test_a_line_that_is_not_a_known_name_and_a_sign_is_shown(devkit, line):
 
 def test_a_split_without_label_files_is_a_dataset_error(devkit):
     (devkit / "VOC2007" / "ImageSets" / "Main" / "dog_val.txt").unlink()
-    with pytest.raises(DatasetError, match="expected files LABEL_val.txt"):
+    with pytest.raises(DatasetError, match=r"expected files LABEL_val\.txt"):
         read_voc(devkit, "2007", "val")
 
 
@@ -153,7 +153,7 @@ def test_data_sets_of_other_labels_cannot_be_joined():
 def test_a_photo_named_twice_is_refused(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "table.csv").write_text("image,cat\na.jpg,1\na.jpg,0\n")
-    with pytest.raises(DatasetError, match="names a.jpg twice"):
+    with pytest.raises(DatasetError, match=r"names a\.jpg twice"):
         read_csv(tmp_path, tmp_path / "table.csv")
 
 

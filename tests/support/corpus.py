@@ -410,7 +410,7 @@ def _bad_pickles(folder: Path, state: dict[str, torch.Tensor], victim: Path) -> 
         "text.pt": ("another format", b"weights\n" * 20),
         "photo.pt": ("another format", good("PNG")),
         "end-alone.pt": ("another format", b"PK\x05\x06" + bytes(18)),
-        "hollow.pt": ("members missing", _archive(scratch, lambda member, old: b"")),
+        "hollow.pt": ("members missing", _archive(scratch, lambda *_: b"")),
         "short.pt": ("members missing", _archive(scratch, lambda name, old: old[: 9 if "/data/" in name else None])),
         "bomb.pt": ("bomb", swap("data/0", bytes(700_000_000), zipfile.ZIP_DEFLATED)),
         "bomb-pickle.pt": ("bomb", swap("data.pkl", bytes(700_000_000), zipfile.ZIP_DEFLATED)),

@@ -31,7 +31,7 @@ _BARS = 8  # labels of B, or of neither set, that a card shows beside those of A
 
 
 def write_gallery(
-    report: dict[str, Any], folder: Path, path: Path, done: Callable[[str | None], None] = lambda missing: None
+    report: dict[str, Any], folder: Path, path: Path, done: Callable[[str | None], None] = lambda _: None
 ) -> None:
     """Write the page of a report whose files lie in `folder`.
 
