@@ -33,11 +33,11 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 def show_help(name: str) -> str:
     """Return a command's own help as Markdown: usage, description, a table of its arguments and options."""
-    from typer.main import get_command
+    from typer.main import get_group
 
     from mlperturb.cli.main import app
 
-    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    command = get_group(app).commands[name]
     context = command.context_class(command, info_name=f"mlperturb {name}")
     rows = [record for record in (param.get_help_record(context) for param in command.get_params(context)) if record]
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])

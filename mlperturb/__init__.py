@@ -1,12 +1,12 @@
-"""Multi-label adversarial perturbations for image files that work when they are opened again.
+"""Multi-label adversarial perturbations that still work when the image file is read back.
 
     import mlperturb
 
     classifier = mlperturb.load()
     result = mlperturb.attack(classifier, ["photo.jpg"], flip=["person"], keep="rest")
 
-The public names load on first use, so that `import mlperturb` is quick. `mlperturb.attacks` is the second door, for
-people who write attacks.
+The public names load on first use, so that `import mlperturb` is quick. `mlperturb.attacks` has the attacks
+themselves, for people who write attacks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PLACES = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker is to refuse a name that is not in the list above
+if not TYPE_CHECKING:  # so that a type checker refuses a name that is not in the list above
 
     def __getattr__(name: str) -> object:
         """Load a public name."""

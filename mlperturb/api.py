@@ -1,4 +1,4 @@
-"""The front door for Python: load a classifier, look at images, attack them."""
+"""The Python interface: load a classifier, predict labels, attack images."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ ImageLike: TypeAlias = "Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.floating
 Images: TypeAlias = "Tensor | Sequence[ImageLike]"
 Names: TypeAlias = "str | Iterable[str]"
 
-_TOGETHER = 16  # images that are looked at together
+_TOGETHER = 16  # images in one batch of `predict`
 
 
 @dataclass(frozen=True)
 class Result:
-    """What an attack on N images found.
+    """The result of an attack on N images.
 
     Attributes:
-        images: the adversarial images, in the form that the images came in: a batch (N, 3, H, W), or a list of
-            tensors, arrays or PIL images (for paths too). Floats are multiples of 1/255.
-        success: whether every decision is as asked on these 8-bit pixels, in every reader, compressed too, boolean,
-            (N,).
-        readers: whether every decision is as asked in a reader, boolean, (N,), by the reader's name.
-        status: `success`; `unchanged`: the image was as asked already; `partial`: a label flipped, but not every
-            decision is as asked; `failed`: no label flipped.
+        images: the adversarial images, in the form of the input: a batch (N, 3, H, W), or a list of tensors, arrays
+            or PIL images (PIL images for paths too). Floats are multiples of 1/255.
+        success: whether every constraint holds on these 8-bit pixels, in every reader and after the compressions,
+            boolean, (N,).
+        readers: for each reader's name, whether every constraint holds in this reader, boolean, (N,).
+        status: `success`; `unchanged`: the image was as asked already; `partial`: a label flipped, but some constraint
+            does not hold; `failed`: no label flipped.
         before: probabilities of the images, (N, L).
         after: probabilities of the adversarial images, (N, L).
         rmsd: root mean square of the change of the 8-bit pixels, on the 0-255 scale, (N,).
         linf: largest change of a pixel, in grey levels, (N,).
-        passes: forward and backward passes of the network, everything counted, (N,).
+        passes: all forward and backward passes of the network, (N,).
         flip: the set A, boolean, (N, L).
         keep: the set B, boolean, (N, L).
         labels: the L names.
@@ -86,15 +86,15 @@ def load(
     """Load a classifier.
 
     Args:
-        checkpoint: a `.safetensors` that `mlperturb train` wrote, or plain weights (`.pt`, `.pth`, `.safetensors`) with
-            `arch` and `labels`; by default the bundled classifier of the 20 labels of PASCAL VOC.
+        checkpoint: a `.safetensors` file that `mlperturb train` wrote, or plain weights (`.pt`, `.pth`, `.safetensors`)
+            with `arch` and `labels`; by default the bundled classifier of the 20 labels of PASCAL VOC.
         arch: the torchvision architecture of plain weights, such as `resnet50`.
         labels: the label names of plain weights, in the order of the network's outputs.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
 
     Raises:
         CheckpointError: if the file is missing, is not a checkpoint, or does not fit `arch` and `labels`.
-        UsageError: if there is no such device here.
+        UsageError: if this machine does not have the device.
     """
     path = bundled_checkpoint() if checkpoint is None else Path(checkpoint)
     if not path.is_file():
@@ -113,7 +113,7 @@ def predict(classifier: Classifier, images: Images) -> Tensor:
 
     Raises:
         ImageError: if a path cannot be read.
-        UsageError: if the images are of none of the forms of `attack`.
+        UsageError: if the images do not have a form that `attack` accepts.
     """
     photos = [photo for photo, _ in _open(images)]
     parts = [
@@ -145,33 +145,34 @@ def attack(
     """Find the smallest perturbation of each image that flips the labels of A and keeps the labels of B.
 
     Args:
-        classifier: to attack, see `load`, or a `Classifier` of your own.
+        classifier: the classifier to attack: see `load`, or a `Classifier` of your own.
         images: a float batch (N, 3, H, W) in [0, 1], or a list of any sizes of tensors (3, H, W) (float in [0, 1] or
             uint8), NumPy arrays (H, W, 3) (float in [0, 1] or uint8), PIL images, or paths. Floats are rounded to 8
             bits first.
-        flip: names of labels to reverse, whatever they are; or `all`, or `any` label (the nearest to its threshold).
-        keep: names of labels to leave as they are; or `rest`, every label that is named nowhere else.
+        flip: names of labels to reverse, present or not; or `all`; or `any`, the label nearest to its threshold.
+        keep: names of labels whose decision is to stay; or `rest`, every label not named elsewhere.
         add: names of labels to be present: flipped where they are absent, kept elsewhere.
         remove: names of labels to be absent: flipped where they are present, kept elsewhere.
         method: a name of `mlperturb.attacks.METHODS`.
         budget: how long to search; `paper` is the paper's own setting.
-        limits: the most passes, RMSD and change of a pixel; none by default.
-        survive: compressions after which the result must hold too, such as `jpeg:75` or `jpeg:60-95`.
-        reader: how the programs read in which the result must hold, such as `pillow` or `pillow:bicubic`, see
-            `mlperturb.model.readers`; by default those that the classifier's `Preprocess` names.
+        limits: the most passes, the largest RMSD and the largest change of a pixel; no limits by default.
+        survive: compressions after which every constraint must still hold, such as `jpeg:75` or `jpeg:60-95`.
+        reader: readers in which every constraint must hold, such as `pillow` or `pillow:bicubic`, see
+            `mlperturb.model.readers`; by default the readers that the classifier's `Preprocess` names.
         margin: by how much each logit must clear its threshold during the search.
-        region: change only this rectangle, (left, top, width, height) in pixels, or where a mask image is not black.
-        seed: of everything random.
-        progress: called with how many images are done, and how many there are.
-        options: of the method: `space`, `rounding`, `solver`, `between`; see `mlperturb.attacks.methods.CHOICES`.
+        region: the pixels that may change: a rectangle (left, top, width, height), or the path of a mask image, in
+            which they are not black. None for all pixels.
+        seed: of the random numbers.
+        progress: called with the number of images done, and the number of images.
+        options: the method's `space`, `rounding`, `solver`, `between`; see `mlperturb.attacks.methods.CHOICES`.
 
     Returns:
-        The adversarial images in the form that came in, with probabilities before and after.
+        The adversarial images in the form of the input, with the probabilities before and after.
 
     Raises:
         LabelError: for an unknown label, or a label in two sets.
         ImageError: if a path cannot be read, or the region lies outside an image.
-        UsageError: if the attack cannot be carried out as it is asked for.
+        UsageError: if an argument is out of its range or does not fit the others.
     """
     if isinstance(region, tuple):
         region = ",".join(map(str, region))
@@ -188,19 +189,9 @@ def attack(
     )
     opened = _open(images)
     photos = [photo for photo, _ in opened]
-    for photo in photos:
-        classifier.preprocess.check(photo.rgb.shape[:2])
-        if settings.region is not None:
-            settings.region.inside(*photo.rgb.shape[:2])
-    rows: list[_Row] = []
     with torch.random.fork_rng(enabled=bool(photos)):
         torch.manual_seed(seed)
-        for part in _parts(classifier, photos, settings.request, settings):
-            for found in part:
-                photo = photos[len(rows)]
-                rows.append(_judge(classifier, photo, found, settings))
-            if progress is not None:
-                progress(len(rows), len(photos))
+        rows = _attack_photos(classifier, photos, settings, progress)
     adversarial = [restore(row.pixels) for (_, restore), row in zip(opened, rows, strict=True)]
     names = [reader.name for reader in settings.readers]
     return _result(classifier, adversarial, rows, readers=names, batch=isinstance(images, Tensor))
@@ -208,7 +199,7 @@ def attack(
 
 @dataclass(frozen=True)
 class _Row:
-    """The result of an image."""
+    """The result of one image."""
 
     pixels: Pixels
     status: Status
@@ -222,10 +213,31 @@ class _Row:
     held: dict[str, bool]
 
 
+def _attack_photos(
+    classifier: Classifier,
+    photos: Sequence[Photo],
+    settings: Settings,
+    progress: Callable[[int, int], None] | None,
+) -> list[_Row]:
+    """Attack the photos, and decide on each result."""
+    for photo in photos:
+        classifier.preprocess.check(photo.rgb.shape[:2])
+        if settings.region is not None:
+            settings.region.inside(*photo.rgb.shape[:2])
+    rows: list[_Row] = []
+    for part in _parts(classifier, photos, settings.request, settings):
+        for found in part:
+            photo = photos[len(rows)]
+            rows.append(_judge(classifier, photo, found, settings))
+        if progress is not None:
+            progress(len(rows), len(photos))
+    return rows
+
+
 def _parts(
     classifier: Classifier, photos: Sequence[Photo], request: Request, settings: Settings
 ) -> Iterator[list[Found | None]]:
-    """Attack the photos, as many at a time as the device takes."""
+    """Attack the photos, as many at a time as fit the device's memory."""
     searcher = Searcher(classifier, settings)
     for start, stop in searcher.group([photo.rgb.shape[:2] for photo in photos]):
         for first, last, found in searcher.parts(photos[start:stop], [request] * (stop - start)):
@@ -237,7 +249,7 @@ def _parts(
 
 
 def _judge(classifier: Classifier, photo: Photo, found: Found | None, settings: Settings) -> _Row:
-    """Decide on the 8-bit pixels, as the command line does on the file."""
+    """Judge the 8-bit pixels, as the command line judges the file."""
     count = len(classifier.labels)
     if found is None:  # the network's outputs are not finite on the clean image
         nowhere, unknown = torch.zeros(count, dtype=torch.bool), torch.full((count,), torch.nan)
@@ -267,7 +279,7 @@ def _result(
     readers: Sequence[str],
     batch: bool,
 ) -> Result:
-    """Put the rows together."""
+    """Build the `Result` from the rows."""
 
     def stack(tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors) if tensors else torch.empty(0, len(classifier.labels))
@@ -290,7 +302,7 @@ def _result(
 
 
 def _names(names: Names) -> list[str]:
-    """Return one name, or several, as a list."""
+    """Return a name, or several names, as a list."""
     return [names] if isinstance(names, str) else list(names)
 
 
@@ -298,7 +310,7 @@ Restore: TypeAlias = "Callable[[Pixels], Tensor | npt.NDArray[np.generic] | Imag
 
 
 def _open(images: Images) -> list[tuple[Photo, Restore]]:
-    """Return the 8-bit pixels of every image, and the function that gives new pixels the image's own form."""
+    """Return the 8-bit pixels of every image, and a function that gives new pixels the form of the image."""
     if isinstance(images, Tensor):
         if images.dim() != 4:
             raise UsageError(f"expected a batch (N, 3, H, W) or a list of images, got a {_form(images)}")
@@ -348,7 +360,7 @@ def _open_array(image: npt.NDArray[np.generic]) -> tuple[Photo, Restore]:
 
 
 def _to_pixels(values: npt.NDArray[np.generic]) -> Pixels:
-    """Return 8-bit pixels of values that are 8-bit already, or floats in [0, 1].
+    """Return uint8 values as they are, and floats in [0, 1] rounded to 8 bits.
 
     Raises:
         UsageError: if the values are of another type or range.
@@ -371,6 +383,6 @@ def _photo(rgb: Pixels, alpha: Pixels | None = None) -> Photo:
 
 
 def _form(value: object) -> str:
-    """Describe a value that is not of the form expected."""
+    """Return the type and shape of a value, for an error message."""
     shape = getattr(value, "shape", None)
     return f"{type(value).__name__}{'' if shape is None else f' of shape {tuple(shape)}'}"

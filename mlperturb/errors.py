@@ -1,15 +1,15 @@
-"""The one error tree; the command line is the one place that catches it.
+"""The errors of mlperturb, one tree; only the command line catches its root.
 
 A message names a parameter in backquotes, as in "expected `rmsd` above 0"; the command line names the option instead.
 
-MlperturbError              what a user can put right; the message is one line
-|-- UsageError              the call cannot be carried out as it was given
+MlperturbError              an error that a user can put right; the message is one line
+|-- UsageError              an argument is out of its range or does not fit the others
 |   `-- LabelError          an unknown label, or a label in two sets
 |-- ImageError              one photo cannot be read; the run records it and goes on
-|-- CheckpointError         a file is no checkpoint, or does not fit its network
+|-- CheckpointError         a file is not a checkpoint, or does not fit its network
 |-- DatasetError            a data set lacks a file, a split or a label
 `-- OutputError             a file cannot be written
-    `-- StorageError        nothing can be written there (disk full, read-only, gone): the run stops
+    `-- StorageError        the disk is full, read-only or gone: the run stops
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class MlperturbError(Exception):
 
 
 class UsageError(MlperturbError):
-    """The call cannot be carried out as it was given."""
+    """An argument is out of its range, or does not fit the others."""
 
 
 class LabelError(UsageError):
@@ -36,7 +36,7 @@ class CheckpointError(MlperturbError):
 
 
 class DatasetError(MlperturbError):
-    """A data set is not laid out as expected."""
+    """A data set lacks a file, a split or a label."""
 
 
 class OutputError(MlperturbError):
@@ -44,4 +44,4 @@ class OutputError(MlperturbError):
 
 
 class StorageError(OutputError):
-    """Nothing can be written there any more: the disk is full, read-only or gone."""
+    """The disk is full, read-only or gone, so that the run cannot go on."""

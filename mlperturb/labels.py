@@ -1,4 +1,4 @@
-"""Label names -> label numbers. Pure Python, so that a wrong name is told before torch is loaded."""
+"""Label names -> label numbers. Pure Python, so that a wrong name is reported before torch is loaded."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mlperturb.errors import LabelError, UsageError
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for, as label numbers.
+    """The labels that the user asks for, by number.
 
     Attributes:
-        flip: labels whose decision is to be reversed, whatever it is.
+        flip: labels whose decision is to be reversed.
         keep: labels whose decision is to stay.
         add: labels that are to be present afterwards.
         remove: labels that are to be absent afterwards.
-        keep_rest: keep every label that is named nowhere; it says more than `keep` only beside `any_label`.
-        any_label: non-targeted (Section II): flip whichever label outside `keep` lies nearest to its threshold.
+        keep_rest: keep every label that the request does not name; without `any_label`, `keep` lists these labels too.
+        any_label: non-targeted (Section II): flip the label outside `keep` that is nearest to its threshold.
     """
 
     flip: tuple[int, ...] = ()
@@ -45,10 +45,10 @@ def split_names(values: Iterable[str], labels: Sequence[str] = ()) -> list[str]:
 
 
 def find_label(name: str, labels: Sequence[str]) -> int:
-    """Return the number of the label called `name`, in any case.
+    """Return the number of the label called `name`; upper and lower case count as equal.
 
     Raises:
-        LabelError: if there is none; the message lists close matches, or some labels.
+        LabelError: if no label has this name; the message lists close matches, or some labels.
     """
     lowered = {label.casefold(): number for number, label in reversed(list(enumerate(labels)))}
     if name in labels:
@@ -56,7 +56,7 @@ def find_label(name: str, labels: Sequence[str]) -> int:
     if name.casefold() in lowered:
         return lowered[name.casefold()]
     if name.casefold() in _WORDS:
-        raise LabelError(f"{name!r} is no label, and stands with {_WORDS[name.casefold()]} alone")
+        raise LabelError(f"{name!r} is not a label: expected it only in {_WORDS[name.casefold()]}")
     close = difflib.get_close_matches(name.casefold(), list(lowered), n=3, cutoff=0.5)
     shown = [labels[lowered[match]] for match in close]
     if shown:
@@ -84,17 +84,17 @@ def parse_request(
         remove: names of labels to be absent afterwards.
 
     Raises:
-        LabelError: for an unknown label, or one that stands in two sets.
-        UsageError: if there is nothing to change, or `all`, `any` and `rest` contradict each other.
+        LabelError: for an unknown label, or a label in two sets.
+        UsageError: if no label is to change, or `all`, `any` and `rest` contradict each other.
     """
     flips, keeps = split_names(flip, labels), split_names(keep, labels)
     any_label = _take_word("any", flips, labels)
     flip_all = _take_word("all", flips, labels)
     keep_rest = _take_word("rest", keeps, labels)
     if any_label and (flip_all or flips):
-        raise UsageError("`flip` any stands alone: expected no further label to flip")
+        raise UsageError("expected `flip` any alone, got further labels to flip")
     if flip_all and keep_rest:
-        raise UsageError("`flip` all leaves nothing for `keep` rest")
+        raise UsageError("expected `flip` all or `keep` rest, got both")
     sets = {"flip": flips, "keep": keeps, "add": split_names(add, labels), "remove": split_names(remove, labels)}
     chosen: dict[str, list[int]] = {}
     taken: dict[int, str] = {}
@@ -103,7 +103,9 @@ def parse_request(
         for name in names:
             number = find_label(name, labels)
             if taken.setdefault(number, option) != option:
-                raise LabelError(f"label {labels[number]!r} stands in both `{taken[number]}` and `{option}`")
+                raise LabelError(
+                    f"expected a label in one set, got {labels[number]!r} in both `{taken[number]}` and `{option}`"
+                )
             if number not in chosen[option]:
                 chosen[option].append(number)
     rest = [number for number in range(len(labels)) if number not in taken]
@@ -112,7 +114,7 @@ def parse_request(
     if keep_rest and not any_label:
         chosen["keep"] = sorted(chosen["keep"] + rest)
     if any_label and not rest:
-        raise UsageError("`flip` any has no label left to flip: every label is named elsewhere")
+        raise UsageError("expected a label left for `flip` any, but every label is named elsewhere")
     if not (chosen["flip"] or chosen["add"] or chosen["remove"] or any_label):
         raise UsageError("nothing to change: expected at least one label in `flip`, `add` or `remove`")
     return Request(

@@ -1,4 +1,4 @@
-"""How much an attack may cost, and how far it may go: three numbers that travel together."""
+"""The limits of an attack: its passes, the RMSD, and the largest change of a pixel."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MARGIN = 0.01  # of a logit beyond its threshold: another batch size or device a
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of an attack on one photo; None where there is none.
+    """The limits of an attack on one photo; None for no limit.
 
     Attributes:
-        passes: the most forward and backward passes, together, that a photo may cost; at least `MIN_PASSES`.
+        passes: the most forward and backward passes together for a photo; at least `MIN_PASSES`.
         rmsd: the largest RMSD allowed, on the 0-255 scale, of the float result and of the PNG.
-        linf: by how many grey levels, 1 to 255, a pixel may change, in the float result and the PNG.
+        linf: the most grey levels, 1 to 255, by which a pixel may change, in the float result and the PNG.
 
     Raises:
         UsageError: if a limit is out of its range.
@@ -36,5 +36,5 @@ class Limits:
             raise UsageError(f"expected `linf` from 1 to 255 grey levels, got {self.linf}")
 
     def describe(self) -> dict[str, float | None]:
-        """Return the limits as a report's settings and a journal's key have them."""
+        """Return the limits under the names that a report's settings and a journal's key use."""
         return {"passes": self.passes, "max_rmsd": self.rmsd, "max_linf": self.linf}

@@ -1,6 +1,6 @@
 """Distortion, classification and ranking metrics (Section IV-D, Tables III-V); pure tensors.
 
-`truth` is +1 present, -1 absent and 0 for labels left out (difficult ones, or those outside A or B).
+`truth` is +1 present, -1 absent and 0 for labels left out (difficult labels, or labels outside A or B).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mlperturb.targets import decide
 
 @dataclass(frozen=True)
 class Distortion:
-    """How far x* lies from x, on the 0-255 scale, at the photo's own resolution."""
+    """The distortion of a photo, x* - x, on the 0-255 scale, at the photo's own resolution."""
 
     rmsd: float
     l2: float
@@ -43,7 +43,7 @@ def instance_hamming(decisions: Tensor, truth: Tensor) -> Tensor:
 
 
 def f1_scores(decisions: Tensor, truth: Tensor) -> dict[str, float]:
-    """Return instance, micro and macro F1 of (N, L) signs; 0 where none is present nor predicted, as scikit-learn."""
+    """Return instance, micro and macro F1 of (N, L) signs; 0 where nothing is present or predicted."""
     both, either = _overlap(decisions, truth)
     return {
         "instance_f1": float(instance_f1(decisions, truth).mean()),
@@ -53,13 +53,13 @@ def f1_scores(decisions: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def instance_f1(decisions: Tensor, truth: Tensor) -> Tensor:
-    """Return F1 of each image, (N,); 0 where no label is present nor predicted, as scikit-learn."""
+    """Return F1 of each image, (N,); 0 where no label is present or predicted, as in scikit-learn."""
     both, either = _overlap(decisions, truth)
     return 2 * both.sum(1) / either.sum(1).clamp(min=1)
 
 
 def _overlap(decisions: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, for each label of each image, whether it is present and predicted, and how many of the two it is."""
+    """Return, for each label of each image, present AND predicted (0 or 1), and present + predicted (0, 1 or 2)."""
     counted = truth != 0
     present, predicted = ((truth > 0) & counted).double(), ((decisions > 0) & counted).double()
     return present * predicted, present + predicted
@@ -68,11 +68,11 @@ def _overlap(decisions: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
     """Return the average precision of each row, (R,), NaN for a row without positives.
 
-    Rows are images (instance mAP) or, of the transposed matrices, labels. Ties count as scikit-learn counts them.
+    Rows are images (instance mAP) or, with transposed matrices, labels. Ties count as in scikit-learn.
 
     Args:
         scores: (R, M), larger is more relevant.
-        truth: (R, M).
+        truth: +1, -1 or 0, (R, M).
     """
     at_least, hits_at_least = _at_least(scores, truth != 0), _at_least(scores, truth > 0)
     positive = truth > 0
@@ -83,7 +83,7 @@ def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
 def ranking_loss(scores: Tensor, truth: Tensor) -> Tensor:
     """Return the share of misordered (positive, negative) pairs of each row, (R,); a tie counts as misordered.
 
-    NaN for a row whose relevant set is empty or full.
+    A row whose relevant set is empty or full gives NaN.
     """
     above = torch.where(truth > 0, _at_least(scores, truth < 0), 0.0)
     return above.sum(1) / ((truth > 0).sum(1) * (truth < 0).sum(1))
@@ -110,7 +110,7 @@ def kendall_tau(scores: Tensor, ranks: Tensor) -> Tensor:
 def classifier_metrics(logits: Tensor, truth: Tensor, boundary: Tensor, labels: tuple[str, ...]) -> dict[str, object]:
     """Return Table III's figures of a classifier, and average precision and F1 of each label.
 
-    A figure that no photo or label counts for is None.
+    A figure without photos or labels to count is None.
 
     Args:
         logits: (N, L).
@@ -155,4 +155,4 @@ def _count(scores: Tensor, counted: Tensor, *, right: bool) -> Tensor:
     scores = scores.double().contiguous()
     ordered = scores.masked_fill(~counted, -torch.inf).sort(dim=1).values
     count = scores.shape[1] - torch.searchsorted(ordered, scores, right=right)
-    return count.minimum(counted.sum(1, keepdim=True)).double()  # a score of -inf ties with what is not counted
+    return count.minimum(counted.sum(1, keepdim=True)).double()  # -inf ties with entries not counted

@@ -1,4 +1,4 @@
-"""The sets A and B of a batch, the desired signs, and the ONE predicate that says a constraint holds."""
+"""The sets A and B of a batch, the desired signs, and the one predicate for a constraint that holds."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Space = Literal["logit", "probability"]
 
 @dataclass(frozen=True)
 class Targets:
-    """What an attacked batch is to be given (docs/methods.md, Notation).
+    """The labels that an attacked batch is to have (docs/methods.md, Notation).
 
     Attributes:
         flip: A, boolean, (N, L).
         keep: B, boolean, (N, L), disjoint from A. C is the rest.
         truth: y, the labels the photos have now, +1 / -1, (N, L).
         boundary: logit(t_j), the decision threshold of each label on its logit, (L,).
-        margin: by how much a logit must clear its boundary to count; 0 is the bare decision. A little margin
-            keeps a decision that another batch size or device computes in another order of additions.
+        margin: the distance from its boundary that a logit must have; 0 for the bare decision. With a small margin,
+            a decision does not change on another device or batch size, which adds in another order.
     """
 
     flip: Tensor
@@ -59,7 +59,7 @@ class Targets:
     def holds(self, logits: Tensor) -> Tensor:
         """Say which constraints hold: h_j(x*) = y*_j, for j in A u B; (N, L), true outside A u B.
 
-        This is the one predicate of the project. f_j >= t_j is decided as z_j >= logit(t_j). A NaN never holds.
+        No other code decides whether a constraint holds. f_j >= t_j is decided as z_j >= logit(t_j). A NaN never holds.
         """
         right = torch.where(
             self.desired > 0, logits >= self.boundary + self.margin, logits < self.boundary - self.margin
@@ -71,7 +71,7 @@ class Targets:
 
         Args:
             logits: z, (N, L).
-            space: measure on the logits (whose gradient never dies) or, as the paper does, on the probabilities.
+            space: measure on the logits (their gradient does not vanish) or, as the paper does, on the probabilities.
         """
         if space == "logit":
             distance = self.desired * (self.boundary - logits) + self.margin
@@ -85,14 +85,14 @@ class Targets:
         return replace(self, flip=self.flip[rows], keep=self.keep[rows], truth=self.truth[rows])
 
     def cpu(self) -> Targets:
-        """Return the same on the CPU."""
+        """Return the targets on the CPU."""
         return Targets(self.flip.cpu(), self.keep.cpu(), self.truth.cpu(), self.boundary.cpu(), self.margin)
 
 
 def present(logits: Tensor, boundary: Tensor) -> Tensor:
     """Decide which labels are present, boolean, in the shape of `logits`: z_j >= logit(t_j); a NaN is absent.
 
-    Every decision of the project is made here, or in `labels.present_labels` where there are no tensors.
+    All code that decides calls this function, or `labels.present_labels` where it has no tensors.
     """
     return logits >= boundary
 
@@ -105,15 +105,19 @@ def decide(logits: Tensor, boundary: Tensor) -> Tensor:
 def make_targets(
     request: Request | Sequence[Request], truth: Tensor, boundary: Tensor, *, margin: float = 0.0
 ) -> Targets:
-    """Apply a `Request`, one for all or one for each image, to the present labels of a batch.
+    """Apply a `Request`, the same for all images or one for each, to the labels of a batch.
 
-    A label to add (remove) that a photo already has (lacks) becomes a keep constraint of that photo.
+    A label to add that a photo has already becomes a keep constraint of that photo, and so does a label to remove
+    that the photo does not have.
 
     Args:
-        request: what the user asks for; its `any_label` must have been resolved, see `attacks.untargeted`.
+        request: label numbers; `any_label` must be resolved before, see `attacks.untargeted`.
         truth: y, +1 / -1, (N, L).
         boundary: logit(t), (L,).
         margin: see `Targets`.
+
+    Raises:
+        UsageError: if the number of requests is not the number of images.
     """
     flip = torch.zeros_like(truth, dtype=torch.bool)
     keep = flip.clone()

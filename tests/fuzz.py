@@ -37,7 +37,9 @@ def fuzz_images(folder: Path) -> Callable[[bytes], None]:
         except ImageError as error:
             assert str(error)
         else:
-            assert photo.rgb.ndim == 3 and photo.rgb.shape[2] == 3 and photo.rgb.dtype == "uint8"
+            assert photo.rgb.ndim == 3
+            assert photo.rgb.shape[2] == 3
+            assert photo.rgb.dtype == "uint8"
             assert photo.alpha is None or photo.alpha.shape == photo.rgb.shape[:2]
 
     return read
@@ -63,7 +65,7 @@ def fuzz_checkpoints(folder: Path) -> Callable[[bytes], None]:
     return read
 
 
-def small_network(architecture: str, outputs: int, *, meta: bool = False) -> torch.nn.Module:
+def small_network(_architecture: str, outputs: int, **_: object) -> torch.nn.Module:
     """Return a network that is quickly filled."""
     with torch.device("meta"):
         return torch.nn.ModuleDict({"fc": torch.nn.Linear(8, outputs), "norm": torch.nn.BatchNorm1d(3)})

@@ -45,7 +45,8 @@ def check(classifier, result, arrays, flip, clean):
     """The result's claims, decided anew on its own pixels."""
     assert result.after.shape == result.before.shape == (len(arrays), len(LABELS))
     for row, (pixels, photo) in enumerate(zip(arrays, clean, strict=True)):
-        assert pixels.dtype == np.uint8 and pixels.shape == photo.shape
+        assert pixels.dtype == np.uint8
+        assert pixels.shape == photo.shape
         logits = classifier([torch.from_numpy(pixels).permute(2, 0, 1).float() / 255])
         was = classifier([torch.from_numpy(photo).permute(2, 0, 1).float() / 255])
         torch.testing.assert_close(result.after[row], torch.sigmoid(logits[0]))
@@ -63,9 +64,12 @@ def test_arrays_come_back_as_arrays(classifier):
     clean = photos()
     result = mlperturb.attack(classifier, clean, flip=[LABELS[0]], keep="rest", **FEW)
     check(classifier, result, result.images, {LABELS[0]}, clean)
-    assert bool(result.success.all()) and result.status == ("success",) * 3
-    assert result.flip.sum(1).tolist() == [1, 1, 1] and bool((result.flip | result.keep).all())
-    assert result.labels == LABELS and len(result) == 3
+    assert bool(result.success.all())
+    assert result.status == ("success",) * 3
+    assert result.flip.sum(1).tolist() == [1, 1, 1]
+    assert bool((result.flip | result.keep).all())
+    assert result.labels == LABELS
+    assert len(result) == 3
 
 
 def test_every_form_of_an_image_comes_back_in_its_form(classifier, tmp_path):
@@ -90,7 +94,8 @@ def test_every_form_of_an_image_comes_back_in_its_form(classifier, tmp_path):
         kind = Image.Image if isinstance(form, str | Path) else type(form)
         assert isinstance(image, kind)
         if isinstance(image, torch.Tensor):
-            assert image.dtype == form.dtype and image.shape == form.shape
+            assert image.dtype == form.dtype
+            assert image.shape == form.shape
             scale = 255 if image.is_floating_point() else 1
             image = (image * scale).permute(1, 2, 0).numpy()
         if isinstance(image, np.ndarray):
@@ -103,7 +108,8 @@ def test_every_form_of_an_image_comes_back_in_its_form(classifier, tmp_path):
 def test_a_batch_comes_back_as_a_batch_of_multiples_of_a_grey_level(classifier):
     batch = torch.rand(4, 3, 24, 31, generator=torch.Generator().manual_seed(1))
     result = mlperturb.attack(classifier, batch, flip=[LABELS[2]], keep="rest", **FEW)
-    assert isinstance(result.images, torch.Tensor) and result.images.shape == batch.shape
+    assert isinstance(result.images, torch.Tensor)
+    assert result.images.shape == batch.shape
     torch.testing.assert_close(result.images * 255, (result.images * 255).round(), atol=1e-4, rtol=0)
     torch.testing.assert_close(mlperturb.predict(classifier, result.images), result.after, atol=1e-6, rtol=1e-5)
 
@@ -147,7 +153,9 @@ def test_limits_region_survival_seed_and_progress_are_taken(classifier):
         rounding="inside",
     )
     assert told[-1] == (3, 3)
-    assert bool((result.linf <= 4).all()) and bool((result.rmsd <= 3).all()) and bool((result.passes <= 60).all())
+    assert bool((result.linf <= 4).all())
+    assert bool((result.rmsd <= 3).all())
+    assert bool((result.passes <= 60).all())
     for pixels, photo in zip(result.images, clean, strict=True):
         changed = (pixels != photo).any(axis=2)
         changed[3:12, 2:10] = False
@@ -160,7 +168,8 @@ def test_a_network_whose_outputs_are_not_finite_fails_and_says_so():
             return images.mean((1, 2, 3))[:, None] * torch.full((1, len(LABELS)), torch.nan)
 
     result = mlperturb.attack(Classifier(Broken(), LABELS, preprocess=PREPROCESS), photos(1), flip=LABELS[0])
-    assert result.status == ("failed",) and not bool(result.success[0])
+    assert result.status == ("failed",)
+    assert not bool(result.success[0])
     np.testing.assert_array_equal(result.images[0], photos(1)[0])
 
 
@@ -174,7 +183,9 @@ def test_the_global_random_state_is_left_alone(classifier):
 
 def test_no_image_is_no_result(classifier):
     result = mlperturb.attack(classifier, [], flip=LABELS[0])
-    assert len(result) == 0 and result.images == [] and result.before.shape == (0, len(LABELS))
+    assert len(result) == 0
+    assert result.images == []
+    assert result.before.shape == (0, len(LABELS))
     assert mlperturb.predict(classifier, []).shape == (0, len(LABELS))
 
 
@@ -221,7 +232,8 @@ def test_load_takes_our_checkpoints_and_plain_weights(tiny, tmp_path):
     ours = mlperturb.load(tiny)
     assert ours.labels == LABELS
     bundled = mlperturb.load()
-    assert "person" in bundled.labels and len(bundled.labels) == 20
+    assert "person" in bundled.labels
+    assert len(bundled.labels) == 20
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         mlperturb.load(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="arch"):

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from typer.main import get_command
+from typer.main import get_group
 
 from mlperturb.cli.main import app
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "commands").glob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "weights" / "README.md"]
-COMMANDS = get_command(app).commands
+COMMANDS = get_group(app).commands
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 EVERY_TEXT = pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
 BLOCK = re.compile(
@@ -136,7 +136,8 @@ def shell(cli) -> Callable[[str], tuple[int, str, str]]:
 
 
 @EVERY_PAGE
-def test_every_block_runs_and_prints_what_the_page_shows(page, folder, shell):
+@pytest.mark.usefixtures("folder")
+def test_every_block_runs_and_prints_what_the_page_shows(page, shell):
     names: dict[str, object] = {"__name__": "__main__"}
     printed: str | None = None  # by the Python block before
     for block in read_blocks(page):
@@ -276,7 +277,8 @@ def resolve(name: str) -> object:
 
 def load_hooks() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -297,7 +299,9 @@ def test_every_command_has_a_page_with_its_help():
 def test_the_hook_shows_code_without_its_docstring_and_links_names():
     hooks = load_hooks()
     shown = hooks.on_page_markdown("1. Decide.\n\n    <!-- code: mlperturb.targets.decide -->\n")
-    assert "    ??? quote" in shown and "def decide(" in shown and "Return the decisions" not in shown
+    assert "    ??? quote" in shown
+    assert "def decide(" in shown
+    assert "Return the decisions" not in shown
     assert "[`mlperturb.targets.decide`][mlperturb.targets.decide]" in shown
     fenced = "```python\n`mlperturb.targets.decide`\n```"
     assert hooks.on_page_markdown(fenced) == fenced
@@ -308,4 +312,5 @@ def test_the_hook_shows_code_without_its_docstring_and_links_names():
 def test_the_readme_is_short_and_its_picture_small():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
     picture = DOCS / "images" / "portrait.png"
-    assert picture.stat().st_size < 300_000 and picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size < 300_000
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -23,5 +23,6 @@ def test_a_minute_of_fuzzing_finds_no_bytes_that_a_reader_fails_at_in_a_way_not_
     assert done.returncode == 0, done.stderr[-3000:]
     assert [path.name for path in found.iterdir()] == []
     runs = re.search(r"Done (\d+) runs", done.stderr)
-    assert runs is not None and int(runs[1]) > 3000
+    assert runs is not None
+    assert int(runs[1]) > 3000
     assert len(re.findall(r"^#\d+\s+NEW ", done.stderr, re.MULTILINE)) > 20  # ways through the code not in the seeds

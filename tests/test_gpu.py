@@ -53,4 +53,5 @@ def test_the_free_memory_of_the_gpu_is_told():
     device = torch.device("cuda")
     taken = torch.empty(1 << 26, dtype=torch.uint8, device=device)
     free = free_memory(device)
-    assert free is not None and 0 < free <= torch.cuda.get_device_properties(device).total_memory - len(taken)
+    assert free is not None
+    assert 0 < free <= torch.cuda.get_device_properties(device).total_memory - len(taken)

@@ -1,4 +1,4 @@
-"""The attacks: the second door of the library, for people who write attacks of their own.
+"""The attacks, for people who write attacks of their own.
 
 A `Problem` is a batch of images, a model and a `Goal`; an attack is a function of a problem that returns an `Outcome`.
 Nothing here knows files or label names. The names load on first use: the list of methods must be quick to read.
@@ -55,7 +55,7 @@ _PLACES = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker is to refuse a name that is not in the list
+if not TYPE_CHECKING:  # so that a type checker refuses a name that is not in the list
 
     def __getattr__(name: str) -> object:
         """Load a public name."""

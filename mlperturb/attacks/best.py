@@ -15,11 +15,11 @@ class Best:
     """The best iterate of each image of a problem: the highest score, then the least L2 distortion, within the cap.
 
     Args:
-        problem: whose images these are; a part of it, made by `Problem.select`, updates its own images.
+        problem: the problem of the images; a part of it, made by `Problem.select`, updates only its own images.
 
     Attributes:
-        images: (N, 3, H, W); the clean photos until something better comes.
-        score: (N,), of `Goal.score`.
+        images: the best iterates, (N, 3, H, W); at first the clean photos.
+        score: their `Goal.score`, (N,).
         norm: ||x* - x||_2 in [0, 1] units, (N,).
         met: whether the goal is met, (N,).
     """
@@ -31,19 +31,19 @@ class Best:
         self.score = images.new_full((count,), -torch.inf)
         self.norm = images.new_full((count,), torch.inf)
         self.met = torch.zeros(count, dtype=torch.bool, device=images.device)
-        self._place = torch.full((len(problem.meter),), -1)  # of an image of the whole batch, on the CPU
+        self._place = torch.full((len(problem.meter),), -1)  # from a row of the whole batch to a row here, on the CPU
         self._place[problem.rows] = torch.arange(count)
 
     @torch.no_grad()
     def update(self, problem: Problem, images: Tensor, logits: Tensor, computed: Tensor | None = None) -> Tensor:
-        """Take over the iterates that beat those held; return which images meet the goal now, (n,).
+        """Keep the iterates that are better than the best so far; return which iterates meet the goal, (n,).
 
         Args:
-            problem: the part of the batch whose iterates these are.
-            images: its iterates, (n, 3, H, W).
-            logits: of the iterates, (n, L), or of each of their views, (n, V, L): the worst view counts.
-            computed: of which images the logits of every view are computed, (n,); None for all. Of the others some
-                are only expected, and such an iterate is not taken over as one that meets the goal.
+            problem: the part of the batch that the iterates belong to.
+            images: the iterates, (n, 3, H, W).
+            logits: the logits of the iterates, (n, L), or of each of their views, (n, V, L): the worst view counts.
+            computed: the images of which the logits of every view are computed, boolean, (n,); None for all. The other
+                images have expected logits, and an expected success is not kept.
         """
         goal = problem.goal
         rows = self.places(problem)
@@ -67,18 +67,18 @@ class Best:
         return self._place[problem.rows].to(self.norm.device)
 
     def outcome(self, goal: Goal, *, on_lattice: bool = False) -> Outcome:
-        """Return what is held as the result of an attack that was after `goal`."""
+        """Return the best iterates as the result of an attack with this goal."""
         return Outcome(self.images, self.met, goal, on_lattice)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attack found.
+    """The result of an attack.
 
     Attributes:
         images: the best iterates x*, float, in [0, 1], (N, 3, H, W).
         met: whether the goal is met, (N,).
-        goal: what the attack was after; the search for an 8-bit photo is after the same.
+        goal: the goal of the attack; the search for an 8-bit photo has the same goal.
         on_lattice: whether the images are 8-bit already, found with the rounding inside the attack.
     """
 

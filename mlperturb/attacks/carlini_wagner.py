@@ -13,13 +13,13 @@ from mlperturb.targets import Space
 def ml_cw(problem: Problem, *, space: Space = "logit", schedule: Schedule = BALANCED) -> Outcome:
     """Min ||r||_2 + lambda * sum_j max(0, y'_j f'_j(x + r) - c_j), Eq. 5; lambda per image.
 
-    Of the iterates that hold the most constraints, the one of least distortion is kept.
+    Of the iterates that meet the most constraints, the iterate of least distortion is kept.
 
     Args:
         problem: the batch.
-        space: where the hinge lies. On probabilities, as in the paper, its gradient dies with a confident label;
-            the constraint is the same on logits, where it never does.
-        schedule: how long to search; `schedule.PAPER` (with space="probability") is the paper's. From its lambda of
-            1e5, ten halvings never reach the small ones that give small perturbations.
+        space: measure the hinge on the logits or, as in the paper, on the probabilities. The constraints are the same;
+            but on the probabilities the gradient of a confident label vanishes.
+        schedule: how long to search; `schedule.PAPER` (with space="probability") is the paper's setting. From its
+            lambda of 1e5, ten halvings never reach the small lambdas that give small perturbations.
     """
     return minimise_penalty(problem.aim(ClassificationGoal(problem.targets, space)), schedule)

@@ -1,4 +1,9 @@
-"""ML-DDN: the least perturbation by decoupled direction and norm (DDN, Rony et al. 2019), with multipliers."""
+"""ML-DDN: decoupled direction and norm (DDN, Rony et al. 2019) with a multiplier for each of many constraints.
+
+Names of the loop: `latent` is r before any rounding, `radius` is the length ||r||_2 that step 5 sets, `met` says that
+every constraint of an image holds, `decay` is 1 - k / K in iteration k of K, v_j is the violation of constraint j,
+positive while the constraint is violated, and g is the gradient of the loss of step 2.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +24,30 @@ from mlperturb.targets import Space
 Rounding = Literal["inside", "after"]
 
 # The constants of the rules below. `python tests/benchmarks/constants.py` measures each at half and at twice its value.
-_OVERSHOOT = 1.3  # of the first step: logits curve away from their linearisation
-_LEAST = 0.55 / 255  # the largest change of a pixel, at least, before rounding: what is below half a level vanishes
-_RISE, _FALL = 0.4, -0.1  # of log mu_j in an iteration, while constraint j is violated, and while it is slack
-_SMALLEST = 1e-3  # multiplier, the largest of an image being 1
-_RESTART_AFTER = 4  # an image that never met its goal in 1 / 4 of the iterations begins again
-_ENOUGH = 40  # iterations that leave time to begin again
-_NEAR = 0.1  # share of r that is left then
-_GROWTH = 5.0  # of the radius from there: how often it may grow by its own length, on the whole way
-_NEXT, _LAST = 2, 0.3  # violated constraints pushed there; a single one in the last 30 % of the iterations
-_TINY = 1e-30  # in place of a length of 0
+_OVERSHOOT = 1.3  # step 3: factor on the linearised distance, because logits curve away from their linearisation
+_LEAST = 0.55 / 255  # step 5: the least max|r|, a little over half a grey level, below which r rounds to 0
+_RISE, _FALL = 0.4, -0.1  # step 7: change of log mu_j while v_j > 0, and while v_j <= 0; times `decay`
+_SMALLEST = 1e-3  # step 7: the least multiplier; the largest multiplier of an image is 1
+_RESTART_AFTER = 4  # step 8: an image that has not met its goal by iteration K / 4 restarts
+_ENOUGH = 40  # step 8: the least K for a restart
+_NEAR = 0.1  # step 8: a restart multiplies r by this
+_GROWTH = 5.0  # step 8: after a restart, the share by which a failure lengthens r is this / K, times `decay`
+_NEXT, _LAST = 2, 0.3  # step 8: violated constraints pushed after a restart; only 1 while decay <= 0.3, at the end
+_TINY = 1e-30  # in place of a length of 0, against division by 0
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How boldly `descend` moves; each share is that of the first iteration, and a schedule lets it decay to zero.
+    """The step sizes of `descend`; `rate`, `shrink` and `grow` are multiplied by `decay`.
 
     Attributes:
-        rate: the length of a step along -g, as a share of ||r||.
-        shrink: by which share ||r|| shrinks where all constraints hold.
-        grow: by which share it grows elsewhere.
-        need: and it grows by at least this share of the linearised distance to the violated constraints.
-        sharpness: of the softplus, which still pulls a little on constraints that hold but are near their edge.
-        restarts: let images that never meet the goal begin again, and count constraints first.
+        rate: the length of a step along -g, as a share of ||r|| (step 4).
+        shrink: the share by which ||r|| shrinks where all constraints hold (step 5).
+        grow: the share by which ||r|| grows elsewhere (step 5).
+        need: the share of the linearised distance by which ||r|| grows at least, elsewhere (step 5).
+        sharpness: beta of softplus(v) = log(1 + exp(beta v)) / beta. The softplus still pushes a little on constraints
+            that hold but are near their threshold (step 2).
+        restarts: restart images that have not met the goal (step 8).
     """
 
     rate: float = 0.6
@@ -52,40 +58,45 @@ class Pace:
     restarts: bool = True
 
 
-SEARCH = Pace()  # from the clean photo
-GENTLE = Pace(rate=0.3, shrink=0.05, grow=0.05, need=0.0, sharpness=4.0, restarts=False)  # a good start is at hand
+SEARCH = Pace()  # for a start at the clean photo
+GENTLE = Pace(rate=0.3, shrink=0.05, grow=0.05, need=0.0, sharpness=4.0, restarts=False)  # for a good start
 
 
 def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "inside", iterations: int = 48) -> Outcome:
     """Min ||r||_2 so that every constraint holds: DDN with a multiplier for each constraint, on the 8-bit lattice.
 
     1. r = 0, every multiplier mu_j = 1.
-    2. g = gradient of sum_j mu_j softplus(violation_j) at round(x + r): a forward and a backward pass.
-    3. First time: r = -s g, with s so large that the linearised constraints hold at round(x + r), and a little more.
-    4. Later: r moves along -g by a share of ||r||, which a schedule lets decay to zero.
-    5. ||r|| is set: less than before if all constraints hold; else more, by a share of the linearised distance.
-    6. x + r is clipped to the pixel range, and to the bound on ||r||_infinity if there is one.
-    7. mu_j grows while constraint j is violated, and decays while it is slack.
-    8. An image that never met its goal in a quarter of the iterations begins again near the photo, and counts
-       constraints first: those that hold and the next two (at the end, the next) are pushed alike; the others wait.
-    9. Of several views of the photo (`mlperturb.model.views`), step 2 computes a single view; the others are expected
-       to differ from it as they last did (`attacks.panel`), and the violation of a constraint is the largest of all
-       views. On the second half of the way, an iterate that may be the best so far is computed in the others too.
-    10. From 2, `iterations` times. Of the lattice points that hold the most constraints in every view, the nearest is
-        kept.
+    2. g = gradient of sum_j mu_j softplus(v_j) at round(x + r): a forward and a backward pass.
+    3. In the first iteration, r = -s g. The step length s is the linearised distance to the constraints, times 1.3, and
+       then as much longer as rounding needs.
+    4. In later iterations, r moves along -g by a share of ||r||, and the share decays to zero.
+    5. ||r|| is set: shorter than before if all constraints hold; else longer, by a share of ||r|| or of the linearised
+       distance, whichever is more.
+    6. x + r is clipped to the pixel range, and to the bound on ||r||_infinity if the problem has a bound.
+    7. mu_j grows while v_j > 0 and shrinks while v_j <= 0; then all are divided by the largest.
+    8. An image that has not met its goal after a quarter of the iterations restarts near the photo. From there, the
+       constraints that hold and the two nearest to holding (at the end, the nearest) have the weight 1 in place of
+       mu_j, and the other constraints the weight 0.
+    9. If the problem has several views of each photo (`mlperturb.model.views`), step 2 computes one of them. The logits
+       of the others are expected to differ from it by as much as they last did (`attacks.panel`), and v_j is the
+       largest of all views. In the second half, an iterate that may be the best so far is computed in every view.
+    10. Steps 2 to 9 are repeated `iterations` times. Of the points with the most constraints met in every view, the
+        nearest is kept.
 
-    Sources: direction and norm apart, Rony et al. 2019 (DDN), which rounds its iterates to 8 bits too (`levels=256`);
-    multipliers that follow the violations, as in an augmented Lagrangian, Rony et al. 2021 (ALMA, there for one
-    constraint); steps of the linearised distance, Pintor et al. 2021 (FMN). What is new here: r stays in floats, only
-    the point that is looked at is rounded, and the gradient passes straight through the rounding; the first step is as
-    long as the lattice needs; and there are many constraints, each with a multiplier.
+    Sources: separate direction and norm, Rony et al. 2019 (DDN), which rounds its iterates to 8 bits too
+    (`levels=256`); multipliers that follow the violations, as in an augmented Lagrangian, Rony et al. 2021 (ALMA, there
+    for one constraint); steps of the linearised distance, Pintor et al. 2021 (FMN). New here: r stays in floats, only
+    the point that the model sees is rounded, and the gradient passes straight through the rounding; the first step is
+    as long as the lattice needs; and each of many constraints has a multiplier. In DDN the step length falls from 1 to
+    0.01 by a cosine, and ||r|| shrinks and grows by a constant gamma; here the step length, the shrinking and the
+    growth are shares of ||r|| that fall linearly to zero.
 
     Args:
         problem: the batch.
-        space: where the violations are measured, see `ClassificationGoal`.
-        rounding: `inside` the loop, so that the result is a file and not a point that rounding would erase; or `after`
-            it, by `quantise`, as for the other attacks: the float result is then nearer to the photo, the file further.
-        iterations: a forward and a backward pass each, and forward passes through further views.
+        space: measure violations on the logits or the probabilities, see `ClassificationGoal`.
+        rounding: `inside` the loop, so that the result is a lattice point; or `after` the loop, by `quantise`, as for
+            the other attacks. `after` gives a float result nearer to the photo, but a file further from it.
+        iterations: the number of iterations, a forward and a backward pass each, and the passes of step 9.
     """
     problem, inside = problem.aim(ClassificationGoal(problem.targets, space)), rounding == "inside"
     best = Best(problem)
@@ -106,17 +117,19 @@ def descend(
     """Run the loop of `ml_ddn`, and keep the best iterates in `best`.
 
     Args:
-        problem: the batch; an image that cannot afford another iteration stands still.
-        best: takes the iterates.
-        iterations: a forward and a backward pass each; the schedule is of as many as the limit on passes allows.
+        problem: the batch; an image that cannot afford another iteration leaves the batch.
+        best: keeps the best iterates.
+        iterations: the number of iterations, a forward and a backward pass each. K, after which `decay` is 0, is
+            smaller for an image whose limit on passes allows fewer.
         start: the perturbation r to begin with, before any rounding, (n, 3, H, W); None to begin at the photos.
-        lattice: look at round(x + r) in place of x + r.
-        pace: how boldly to move.
-        panel: what is known of the views; begun here where there are several.
+        lattice: evaluate the model at round(x + r) in place of x + r.
+        pace: the step sizes.
+        panel: the known differences between views; by default a new panel, if the problem has several views.
     """
     panel = panel or Panel.of(problem)
     walk = _Walk.begin(problem, start, iterations)  # step 1
     for step in range(iterations):
+        # Clean photos that meet the goal leave the batch, and images that cannot afford two more passes.
         if (step == 1 and bool(walk.done.any())) or problem.runs_short(2):
             rows = (problem.affordable(2) & ~walk.done).nonzero().flatten()
             if not len(rows):
@@ -149,18 +162,18 @@ def descend(
 
 @dataclass(frozen=True)
 class _Walk:
-    """Where each image is on its way.
+    """The state of the loop, for each of n images with J constraints.
 
     Attributes:
         latent: r before any rounding, (n, 3, H, W).
-        radius: ||r||_2 as it was set, before x + r was clipped, (n,).
-        multipliers: mu, (n, K), or (n, 1) before the first look.
-        allowed: iterations, (n,).
+        radius: ||r||_2 as step 5 set it, before the clip of step 6, (n,); 0 at the clean photo.
+        multipliers: mu, (n, J), or (n, 1) before the first forward pass.
+        allowed: K, the iterations that the image can afford, (n,).
         begun: passes spent before the first iteration, (n,), on the CPU.
-        done: the clean photo meets the goal, (n,).
-        ever: the goal was met at some time, (n,).
-        hard: constraints are counted first (step 8), (n,).
-        fresh: the images are clean photos.
+        done: whether the clean photo meets the goal, so that the image leaves the batch, (n,).
+        ever: whether any iterate has met the goal, (n,).
+        hard: whether the image has restarted (step 8), (n,).
+        fresh: whether this is the first iteration, from clean photos; one value for all images.
     """
 
     latent: Tensor
@@ -186,21 +199,21 @@ class _Walk:
         return cls(latent, radius, ones, left, problem.spent, no, no, no, start is None)
 
     def select(self, rows: Tensor) -> _Walk:
-        """Return the way of some images."""
+        """Return the state of some images."""
         names = ("latent", "radius", "multipliers", "allowed", "done", "ever", "hard")
         return replace(self, begun=self.begun[rows.cpu()], **{name: getattr(self, name)[rows] for name in names})
 
 
 class _Seen(NamedTuple):
-    """What a forward and a backward pass show, detached.
+    """The results of a forward and a backward pass, detached from the graph.
 
     Attributes:
         images: x + r, rounded if the attack is on the lattice, (n, 3, H, W).
-        logits: (n, L), or of every view, computed or expected, (n, V, L).
-        computed: of which images every view is computed, (n,); None for all.
-        violations: the largest of all views, (n, K), 0 where a constraint is absent.
-        present: which constraints there are, (n, K).
-        weights: w_j of the loss, (n, K).
+        logits: z, (n, L), or of every view, computed or expected, (n, V, L).
+        computed: whether every view of the image is computed, boolean, (n,); None for all.
+        violations: v, the largest of all views, (n, J), 0 where the image does not have a constraint.
+        present: which constraints the image has, boolean, (n, J).
+        weights: w_j of the loss: mu_j, or after a restart 0 or 1, (n, J).
         gradient: g, (n, 3, H, W).
     """
 
@@ -224,7 +237,10 @@ def _look(
     lattice: bool,
     sharpness: float,
 ) -> _Seen:
-    """Step 2: g = gradient of sum_j w_j softplus(violation_j), w_j = mu_j, at round(x + r); step 9 in several views."""
+    """Step 2: g = gradient of sum_j w_j softplus(v_j) at round(x + r); w_j = mu_j, or after a restart 0 or 1.
+
+    Step 9: in several views, one view of each image is computed, and v_j is the largest of all views.
+    """
     perturbed = problem.images + walk.latent
     if lattice and not walk.fresh:
         perturbed = to_lattice(perturbed)
@@ -261,12 +277,12 @@ def _progress(problem: Problem, walk: _Walk, share: float) -> Tensor:
 
 
 def _linearised_loss(walk: _Walk, seen: _Seen, pace: Pace) -> Tensor:
-    """Return by how much the linearised loss is to fall for the violated constraints to hold, (n,).
+    """Return d ||g||: the wanted fall of the linearised loss, where d is the distance to go (steps 3 and 5), (n,).
 
-    g = sum_j w_j s_j grad v_j is the weighted sum of the constraints' gradients, s_j = sigmoid(sharpness v_j) the slope
-    of the softplus. To bring every v_j > 0 to 0, sum_j w_j s_j v_j must fall by sum_j w_j s_j max(v_j, 0); a step
-    along -g does it with a length of this over ||g||, the linearised distance. The first step aims at all of it and
-    more, without s_j; later steps at the share `need`.
+    By the chain rule g = sum_j w_j s_j grad v_j, where s_j = sigmoid(sharpness v_j) is the slope of the softplus. To
+    first order, a step of length d along -g lowers sum_j w_j s_j v_j by d ||g||. To bring every v_j > 0 to 0, that sum
+    must fall by sum_j w_j s_j max(v_j, 0), so d = sum_j w_j s_j max(v_j, 0) / ||g||, the linearised distance. A step
+    from the clean photo has 1.3 in place of s_j, which lies between 0.5 and 1; later steps have `need` s_j.
     """
     slope = pace.need * torch.sigmoid(pace.sharpness * seen.violations)
     share = torch.where((walk.radius == 0).unsqueeze(1), _OVERSHOOT, slope)
@@ -274,32 +290,32 @@ def _linearised_loss(walk: _Walk, seen: _Seen, pace: Pace) -> Tensor:
 
 
 def _step_length(walk: _Walk, decay: Tensor, pace: Pace) -> Tensor:
-    """Steps 3 and 4: a share of ||r|| along -g; from the photo itself any length, which step 5 then sets, (n,)."""
+    """Steps 3 and 4: the length of the step along -g, (n,): a share of ||r||; 1 from r = 0, where step 5 sets ||r||."""
     return torch.where(walk.radius == 0, 1.0, pace.rate * decay * walk.radius)
 
 
 def _radius(problem: Problem, walk: _Walk, met: Tensor, distance: Tensor, decay: Tensor, pace: Pace) -> Tensor:
-    """Step 5: return the new ||r||, less if all constraints hold, else more by at least `distance`; (n,)."""
+    """Step 5: the new ||r||, (n,): shorter if all constraints hold, else longer by at least `distance`; capped."""
     growth = torch.where(walk.hard, _GROWTH / walk.allowed, pace.grow) * decay
     larger = torch.maximum(walk.radius * (1 + growth), walk.radius + distance)
-    widest = walk.latent[0].numel() ** 0.5  # no perturbation of pixels in [0, 1] is longer
+    widest = walk.latent[0].numel() ** 0.5  # sqrt(3 H W): a perturbation of pixels in [0, 1] is not longer
     radius = torch.where(met, walk.radius * (1 - pace.shrink * decay), larger).clamp(max=widest)
     return radius if problem.cap is None else radius.minimum(problem.cap)
 
 
 def _lift(latent: Tensor, met: Tensor) -> Tensor:
-    """Return how much longer r must be for some pixel to change at all where the goal is not met, (n,)."""
+    """Step 5, on the lattice: the scale >= 1 with which round(r) is not 0; 1 where the goal is met; (n,)."""
     largest = latent.flatten(1).abs().amax(1).clamp(min=_TINY)
     return torch.where(met, 1.0, _LEAST / largest).clamp(min=1.0)
 
 
 def _stretch(latent: Tensor, radius: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return r and ||r||, each image's times its scale, (n,)."""
+    """Return r and ||r||, both multiplied by a scale for each image, (n,)."""
     return spread(scale) * latent, scale * radius
 
 
 def _multipliers(walk: _Walk, seen: _Seen, decay: Tensor) -> Tensor:
-    """Step 7: mu_j grows while constraint j is violated, and decays while it is slack; the largest is 1; (n, K)."""
+    """Step 7: the new mu, (n, J): mu_j grows while v_j > 0 and shrinks while v_j <= 0; the largest is 1."""
     change = torch.exp(torch.where(seen.violations > 0, _RISE, _FALL) * decay.unsqueeze(1))
     multipliers = walk.multipliers * seen.present * change
     largest = multipliers.amax(1, keepdim=True).clamp(min=_TINY)
@@ -307,20 +323,21 @@ def _multipliers(walk: _Walk, seen: _Seen, decay: Tensor) -> Tensor:
 
 
 def _restart(walk: _Walk, step: int) -> _Walk:
-    """Step 8: take images that never met their goal back to near the photo, from where they count constraints."""
+    """Step 8: move images that have not met their goal by iteration K / 4 back near the photo, and mark them `hard`."""
     restart = ~walk.ever & (walk.allowed >= _ENOUGH) & (step == walk.allowed // _RESTART_AFTER)
     latent, radius = _stretch(walk.latent, walk.radius, torch.where(restart, _NEAR, torch.ones_like(walk.radius)))
     return replace(walk, latent=latent, radius=radius, hard=walk.hard | restart)
 
 
 def count_first(violations: Tensor, following: Tensor) -> Tensor:
-    """Return which constraints to push where not all can hold, boolean, (n, K): those that hold and the nearest others.
+    """Step 8: return the constraints that hold and the `following` nearest to holding, boolean, (n, J).
 
-    So the set grows. Constraints that exclude each other, pushed all at once, stop just short of their edges.
+    Where not all constraints can hold together, pushing all of them stops just short of their thresholds. Pushing a
+    few lets the set of constraints that hold grow by and by.
 
     Args:
-        violations: (n, K).
-        following: how many others, (n,).
+        violations: v, (n, J).
+        following: the number of violated constraints to push, (n,).
     """
     held = (violations <= 0).sum(1)
     return violations.argsort(1).argsort(1) < (held + following).unsqueeze(1)

@@ -33,12 +33,12 @@ def ml_dp(
 
     Args:
         problem: the batch.
-        solver: `pinv`, the paper's, solves the *equalities* P^T dr = q and so drags labels that are right to their
-            thresholds; `nnls` solves the inequalities of Eq. 7 exactly.
+        solver: `pinv`, the paper's, solves the *equalities* P^T dr = q, and so moves labels that are already right to
+            their thresholds; `nnls` solves the inequalities of Eq. 7 exactly.
         space: linearise logits or, as the paper does, probabilities.
         iterations: the paper's limit is 20.
-        overshoot: aim at violated constraints by this share further, as DeepFool does for one label: the linear step
-            falls short of the curved boundary. The paper has none.
+        overshoot: step past violated constraints by this share, as DeepFool does for a single label, because the
+            linear step falls short of a curved boundary. The paper does not overshoot.
         stop_when_met: an image leaves the batch when all its constraints hold.
     """
     problem = problem.aim(ClassificationGoal(problem.targets, space))
@@ -68,12 +68,12 @@ def ml_dp(
 
 
 def solve_step(matrix: Tensor, q: Tensor, present: Tensor, solver: Solver) -> Tensor:
-    """Return the least dr, (n, d), with P^T dr = q (`pinv`) or P^T dr <= q (`nnls`), through the k x k Gram matrix.
+    """Return the shortest dr, (n, d), with P^T dr = q (`pinv`) or P^T dr <= q (`nnls`), through the k x k Gram matrix.
 
     Args:
         matrix: P^T, (n, k, d).
         q: (n, k).
-        present: which constraints there are, (n, k).
+        present: which constraints exist, boolean, (n, k).
         solver: see `ml_dp`.
     """
     gram = torch.zeros(*q.shape, q.shape[1], dtype=torch.double, device=q.device)
@@ -93,10 +93,15 @@ def solve_step(matrix: Tensor, q: Tensor, present: Tensor, solver: Solver) -> Te
 
 
 def solve_dual(gram: np.ndarray, q: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Return mu >= 0, (k,), so that dr = -P mu is the least with P^T dr <= q.
+    """Return mu >= 0, (k,), so that dr = -P mu is the shortest dr with P^T dr <= q.
 
     The dual of Eq. 7, min 1/2 mu^T (P^T P) mu + q^T mu over mu >= 0, is a non-negative least squares problem on a
     Cholesky factor of the Gram matrix. A ridge of 1e-9 keeps it solvable where constraints depend on each other.
+
+    Args:
+        gram: P^T P, (k, k).
+        q: (k,).
+        present: which constraints exist, boolean, (k,); mu is 0 elsewhere.
     """
     mu = np.zeros(len(q))
     k = int(present.sum())

@@ -12,14 +12,14 @@ from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.problem import Problem, norms, spread
 
-MAX_EPSILON = 10.0  # on the 0-255 scale
+MAX_EPSILON = 10.0  # the largest epsilon, on the 0-255 scale
 
 
 def fgs(problem: Problem, *, grid: int = 20, refinements: int = 5) -> Outcome:
     """x* = clip(x - epsilon * sgn(grad loss(y*, f(x)))), the sigmoid cross-entropy over A and B.
 
-    epsilon lies in (0, 10] on the 0-255 scale, an image's own: the one with the most constraints holding, then the
-    least.
+    Each image has its own epsilon in (0, 10] on the 0-255 scale: the smallest epsilon among those that meet the most
+    constraints.
 
     Args:
         problem: the batch.
@@ -33,7 +33,7 @@ def fg(problem: Problem, *, grid: int = 20, refinements: int = 5) -> Outcome:
     """x* = clip(x - epsilon * grad / ||grad||_2): `fgs` along the gradient itself.
 
     Deviation: the gradient is normalised to a root mean square of 1, so that epsilon is the RMSD on the 0-255 scale.
-    Under a plain L2 norm, epsilon <= 10 is an RMSD of .02, and the paper reports 5.9 to 8.3.
+    Under a plain L2 norm, epsilon <= 10 would be an RMSD of at most 0.02, but the paper reports 5.9 to 8.3.
 
     Args:
         problem: the batch.
@@ -57,10 +57,10 @@ def _one_step(problem: Problem, normalise: Callable[[Tensor], Tensor], grid: int
     losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     direction = normalise(problem.gradient((losses * targets.constrained).sum(1), images))  # (N, 3, H, W)
     best.update(problem, problem.images, logits.detach())
-    chosen = torch.zeros_like(best.norm)  # epsilon of the best, (N,); 0 is the clean photo
+    chosen = torch.zeros_like(best.norm)  # epsilon of the best iterate, (N,); 0 for the clean photo
 
     def try_(epsilon: Tensor) -> Tensor:
-        """Try an epsilon for each image; return whether it is the better one, (N,)."""
+        """Try an epsilon for each image; return where it gives a better iterate, (N,)."""
         active = problem.affordable(1)
         if not bool(active.any()):
             return torch.zeros_like(active)

@@ -1,4 +1,4 @@
-"""What an attack is after, apart from how it gets there: a classification (Eq. 1) or a ranking (Eq. 2, 9-11)."""
+"""The goals of attacks, apart from their optimisers: a classification (Eq. 1) or a ranking (Eq. 2, 9-11)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Between = Literal["rest", "rest-positive", "rest-negative", "none", "threshold"]
 
 
 class Goal(Protocol):
-    """What an attack is after.
+    """The goal of an attack: constraints on the logits, and a score.
 
     Attributes:
         targets: the sets A and B, and y, of the batch.
@@ -36,7 +36,7 @@ class Goal(Protocol):
         ...
 
     def score(self, logits: Tensor) -> Tensor:
-        """Return how good each image is, distortion apart, (N,); images that meet the goal score highest."""
+        """Return the score of each image, whatever its distortion, (N,); images that meet the goal score highest."""
         ...
 
     def select(self, rows: Tensor) -> Self:
@@ -48,17 +48,17 @@ class Goal(Protocol):
         ...
 
     def describe(self, logits: Tensor) -> dict[str, Any] | None:
-        """Return what a record says of the first image beside its decisions; None where these say everything."""
+        """Return the fields of the first image's record beside its decisions, or None for no fields."""
         ...
 
 
 @dataclass(frozen=True)
 class ClassificationGoal:
-    """Eq. 1: every label of A flipped, every label of B kept; the more constraints hold, the better.
+    """Eq. 1: every label of A flipped, every label of B kept; the score is the number of constraints that hold.
 
     Attributes:
         targets: A, B and y.
-        space: violations are measured on the logits, whose gradient never dies, or on the probabilities.
+        space: measure violations on the logits, whose gradient does not vanish, or on the probabilities.
     """
 
     targets: Targets
@@ -85,7 +85,7 @@ class ClassificationGoal:
         return replace(self, targets=targets)
 
     def describe(self, logits: Tensor) -> None:
-        """Return None: the decisions say everything."""
+        """Return None: a record has no fields beside the decisions."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class RankingGoal:
 
     Attributes:
         targets: A, B and y.
-        between: Omega0, the labels that are to lie between Omega- and Omega+: C (`rest`), its positive or negative
+        between: Omega0, the labels that are to rank between Omega- and Omega+: C (`rest`), its positive or negative
             half, no label, or the fixed decision threshold in place of a label (Section III-A2).
         separate: add Eq. 10, which tells A from B inside Omega- and Omega+.
-        space: the hinge lies on exp(f), as in the paper, or on the logits. The constraints are the same, for exp and
-            sigmoid rise; but the order of two confident labels has hardly a gradient in exp(f).
+        space: measure the hinge on exp(f), as in the paper, or on the logits. The constraints are the same, because exp
+            and sigmoid rise; but the order of two confident labels has almost no gradient in exp(f).
     """
 
     targets: Targets
@@ -107,7 +107,7 @@ class RankingGoal:
     space: Space = "probability"
 
     def violations(self, logits: Tensor) -> Tensor:
-        """Return max exp(f) over the lower set - min exp(f) over the higher one, (N, K); -inf where a set is empty."""
+        """Return max exp(f) over the lower set - min exp(f) over the higher set, (N, K); -inf where a set is empty."""
         if self.space == "logit":
             return self._terms(logits, lambda values: values)
         return self._terms(logits, lambda values: torch.sigmoid(values).exp())
@@ -115,13 +115,13 @@ class RankingGoal:
     def met(self, logits: Tensor) -> Tensor:
         """Say for which images every ranking constraint holds, (N,); a NaN never holds.
 
-        The order of the logits is that of the probabilities, and is not lost where those round to 0 or 1.
+        Logits and probabilities have the same order, but probabilities may round to 0 or 1 and lose it.
         """
         return (self._terms(logits, lambda values: values) <= 0).all(1)
 
     def _terms(self, logits: Tensor, rising: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the pairs of sets of Eq. 9, then of Eq. 10, measured after a rising function of the logits."""
-        margin = self.targets.margin  # a lower label's logit must stay that much below a higher one's
+        margin = self.targets.margin  # a lower label's logit must be below a higher label's by this
         above, below = rising(logits + margin), rising(logits)
         targets, positive = self.targets, self.targets.truth > 0
         low = targets.constrained & (targets.desired < 0)  # Omega- = A_1 u B_-1
@@ -132,7 +132,7 @@ class RankingGoal:
         else:
             middle = self._middle()
             direct = _gap(above, below, low, high)
-            # Where Omega0 is empty its terms vanish; where it is not, the direct term follows from them.
+            # Where Omega0 is empty, its terms vanish; elsewhere the direct term follows from them, and is dropped.
             terms = [
                 direct.masked_fill(middle.any(1), -torch.inf),
                 _gap(above, below, low, middle),
@@ -156,7 +156,7 @@ class RankingGoal:
         return replace(self, targets=targets)
 
     def describe(self, logits: Tensor) -> dict[str, Any]:
-        """Say of the first image whether every ranking constraint holds, and its Kendall tau_b; None for no tau."""
+        """Return whether every ranking constraint of the first image holds, and its tau_b (None if undefined)."""
         tau = float(kendall_tau(logits, self.targets.ranks)[0])
         return {"satisfied": bool(self.met(logits)[0]), "kendall_tau": None if tau != tau else tau}
 
@@ -177,5 +177,5 @@ def _largest(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _gap(above: Tensor, below: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return the largest value of the lower set less the smallest of the higher one, (n,); -inf if one is empty."""
+    """Return the largest value of the lower set less the smallest of the higher set, (n,); -inf if a set is empty."""
     return _largest(above, low) + _largest(-below, high)

@@ -1,4 +1,4 @@
-"""The lattice of 8-bit pixels: rounding, and how long a perturbation must be to survive it."""
+"""The lattice of 8-bit pixels, multiples of 1/255: rounding, and the length that a perturbation needs to survive it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from mlperturb.attacks.problem import spread
 
 STEP = 1 / 255  # one grey level
-_WIDEST = 8.0  # log2 of the longest scale that `lattice_scale` tries: below it any photo moves by whole grey levels
-_HALVINGS = 8  # of the bisection: the scale is found to a factor of 2^(1 / 32); not tuned
+_WIDEST = 8.0  # log2 of the largest scale that `lattice_scale` tries: it moves any photo by whole grey levels
+_HALVINGS = 8  # steps of the bisection: the scale is found to a factor of 2^(1 / 32); not tuned
 
 
 def to_lattice(images: Tensor) -> Tensor:
@@ -18,14 +18,15 @@ def to_lattice(images: Tensor) -> Tensor:
 
 
 def lattice_scale(latent: Tensor, gradient: Tensor, needed: Tensor) -> Tensor:
-    """Return how much longer r must be for round(r) to lower the linearised loss as r itself should, (n,).
+    """Return the least scale a >= 1 with -<round(a r), g> >= needed: the fall of the linearised loss; (n,).
 
-    Rounding erases whatever is smaller than half a grey level, so that a small r loses most of its effect.
+    Rounding erases changes below half a grey level, so that a small r loses most of its effect. The scale is found by
+    bisection, without a pass of the model; it is at most 2^8.
 
     Args:
         latent: r = -s g, (n, 3, H, W).
         gradient: g, of the same shape.
-        needed: by how much the loss is to fall, (n,).
+        needed: the fall of the loss that is wanted, (n,).
     """
     low, high = torch.zeros_like(needed), torch.full_like(needed, _WIDEST)  # of log2 of the scale
     for _ in range(_HALVINGS):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 BUDGETS = ("fast", "balanced", "paper")
 DEFAULT_METHOD = "ml-ddn"
-CHOICES: dict[str, tuple[str, ...]] = {  # the options that some methods have, and their values
+CHOICES: dict[str, tuple[str, ...]] = {  # the options of methods, and their values
     "rounding": ("inside", "after"),
     "between": ("rest", "rest-positive", "rest-negative", "none", "threshold"),
     "solver": ("pinv", "nnls"),
@@ -28,11 +28,11 @@ class Method:
     """An attack by name.
 
     Attributes:
-        place: its module and function.
-        summary: what it does, in a line.
-        equation: where the paper states it.
-        budgets: its tuning for each of `BUDGETS`.
-        options: which of `CHOICES` it has.
+        place: the module in `mlperturb.attacks`, and the function.
+        summary: a description of one line.
+        equation: the equation or section of the paper.
+        budgets: the key-word arguments for each of `BUDGETS`.
+        options: the names in `CHOICES` that the method accepts.
     """
 
     place: tuple[str, str]
@@ -42,20 +42,20 @@ class Method:
     options: tuple[str, ...] = field(default=())
 
     def load(self) -> Callable[..., Outcome]:
-        """Return the attack's function, of a `Problem` and its tuning."""
+        """Return the attack: a function of a `Problem` and key-word arguments."""
         module, function = self.place
         attack: Callable[..., Outcome] = getattr(import_module(f"mlperturb.attacks.{module}"), function)
         return attack
 
     def writes_lattice(self, tuning: Mapping[str, Any]) -> bool:
-        """Say whether what the attack finds with this tuning is on the 8-bit lattice already."""
+        """Say whether the attack's result with this tuning is on the 8-bit lattice already."""
         return tuning.get("rounding") == "inside"
 
     def tuning(self, budget: str, **options: str | None) -> dict[str, Any]:
-        """Return the key-word arguments of a budget with the options given.
+        """Return the key-word arguments of a budget, with the options given in place of its values.
 
         Raises:
-            UsageError: if the budget is unknown, or the method has no such option or value.
+            UsageError: if the budget, an option of this method or a value is unknown.
         """
         if budget not in self.budgets:
             raise UsageError(f"unknown budget {budget!r}: expected {', '.join(self.budgets)}")
@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
     ),
     "rank-1": Method(
         ("ranking", "rank_1"),
-        "rank what should be absent below the rest below what should be present",
+        "rank labels to be absent below the rest, and the rest below labels to be present",
         "Eq. 9",
         _schedules(),
         ("between", "space"),
@@ -138,7 +138,7 @@ def find_method(name: str) -> Method:
     """Return the method called `name`.
 
     Raises:
-        UsageError: if there is none.
+        UsageError: if the name is unknown.
     """
     if name not in METHODS:
         raise UsageError(f"unknown method {name!r}: expected {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""The optimiser of ML-CW, Rank I and Rank II: min ||r|| + lambda * sum of hinges, lambda searched per image."""
+"""The optimiser of ML-CW, Rank I and Rank II: min ||r|| + lambda * sum of hinges, lambda searched for each image."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.problem import Problem, spread
 from mlperturb.attacks.schedule import Schedule
 
-_SPAN = 1.05  # of tanh, see `minimise_penalty`
-_CHECK = 25  # least number of iterations between looks at which images are done: each look waits for the device
+_SPAN = 1.05  # stretch of tanh, see `minimise_penalty`
+_CHECK = 25  # iterations, at least, between two checks for images that are done: each check waits for the device
 
 
 def minimise_penalty(problem: Problem, schedule: Schedule) -> Outcome:
     """Minimise ||r||_2 + lambda * sum_k max(0, violation_k) over x + r = (tanh(w) + 1) / 2 with Adam.
 
-    Under a bound on ||r||_infinity, tanh spans what is left of each pixel's range.
+    Under a bound on ||r||_infinity, tanh spans the range that the bound leaves to each pixel.
 
-    lambda is an image's own: ten times more on failure until it first succeeds, then bisection between the largest
-    that failed (0 at first, which halves it) and the smallest that succeeded. Of all iterates the best is kept, by
-    the goal's score, then by the least distortion.
+    Each image has its own lambda: ten times more after each failure until the first success, then bisection between
+    the largest lambda that failed (at first 0) and the smallest that succeeded. Of all iterates, the iterate of the
+    highest score is kept, then of the least distortion.
 
-    Deviation: tanh is stretched by 5% and clipped to the pixel range. At black and white pixels its slope is 0, so
-    that without it they could never move.
+    Deviation: tanh is stretched by 5% and clipped to the pixel range. The slope of a plain tanh is 0 at black and
+    white pixels, so that they could never move.
+
+    Args:
+        problem: the batch, with its goal.
+        schedule: how long to search.
     """
     best = Best(problem)
     clean_met = best.update(problem, problem.images, problem.logits(problem.images).detach())
     weight = torch.full_like(best.norm, schedule.initial_weight)
     low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
     last = problem.images.clone()  # where each image's latest descent ended
-    open_ = ~clean_met  # nothing to do where the clean photo already meets the goal
+    open_ = ~clean_met  # images to search for; not where the clean photo already meets the goal
     for _ in range(schedule.searches):
         open_ &= problem.affordable(2)
         if not bool(open_.any()):
@@ -49,16 +53,16 @@ def minimise_penalty(problem: Problem, schedule: Schedule) -> Outcome:
 
 
 def _descend(problem: Problem, start: Tensor, weight: Tensor, best: Best, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Run Adam for one lambda an image; return which images met the goal on the way, (n,), and the last iterates.
+    """Run Adam with each image's lambda; return which images met the goal, (n,), and the last iterates.
 
-    A warm start may meet the goal under any lambda, so there only the second half of the way counts.
+    A warm start may meet the goal whatever lambda is, so then only the second half of the iterations counts.
     """
     reached = torch.zeros(len(problem), dtype=torch.bool, device=start.device)
     place = torch.arange(len(problem), device=start.device)  # of the images still in the batch
     last = start.clone()
-    pace = 1.0 if problem.bound is None else max(1.0, 0.5 / problem.bound)  # steps as long, in pixels, as unbounded
+    pace = 1.0 if problem.bound is None else max(1.0, 0.5 / problem.bound)  # same step in pixels as unbounded
     middle, reach = _tanh_range(problem)
-    w = torch.atanh((start - middle) / reach * (1 - 1e-6))  # a little inside: the clip has no gradient outside
+    w = torch.atanh((start - middle) / reach * (1 - 1e-6))  # just inside: outside the clip has no gradient
     mean, square = torch.zeros_like(w), torch.zeros_like(w)
     previous = torch.full_like(weight, torch.inf)
     interval = max(schedule.iterations // 10, _CHECK)
@@ -67,7 +71,7 @@ def _descend(problem: Problem, start: Tensor, weight: Tensor, best: Best, schedu
         images = problem.within_cap(problem.clip(middle + reach * torch.tanh(w)))
         logits = problem.logits(images)
         hinges = problem.goal.violations(logits).clamp(min=0).sum(1)
-        # The norm has no gradient at r = 0: a tiny constant under the root gives it the gradient 0 there.
+        # The norm has no gradient at r = 0; with a tiny constant under the root, the gradient there is 0.
         losses = ((images - problem.images).square().flatten(1).sum(1) + 1e-12).sqrt() + weight * hinges  # (n,)
         gradient = problem.gradient(losses, w)
         w = w.detach()
@@ -95,6 +99,6 @@ def _descend(problem: Problem, start: Tensor, weight: Tensor, best: Best, schedu
 
 
 def _tanh_range(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return where tanh = 0 and tanh = 1 (stretched) lie, to be broadcast to (n, 3, H, W)."""
+    """Return the centre and the half-width of the stretched tanh, which broadcast to (n, 3, H, W)."""
     low, high = problem.pixel_range
     return (low + high) / 2, _SPAN * (high - low) / 2

@@ -1,4 +1,4 @@
-"""The problem that every attack solves: a batch, its goal and limits, and the count of the passes spent on it."""
+"""The problem that every attack solves: a batch, its goal and limits, and the count of its passes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Meter:
     """The forward and backward passes spent on each image of a batch, on the CPU.
 
     Attributes:
-        forward: (N,), counted in place.
-        backward: (N,), counted in place.
+        forward: forward passes, (N,), counted in place.
+        backward: backward passes, (N,), counted in place.
     """
 
     forward: Tensor
@@ -30,7 +30,7 @@ class Meter:
 
     @classmethod
     def of(cls, count: int) -> Meter:
-        """Return the meter of so many images, nothing spent."""
+        """Return the meter of `count` images, with no passes spent."""
         return cls(torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long))
 
     def __len__(self) -> int:
@@ -44,11 +44,7 @@ class Meter:
 
 @torch.no_grad()
 def observe(model: Model | Viewed, images: Tensor) -> tuple[Tensor, Meter]:
-    """Look at the clean photos before there is a goal.
-
-    Returns:
-        Their logits in each of V views, (N, V, L), and the meter that counted the passes.
-    """
+    """Return the clean photos' logits in each of V views, (N, V, L), and the meter that counted the passes."""
     meter, count = Meter.of(len(images)), views_of(model)
     meter.forward.add_(count)
     return torch.stack([call(model, images, view) for view in range(count)], dim=1), meter
@@ -76,17 +72,17 @@ class Problem:
     Attributes:
         model: maps images in [0, 1] to logits.
         images: the clean photos x, (n, 3, H, W), in [0, 1].
-        goal: what the attacked images are to be, one row of targets for each image.
-        limit: no image may spend more passes, forward and backward together; None for no limit.
+        goal: the goal of the attack, with a row of targets for each image.
+        limit: the most passes for an image, forward and backward together; None for no limit.
         cap: the largest ||x* - x||_2 allowed, in [0, 1] units, (n,); None for no cap.
         bound: the largest ||x* - x||_infinity allowed, in [0, 1] units; None for no bound.
         region: the pixels that may change, 1 or 0, (n, 1, H, W); None for all. Gradients vanish outside it.
-        meter: the passes spent, shared by all parts of the batch; by default a new one.
-        rows: the places of the images in the whole batch that the meter counts, (n,), on the CPU; by default all.
-        clean: the logits of the clean photos in each of V views, (n, V, L), where they are known, see `observe`.
+        meter: the passes spent, shared by all parts of the batch; by default a new meter.
+        rows: the places of the images in the whole batch, as the meter counts them, (n,), on the CPU; by default all.
+        clean: the logits of the clean photos in each of V views, (n, V, L), if they are known, see `observe`.
 
     Raises:
-        UsageError: if the images are not (n, 3, H, W) with one row of targets each.
+        UsageError: if the images are not (n, 3, H, W) with a row of targets for each image.
     """
 
     model: Model | Viewed
@@ -132,7 +128,7 @@ class Problem:
         return replace(self, goal=goal)
 
     def select(self, rows: Tensor) -> Self:
-        """Return the problem of some of these images: their places here, integers, (m,)."""
+        """Return the problem of some of these images; `rows` are their places here, integers, (m,)."""
         return replace(
             self,
             model=narrow(self.model, rows),
@@ -162,15 +158,15 @@ class Problem:
         return torch.stack([self.logits(self.images, view) for view in range(self.views)], dim=1)
 
     def gradient(self, losses: Tensor, images: Tensor) -> Tensor:
-        """Return the gradient of each image's own loss, (n,), at `images`: one backward pass for each."""
+        """Return the gradient of each image's own loss, (n,), as (n, 3, H, W): one backward pass for each image."""
         self.meter.backward[self.rows] += 1
         return self.within_region(torch.autograd.grad(losses.sum(), images)[0])
 
     def jacobian(self, outputs: Tensor, images: Tensor, present: Tensor) -> Tensor:
         """Return d outputs / d images, (n, K, 3, H, W); zero where `present`, (n, K), is false.
 
-        A backward pass is counted for each output present. On CUDA they run as one batched pass; on the CPU, where
-        that measures slower, one after the other.
+        A backward pass is counted for each output present. On CUDA the passes run as one batched pass; on the CPU one
+        after the other, which is faster there.
         """
         self.meter.backward[self.rows] += present.sum(1).cpu()
         slots = int(present.sum(1).max())
@@ -188,12 +184,12 @@ class Problem:
         return jacobian if self.region is None else jacobian * self.region.unsqueeze(1)
 
     def within_region(self, values: Tensor) -> Tensor:
-        """Return gradients or perturbations, (n, 3, H, W), that are 0 where nothing may change."""
+        """Return gradients or perturbations, (n, 3, H, W), set to 0 outside the region."""
         return values if self.region is None else values * self.region
 
     @cached_property
     def pixel_range(self) -> tuple[Tensor, Tensor]:
-        """The least and the largest value that each pixel may take, to be broadcast to (n, 3, H, W)."""
+        """The least and the largest value of each pixel, in [0, 1]; they broadcast to (n, 3, H, W)."""
         if self.bound is None:
             return self.images.new_zeros(()), self.images.new_ones(())
         return (self.images - self.bound).clamp(min=0), (self.images + self.bound).clamp(max=1)
@@ -203,7 +199,7 @@ class Problem:
         return images.clamp(*self.pixel_range)
 
     def within_cap(self, images: Tensor) -> Tensor:
-        """Pull iterates, (n, 3, H, W), back toward the clean photos until none lies beyond the cap; differentiable."""
+        """Scale perturbations, (n, 3, H, W), down to the cap where they are longer; return images; differentiable."""
         if self.cap is None:
             return images
         difference = images - self.images
@@ -211,11 +207,11 @@ class Problem:
         return self.images + spread(share) * difference
 
     def affordable(self, passes: int | Tensor) -> Tensor:
-        """Say which images may spend so many more passes, (n,), on the images' device."""
+        """Return which images may spend so many more passes, (n,), on the images' device."""
         return self._affordable(passes).to(self.images.device)
 
     def runs_short(self, passes: int) -> bool:
-        """Say whether some image may not spend so many more passes; unlike `affordable`, never waits for the device."""
+        """Say whether an image may not spend so many more passes; unlike `affordable`, does not wait for the device."""
         return not bool(self._affordable(passes).all())
 
     def _affordable(self, passes: int | Tensor) -> Tensor:
@@ -223,7 +219,7 @@ class Problem:
         return self.spent + passes <= limit
 
     def iterations_left(self, iterations: int) -> Tensor:
-        """Return how many iterations of two passes each image may still have, (n,), at most so many."""
+        """Return how many iterations of two passes each image can afford, at most `iterations`, (n,)."""
         if self.limit is None:
             return torch.full((len(self),), float(iterations), device=self.images.device)
         return ((self.limit - self.spent) // 2).clamp(1, max(iterations, 1)).to(self.images)
@@ -236,5 +232,5 @@ def norms(images: Tensor) -> Tensor:
 
 
 def spread(values: Tensor) -> Tensor:
-    """Shape one value an image, (n,), to meet images, (n, 1, 1, 1)."""
+    """Reshape a value for each image, (n,), to (n, 1, 1, 1), which broadcasts to images."""
     return values.view(-1, 1, 1, 1)

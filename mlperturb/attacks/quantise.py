@@ -1,13 +1,13 @@
-"""From a float result to a point of the 8-bit lattice on which every constraint still holds.
+"""Search near a float result for a point of the 8-bit lattice that still meets the goal.
 
-The perturbations this is about are smaller than the rounding step, so plain rounding erases them. Two stages:
+Good perturbations are smaller than the rounding step, so plain rounding erases them. The search has two stages:
 
-1. The least scale s for which round(x + s * r) meets the goal: where one constraint binds and the model is nearly
-   linear, the best lattice point is of that form. Forward passes alone.
-2. The descent of ML-DDN (`attacks.ddn`) with the *rounded* photo in the forward pass and the gradient passed straight
-   through to the perturbation before rounding. The best lattice point is kept.
+1. Find the least scale s for which round(x + s * r) meets the goal, by forward passes alone. Where a single constraint
+   binds and the model is nearly linear, the best lattice point has this form.
+2. Run the loop of ML-DDN (`attacks.ddn`) from there: the forward pass sees the *rounded* photo, and the gradient passes
+   straight through the rounding. The best lattice point is kept.
 
-A result that is on the lattice already, as that of ML-DDN itself, is taken as it is.
+A result that is on the lattice already, such as the result of ML-DDN, is returned unchanged.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     """Find the lattice point of the best score, then of the least distortion, near an attack's result.
 
     Args:
-        problem: the batch; its passes are counted on.
+        problem: the batch; its meter counts on.
         outcome: the attack's result.
         scales: scales tried in the first stage, a forward pass each.
-        iterations: of the second stage, a forward and a backward pass each.
+        iterations: iterations of the second stage, a forward and a backward pass each.
     """
     if outcome.on_lattice:
         return outcome
@@ -45,7 +45,7 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     panel = Panel.of(replace(problem, clean=clean))
     largest = difference.flatten(1).abs().amax(1)
     moved = largest > 0
-    least = (STEP / 2 / largest.clamp(min=1e-30) * 1.1).clamp(min=1.0)  # below it everything rounds to the clean photo
+    least = (STEP / 2 / largest.clamp(min=1e-30) * 1.1).clamp(min=1.0)  # a smaller scale rounds to the clean photo
     scale = _search_scale(problem, difference, moved, best, panel, least, scales)
     if bool(moved.any()) and iterations:
         latent, rows = difference * spread(torch.minimum(scale, 1.3 * least)), moved.nonzero().flatten()
@@ -57,7 +57,7 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
 def _search_scale(
     problem: Problem, difference: Tensor, active: Tensor, best: Best, panel: Panel | None, start: Tensor, tries: int
 ) -> Tensor:
-    """Bracket and bisect, from `start`, the least scale that meets the goal; return the best one known, (N,)."""
+    """Bracket and bisect, from `start`, the least scale that meets the goal; return the least scale found, (N,)."""
     scale = start.clone()
     low, high = torch.zeros_like(scale), torch.full_like(scale, torch.inf)
     for _ in range(tries):

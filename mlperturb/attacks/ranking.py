@@ -15,14 +15,14 @@ def rank_1(
 ) -> Outcome:
     """Min ||r||_2 + lambda * sum of max(0, max exp(f_low) - min exp(f_high)) over the pairs of sets of Eq. 9.
 
-    Of the iterates that satisfy every ranking constraint (else of all), the one of highest Kendall tau_b against
-    y^tau is kept, then of least distortion. One lambda, an image's own, serves all terms.
+    Of the iterates that satisfy every ranking constraint (else of all), the iterate of highest Kendall tau_b against
+    y^tau is kept, then of least distortion. Each image has its own lambda, the same for all terms.
 
     Args:
-        problem: the batch; any of A_1, A_-1, B_1, B_-1, C may be empty, an empty set contributes zero.
+        problem: the batch; any of A_1, A_-1, B_1, B_-1, C may be empty, and then contributes zero.
         between: Omega0, see `RankingGoal`.
-        space: of the hinge, see `RankingGoal`; the paper's is `probability`.
-        schedule: how long to search; `schedule.PAPER` is the paper's.
+        space: the space of the hinge, see `RankingGoal`; the paper's is `probability`.
+        schedule: how long to search; `schedule.PAPER` is the paper's setting.
     """
     return minimise_penalty(problem.aim(RankingGoal(problem.targets, between, space=space)), schedule)
 
@@ -35,8 +35,8 @@ def rank_2(
     Args:
         problem: the batch.
         between: Omega0, see `RankingGoal`.
-        space: of the hinge, see `RankingGoal`; the paper's is `probability`.
-        schedule: how long to search; `schedule.PAPER` is the paper's.
+        space: the space of the hinge, see `RankingGoal`; the paper's is `probability`.
+        schedule: how long to search; `schedule.PAPER` is the paper's setting.
     """
     goal = RankingGoal(problem.targets, between, separate=True, space=space)
     return minimise_penalty(problem.aim(goal), schedule)

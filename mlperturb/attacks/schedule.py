@@ -12,14 +12,14 @@ class Schedule:
 
     Attributes:
         initial_weight: the first lambda.
-        searches: how many lambdas are tried.
-        iterations: Adam steps for each.
-        learning_rate: of Adam, on w.
-        final_rate: the share of `learning_rate` that a cosine decay ends at; 1 keeps it constant.
-        warm: start each search from the best iterate that met the goal, or else from the last one, in place of the
-            clean photo.
-        patience: an image's descent ends when a tenth of the iterations lowered its loss by less than this share.
-        precision: an image is finished when its lambda is known to this share.
+        searches: the number of lambdas tried.
+        iterations: Adam steps for each lambda.
+        learning_rate: Adam's learning rate on w.
+        final_rate: the share of `learning_rate` at the end of a cosine decay; 1 keeps the rate constant.
+        warm: start each search from the best iterate if it met the goal, or else from the last iterate, in place of
+            the clean photo.
+        patience: an image's descent ends when a tenth of the iterations lowers its loss by less than this share.
+        precision: an image's search ends when its lambda is known to this share.
     """
 
     initial_weight: float = 1.0

@@ -13,12 +13,12 @@ MAX_COMPARED = 20  # labels whose gradients are compared
 def nearest_label(problem: Problem, candidates: Tensor, *, compared: int = MAX_COMPARED) -> Tensor:
     """Return, for a non-targeted attack (Section II), the label nearest to its threshold, one-hot boolean, (N, L).
 
-    Nearest is by the linearised distance |z_j - logit(t_j)| / ||grad z_j||, as DeepFool measures it.
+    The distance is the linearised distance |z_j - logit(t_j)| / ||grad z_j||, as in DeepFool.
 
     Args:
         problem: the batch.
         candidates: labels that may be flipped, boolean, (N, L).
-        compared: how many of them, those of the least |z_j - logit(t_j)|, are compared: a backward pass each.
+        compared: how many candidates, by least |z_j - logit(t_j)|, are compared: a backward pass each.
     """
     images = problem.images.clone().requires_grad_()
     logits = problem.logits(images)

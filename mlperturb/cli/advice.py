@@ -1,4 +1,4 @@
-"""What `attack` says of its records: notes, errors, and what may help where a photo fell short."""
+"""The lines that `attack` prints about its records: notes, errors, and advice for photos that fell short."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mlperturb.cli.console import print_note
 from mlperturb.run.record import Record, Summary
 from mlperturb.run.settings import Settings
 
-SHOWN = 3  # photos at most, of a run that shows each of them
-_LINES = 20  # notes, and errors, at most
+SHOWN = 3  # a run of at most this many photos shows each photo
+_LINES = 20  # at most this many notes, and as many errors
 
 
 @dataclass
 class _Lines:
-    """The first lines of many, and how many there are."""
+    """The first lines, and the number of all lines."""
 
     first: list[str] = field(default_factory=list)
     count: int = 0
@@ -35,7 +35,7 @@ class _Lines:
 
 @dataclass
 class Told:
-    """What there is to say of records that go by: as much of it as is printed."""
+    """The lines to print about the records of a run, gathered while the records are passed on."""
 
     settings: Settings
     summary: Summary = field(default_factory=Summary)
@@ -44,7 +44,7 @@ class Told:
     errors: _Lines = field(default_factory=_Lines)
 
     def listen(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Pass records on."""
+        """Pass records on, and gather their lines."""
         for record in records:
             self.summary.add(record)
             if len(self.first) <= SHOWN:
@@ -59,7 +59,7 @@ class Told:
 
 
 def advice(record: Record, settings: Settings) -> str:
-    """Say in a line what fell short, and what may help."""
+    """Return a line that says which constraints do not hold, and which options may help."""
     constraints = record.constraints or {"held": 0, "total": 0, "violated": []}
     missing = constraints["total"] - constraints["held"]
     lost = [

@@ -39,19 +39,23 @@ def attack(
     paths: Paths,
     flip: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Labels to reverse: repeatable, comma-separated; `all`, or `any` one."),
+        typer.Option(
+            metavar="LABEL", help="Labels to reverse: repeatable, comma-separated; `all` labels, or `any` label."
+        ),
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Labels to leave as they are; `rest`: all others. Without it, none."),
+        typer.Option(
+            metavar="LABEL", help="Labels whose decisions must stay; `rest`: all other labels. Default: none."
+        ),
     ] = None,
     add: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Labels to be present: kept where they are, flipped where they are not."),
+        typer.Option(metavar="LABEL", help="Labels to be present: flipped if absent, else kept present."),
     ] = None,
     remove: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Labels to be absent: flipped where they are present, else kept absent."),
+        typer.Option(metavar="LABEL", help="Labels to be absent: flipped if present, else kept absent."),
     ] = None,
     method: Annotated[
         str, typer.Option(help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.")
@@ -60,30 +64,33 @@ def attack(
     passes: Passes = None,
     max_rmsd: Annotated[
         float | None,
-        typer.Option(min=0, help="Go no further than this RMSD, 0-255 scale, of the float result or the PNG."),
+        typer.Option(min=0, help="Largest RMSD of the float result and of the PNG, on the 0-255 scale."),
     ] = None,
     max_linf: Annotated[
-        int | None, typer.Option(metavar="LEVELS", help="Change no pixel by more than so many grey levels, 1 to 255.")
+        int | None, typer.Option(metavar="LEVELS", help="Largest change of a pixel in grey levels, 1 to 255.")
     ] = None,
     reader: Readers = None,
     margin: Margin = MARGIN,
     survive: Annotated[
         list[str] | None,
-        typer.Option(metavar="jpeg:Q", help="Hold after JPEG compression too: jpeg:75, jpeg:60-95; repeatable."),
+        typer.Option(metavar="jpeg:Q", help="Succeed after JPEG compression too: jpeg:75, jpeg:60-95; repeatable."),
     ] = None,
     region: Annotated[
-        str | None, typer.Option(metavar="X,Y,W,H|MASK", help="Change only this rectangle, or where MASK is not black.")
+        str | None,
+        typer.Option(metavar="X,Y,W,H|MASK", help="Change only this rectangle, or the pixels where MASK is not black."),
     ] = None,
     between: Annotated[
         str | None,
         typer.Option(
-            help="rank-1, rank-2: which labels lie between: rest, rest-positive, rest-negative, none, "
-            "or the decision `threshold` in their place."
+            help="rank-1, rank-2: the labels ranked between the two sets: rest, rest-positive, rest-negative, "
+            "none; or `threshold`: the decision threshold in place of labels."
         ),
     ] = None,
     solver: Annotated[str | None, typer.Option(help="ml-dp: pinv (the paper's equalities) or nnls (exact).")] = None,
-    rounding: Annotated[str | None, typer.Option(help="ml-ddn: to 8 bits inside its loop, or after it.")] = None,
-    space: Annotated[str | None, typer.Option(help="All but fgs, fg: constraints on logit or probability.")] = None,
+    rounding: Annotated[str | None, typer.Option(help="ml-ddn: round to 8 bits inside its loop, or after it.")] = None,
+    space: Annotated[
+        str | None, typer.Option(help="All but fgs, fg: measure the constraints on logit or probability.")
+    ] = None,
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
@@ -92,9 +99,9 @@ def attack(
     ),
     report: Annotated[
         Path | None,
-        typer.Option(**ANYWHERE, help="Write the report there, not to OUT/report.json."),
+        typer.Option(**ANYWHERE, help="File of the report; default: OUT/report.json."),
     ] = None,
-    html: Annotated[bool, typer.Option("--html", help="Make OUT/index.html too, a page of the results.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Write OUT/index.html too, a page of the results.")] = False,
     overwrite: Overwrite = False,
     recursive: Recursive = False,
     batch_size: BatchSize = "auto",
@@ -103,9 +110,9 @@ def attack(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write adversarial PNGs on which the --flip labels are reversed and the --keep labels are not.
+    """Write adversarial PNGs that reverse the --flip labels and keep the --keep labels.
 
-    Beside each NAME.adv.png lies NAME.map.png, the magnified perturbation, and for all of them report.json.
+    Each photo gives NAME.adv.png and NAME.map.png, the magnified perturbation; all photos together give report.json.
     """
     source = find_source(checkpoint, arch, labels)
 
@@ -158,7 +165,9 @@ def run(
         renamed = [job for job in jobs if job.adversarial != f"{job.source.stem}.adv.png"]
         if renamed:
             first = renamed[0]
-            long.note(f"{len(renamed)} photos share another's name; {first.source} becomes {first.adversarial}")
+            long.note(
+                f"{len(renamed)} photos have the name of another photo; {first.source} becomes {first.adversarial}"
+            )
     planned = fingerprint([(str(job.source), job.adversarial) for job in jobs])
     long.share.agree(planned, "photos")
     place = long.prepare(device, seed)

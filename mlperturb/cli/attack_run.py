@@ -1,4 +1,4 @@
-"""One run of `attack`: its journal, its progress bar, its report, and what it prints at the end."""
+"""One run of `attack`: journal, progress bar, report and printed tables."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class AttackRun:
-    """One run, or one process's part of it."""
+    """One run of `attack`, or the part of it that this process does."""
 
     long: LongRun
     source: Source
@@ -44,17 +44,17 @@ class AttackRun:
     outputs: Outputs
     described: dict[str, Any]
     json: bool
-    silent: bool = False  # nothing on stdout
-    summary: Summary = field(default_factory=Summary)  # of this process's photos
-    lock: Lock = field(default_factory=Lock)  # of the summary: photos that are done already are found in threads
+    silent: bool = False  # print nothing on stdout
+    summary: Summary = field(default_factory=Summary)  # of the photos of this process
+    lock: Lock = field(default_factory=Lock)  # guards the summary: threads count the photos that are done already
 
     def go(self, device: str, photos: str, existing: frozenset[str]) -> int:
-        """Attack, report, print; return the exit code.
+        """Attack, write the report, print; return the exit code.
 
         Args:
-            device: of this process.
+            device: the device of this process.
             photos: a fingerprint of the jobs.
-            existing: names of outputs that are there already.
+            existing: names of outputs that exist already.
         """
         started = time.perf_counter()
         classifier, description = self.source.load(device)
@@ -67,14 +67,14 @@ class AttackRun:
                 )  # fmt: skip
                 long.gather()
             if long.stopped is not None:
-                long.gather()  # what the others have in hand is to be in the report
+                long.gather()  # wait for the other processes' last batches, which belong in the report
             if not long.share.first:
                 return long.stopped or 0
             if long.stopped is not None and long.share.launched:
-                self.json, self.silent = False, True  # it may be started again: one result on stdout is enough
+                self.json, self.silent = False, True  # torchrun may start it again: only the last start prints a result
             seconds = time.perf_counter() - started
             if long.stopped == 3:
-                with suppress(StorageError):  # it has been told already
+                with suppress(StorageError):  # the error has been printed already
                     self._finish(description, seconds)
                 return 3
             code = self._finish(description, seconds)
@@ -88,12 +88,12 @@ class AttackRun:
 
     @contextmanager
     def _ledger(self, checkpoint: str, photos: str, existing: frozenset[str]) -> Iterator[Interrupts]:
-        """Open what is known of an earlier start; signals wait for what is being written.
+        """Open the ledger, with the records of an earlier start; signals wait until files are written.
 
         Args:
-            checkpoint: the SHA-256 of its file.
+            checkpoint: the SHA-256 of the checkpoint's file.
             photos: a fingerprint of the jobs.
-            existing: names of outputs that are there already.
+            existing: names of outputs that exist already.
         """
         out, long = self.outputs.folder, self.long
         self.part = Part(self.jobs, out)
@@ -111,7 +111,7 @@ class AttackRun:
             yield interrupts
 
     def _key(self, checkpoint: str) -> dict[str, Any]:
-        """Return everything that decides what the results are, but for the photos themselves."""
+        """Return everything that decides the results, except the photos themselves."""
         key, region = dict(self.described), self.settings.region
         if region is not None and region.mask is not None:
             key["region"] = sha256(region.mask.tobytes()).hexdigest()
@@ -129,7 +129,7 @@ class AttackRun:
         self._count(records)
 
     def _count(self, records: list[Record]) -> None:
-        """Move the bar on, by what all processes have done."""
+        """Advance the progress bar by the photos that all processes have done."""
         with self.lock:
             for record in records:
                 self.summary.add(record)
@@ -162,7 +162,7 @@ class AttackRun:
         return self.long.exit_code(told.summary.exit_code)
 
     def _folder_from_report(self) -> str:
-        """Return the output folder as the report names it: seen from the report's own folder, if it can be."""
+        """Return the output folder as the report names it: relative to the report's folder, or a URL as given."""
         folder, report = self.outputs.folder, self.outputs.report
         if report.parent == folder:
             return "."

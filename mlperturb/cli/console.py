@@ -1,4 +1,4 @@
-"""What every command prints with: results to stdout, progress and errors to stderr."""
+"""Printing for every command: results to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 out = Console(highlight=False, emoji=False, markup=False)
 err = Console(stderr=True, highlight=False, emoji=False, markup=False)
 
-OPTIONS = {  # by parameter of the library
+OPTIONS = {  # option of the command line by parameter of the library
     **{name: f"--{name}" for name in ("flip", "keep", "add", "remove", "passes", "survive", "region")},
     **{name: f"--{name}" for name in ("between", "solver", "rounding", "space", "reduce", "augment")},
     **{name: f"--{name}" for name in ("labels", "out", "overwrite", "report", "subsampling")},
@@ -27,26 +27,26 @@ OPTIONS = {  # by parameter of the library
     "qualities": "--quality",
     "years": "--year",
 }
-_PARAMETER = re.compile(r"(?<![^\s(])`([a-z_]+)`(?![^\s),:;])")  # a word by itself: not in a path, not in quotes
+_PARAMETER = re.compile(r"(?<![^\s(])`([a-z_]+)`(?![^\s),:;])")  # a word on its own, not part of a path or quoted text
 
 
 def print_error(message: str) -> None:
-    """Print one line on stderr; a parameter that the message names becomes its option."""
+    """Print an error as one line on stderr; names of parameters become names of options."""
     print(f"mlperturb: error: {printable(name_options(message))}", file=sys.stderr)
 
 
 def name_options(message: str) -> str:
-    """Put the option, such as `--max-rmsd`, where an error of the library names a parameter in backquotes."""
+    """Replace each parameter in backquotes, as errors of the library name it, by its option, such as `--max-rmsd`."""
     return _PARAMETER.sub(lambda found: OPTIONS.get(found[1], found[0]), message)
 
 
 def print_note(message: str) -> None:
-    """Print one line on stderr."""
+    """Print a note as one line on stderr."""
     print(f"mlperturb: {printable(message)}", file=sys.stderr)
 
 
 def make_bar(*, quiet: bool) -> Progress:
-    """Return a progress bar on stderr, which vanishes at the end; hidden where that is no terminal."""
+    """Return a progress bar on stderr that vanishes at the end; it is hidden if stderr is not a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())

@@ -24,7 +24,7 @@ def demo(
 
     portrait = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     if not portrait.is_file():
-        raise UsageError(f"this Matplotlib comes without its sample photo: expected {portrait}")
+        raise UsageError(f"this Matplotlib has no sample photo: expected {portrait}")
     source = find_source(None, None, None)
     settings = read_settings(Words(flip=["person"], keep=["rest"]), source.labels, readers=source.readers)
     predict.run(source, [portrait], device=device)

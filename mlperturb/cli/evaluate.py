@@ -50,28 +50,34 @@ _CASES = ("random", "extreme", "person", "sheep")
 def evaluate(
     voc: Voc = None,
     year: Year = None,
-    split: Annotated[str | None, typer.Option(help="SPLIT of every year (test), or YEAR:SPLIT,... of several.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="SPLIT of every year (default: test), or YEAR:SPLIT,... for several years.")
+    ] = None,
     photos: PhotoFolder = None,
     csv: LabelTable = None,
-    clean: Annotated[bool, typer.Option("--clean", help="Attack nothing: the classifier's own figures.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="Measure the classifier without an attack.")] = False,
     cases: Annotated[
         list[str] | None,
-        typer.Option(help=f"Of {', '.join(_CASES)}; repeatable, comma-separated. All, unless labels are named below."),
+        typer.Option(
+            help=f"{', '.join(_CASES)}; repeatable, comma-separated. Default: all, or none with --reduce or --augment."
+        ),
     ] = None,
     reduce: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL", help="A case like person: the label flipped where it is seen.")
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="A case like person: flip the label on photos that have it and another."),
     ] = None,
     augment: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL", help="A case like sheep: the label flipped where it is not.")
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="A case like sheep: flip the label on photos that do not have it."),
     ] = None,
     methods: Annotated[
         list[str] | None, typer.Option(help="`all`, or methods, with options as in ml-dp:solver=pinv.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Photos a case, at most.")] = 1000,
-    max_rmsd: Annotated[float, typer.Option(help="The cap that all methods share; 0 for none.", min=0)] = 10.0,
+    images: Annotated[int, typer.Option(min=1, help="Largest number of photos for a case.")] = 1000,
+    max_rmsd: Annotated[float, typer.Option(help="Largest RMSD, for all methods; 0 for no limit.", min=0)] = 10.0,
     max_linf: Annotated[
         int | None,
-        typer.Option(metavar="LEVELS", help="The bound on a pixel's change that all share, in grey levels, 1 to 255."),
+        typer.Option(metavar="LEVELS", help="Largest change of a pixel, for all methods, in grey levels, 1 to 255."),
     ] = None,
     budget: Annotated[str, typer.Option(help=f"How long to search: {', '.join(BUDGETS)}.")] = "balanced",
     passes: Passes = None,
@@ -82,7 +88,7 @@ def evaluate(
     labels: Labels = None,
     out: Annotated[
         Path,
-        typer.Option(**ANYWHERE, help="Folder, or URL, for records and tables; a run goes on from it."),
+        typer.Option(**ANYWHERE, help="Folder, or URL, for records and tables; a stopped run resumes from it."),
     ] = Path("mlperturb-evaluation"),
     overwrite: Overwrite = False,
     keep_images: Annotated[bool, typer.Option("--keep-images", help="Keep the PNGs and maps, in OUT/images.")] = False,
@@ -94,14 +100,14 @@ def evaluate(
 ) -> None:
     """Run the paper's experiment on a data set: Tables IV and V, or with --clean Table III.
 
-    Photos every label of which the classifier gets right are attacked, by case and method. Stopped at any moment,
-    the same command goes on where it was.
+    For each case and method, it attacks the photos on which the classifier gets every label right. After a stop, the
+    same command resumes.
     """
     check_data(voc, year, photos, csv)
     if photos is not None and split is not None:
-        raise UsageError("--split goes with --voc: with --photos, the --csv is the split")
+        raise UsageError("expected --split with --voc: with --photos, the --csv is the split")
     if clean and (cases or reduce or augment or methods):
-        raise UsageError("--clean attacks nothing: it goes without --cases, --reduce, --augment and --methods")
+        raise UsageError("expected --clean without --cases, --reduce, --augment and --methods: it attacks nothing")
     source = find_source(checkpoint, arch, labels)
 
     from mlperturb.cli.longrun import LongRun
@@ -121,11 +127,14 @@ def evaluate(
         parse_readers(reader or source.readers), margin,
     )  # fmt: skip
     for variant in () if clean else protocol.variants:
-        make_settings(protocol, variant)  # refuses what cannot be, before anything is read or written
+        make_settings(
+            protocol, variant
+        )  # refuses settings that cannot be carried out before anything is read or written
     if voc is not None:
         parts = read_splits(voc, [name for value in year or () for name in value.split(",")], split or "test")
     else:
-        assert photos is not None and csv is not None
+        assert photos is not None
+        assert csv is not None
         parts = {csv.name: read_csv(photos, csv)}
     parts = {name: align(part, source.labels) for name, part in parts.items()}
     make_folder(out)
@@ -136,7 +145,7 @@ def evaluate(
 
 @dataclass
 class _Run:
-    """One evaluation, or one process's part of it: what it prints and writes."""
+    """One evaluation, or the part of it that this process does: its printed and written results."""
 
     long: LongRun
     protocol: Protocol
@@ -149,7 +158,7 @@ class _Run:
         self.classifier, self.description = source.load(self.long.prepare(device, self.protocol.seed))
 
     def clean(self) -> int:
-        """Measure the classifier itself: Table III. Of several processes one does it."""
+        """Measure the classifier itself (Table III), in the first process alone; return the exit code."""
         import torch
 
         from mlperturb.experiment.evaluate import predict_photos
@@ -174,7 +183,7 @@ class _Run:
         return self.long.exit_code(int(bool(unread)))
 
     def go(self, *, overwrite: bool) -> int:
-        """Attack, and write the tables; return the exit code."""
+        """Attack, write the tables, print; return the exit code."""
         from mlperturb.photos.datasets import join
         from mlperturb.system.journal import find_journal, move_journal, remove_journal
 
@@ -187,7 +196,7 @@ class _Run:
         try:
             rows, failures = self._attack(dataset, path)
         except UsageError:
-            if overwrite and long.share.first and find_journal(old):  # nothing is lost by a command that is refused
+            if overwrite and long.share.first and find_journal(old):  # a refused command must not lose the old journal
                 move_journal(old, path)
             raise
         if long.stopped is not None:
@@ -241,7 +250,7 @@ class _Run:
         self._finish("tables", rows, [evaluation_grid(rows, which) for which in ("float", "saved")], shown)
 
     def _drop_old_images(self, old: Path, new: Path) -> None:
-        """Delete the images that the replaced run kept and this one did not write again."""
+        """Delete the images that the replaced run kept and this run did not write again."""
         from mlperturb.experiment.records import kept_images
 
         current = kept_images(new) if self.protocol.keep_images else set()
@@ -249,7 +258,7 @@ class _Run:
             (self.out / name).unlink(missing_ok=True)
 
     def _key(self, dataset: Dataset) -> dict[str, Any]:
-        """Return everything that decides what the record of a photo, a case and a method is."""
+        """Return everything that decides the record of a photo, case and method."""
         protocol = self.protocol
         return self.long.key(
             self.description["sha256"],

@@ -34,10 +34,10 @@ def figures(
     format: Annotated[str, typer.Option(help="png, pdf or svg.")] = "png",
     label: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Of the histograms; by default the most attacked."),
+        typer.Option(metavar="LABEL", help="Labels of the histograms; default: the labels attacked on most images."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(**ANYWHERE, help="Folder; by default `figures` beside the first report.")
+        Path | None, typer.Option(**ANYWHERE, help="Folder of the figures; default: `figures` beside the first report.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -90,21 +90,21 @@ def _read(paths: list[Path], kind: str) -> tuple[list[tuple[Path, Path, dict[str
             continue
         if path.is_dir() or not is_defence:
             report, folder = read_report(path)
-            with reading(path):  # what the names of the figures are made of
+            with reading(path):  # the names of the figures need these values
                 for image in report["images"]:
                     image["files"]["adversarial"], report["settings"]["method"], [*image["flip"]]
             attacks.append((path, folder, report))
     if kind == "jpeg" and not defences:
-        raise UsageError("no jpeg-defence.json there: run `mlperturb jpeg-defend` first")
+        raise UsageError("expected a jpeg-defence.json for --kind jpeg, got none: run `mlperturb jpeg-defend` first")
     if kind in ("case", "histogram") and not attacks:
-        raise UsageError(f"--kind {kind} needs a report of `attack`")
+        raise UsageError(f"expected a report of `attack` for --kind {kind}")
     return attacks, defences
 
 
 def _plan(
     attacks: list[tuple[Path, Path, dict[str, Any]]], defences: list[dict[str, Any]], kind: str, labels: list[str]
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
-    """Yield the figures' names, and how each is drawn."""
+    """Yield each figure's name and the function that draws it."""
     from mlperturb.show.figures import attacked_labels, draw_case, draw_curve, draw_histogram, draw_jpeg_histogram
 
     if kind in ("case", "all"):
@@ -128,7 +128,7 @@ def _plan(
 
 
 def _guarded(path: Path, draw: Callable[[], Figure]) -> Callable[[], Figure]:
-    """Let what a damaged report leads to be one line that names it."""
+    """Return a function that draws, and turns the errors of a damaged report into one line that names it."""
     from mlperturb.run.report import reading
 
     def call() -> Figure:

@@ -20,19 +20,19 @@ def gallery(
         Path, typer.Argument(**ANYWHERE, help="A report of `attack`, or its folder.", show_default=False)
     ],
     out: Annotated[
-        Path | None, typer.Option(**ANYWHERE, help="The page; by default index.html beside the report.")
+        Path | None, typer.Option(**ANYWHERE, help="File of the page; default: index.html beside the report.")
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make one self-contained page of a report: photos, adversarial photos, maps, probabilities."""
+    """Write a report as one self-contained page: photos, adversarial photos, maps, probabilities."""
     from mlperturb.run.report import read_report, reading
     from mlperturb.show.gallery import write_gallery
 
     result, folder = read_report(report)
     path = out or folder_of(report) / "index.html"
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
-        raise UsageError(f"expected a file .html for --out, got {path}")
+        raise UsageError(f"expected --out to be a file that ends in .html, got {path}")
     refuse_existing([path], overwrite=overwrite)
     make_folder(path.parent)
     missing = []

@@ -43,7 +43,7 @@ def labels(checkpoint: Checkpoint = None, arch: Arch = None, labels: Labels = No
 
 
 def _line(value: object) -> str:
-    """Show a value in a line; what lies deeper than two levels is for --json."""
+    """Return a value as one line, without nested tables, which only --json shows."""
     if not isinstance(value, dict):
         return str(value)
     shown = {key: inner for key, inner in value.items() if not isinstance(inner, dict)}
@@ -53,7 +53,7 @@ def _line(value: object) -> str:
 
 
 def methods() -> None:
-    """Show the attacks: name, what each does, its equation and options."""
+    """Show the attacks: name, summary, equation in the paper, options."""
     table = Table("method", "what it does", "paper", "options", box=None, pad_edge=False)
     for name, method in METHODS.items():
         table.add_row(name, method.summary, method.equation, ", ".join(f"--{option}" for option in method.options))

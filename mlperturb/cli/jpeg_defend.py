@@ -43,18 +43,24 @@ def jpeg_defend(
     ],
     quality: Annotated[
         list[str] | None,
-        typer.Option(metavar="Q", help="JPEG and WebP qualities, comma-separated; by default 30,50,70,80,90,95."),
+        typer.Option(metavar="Q", help="JPEG and WebP qualities, comma-separated; default: 30,50,70,80,90,95."),
     ] = None,
     defence: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="jpeg (default), webp, median, bits, resize; KIND:SETTING for one alone."),
+        typer.Option(
+            metavar="NAME", help="jpeg (default), webp, median, bits, resize; or KIND:SETTING for a single setting."
+        ),
     ] = None,
-    subsampling: Annotated[str, typer.Option(help="Of JPEG's chroma: 4:2:0, 4:2:2 or 4:4:4.")] = "4:2:0",
+    subsampling: Annotated[str, typer.Option(help="JPEG's chroma subsampling: 4:2:0, 4:2:2 or 4:4:4.")] = "4:2:0",
     flip: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL", help="For PNGs alone: the labels that were flipped.")
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL", help="For PNGs without a report: the labels to flip that were given to the attack."
+        ),
     ] = None,
     keep: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL", help="For PNGs alone: those kept, or `rest`.")
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="For PNGs without a report: the labels to keep, or `rest`."),
     ] = None,
     photos: Annotated[
         Path | None, typer.Option(**ANYWHERE, help="Folder of the clean photos, if they have moved.")
@@ -63,16 +69,16 @@ def jpeg_defend(
     arch: Arch = None,
     labels: Labels = None,
     out: Annotated[
-        Path | None, typer.Option(**ANYWHERE, help="Folder for the results; by default that of the report.")
+        Path | None, typer.Option(**ANYWHERE, help="Folder for the results; default: the folder of the report.")
     ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compress adversarial PNGs, and their photos as a control, and count the labels that come back.
+    """Compress adversarial PNGs, and their photos as a control, and count the labels that are recovered.
 
-    Writes jpeg-defence.json, and for Figure 3 jpeg-histogram.png and jpeg-curve.png.
+    It writes jpeg-defence.json, jpeg-histogram.png (the paper's Figure 3) and jpeg-curve.png.
     """
     from mlperturb.photos.purify import QUALITIES, parse_purifications, parse_qualities
 
@@ -93,8 +99,8 @@ def jpeg_defend(
     missing = sum(one.clean is None for one in attacked)
     if missing:
         print_note(
-            f"the photos of {missing} of {len(attacked)} PNGs are not at hand, or changed: no control for those; "
-            "--photos names their folder"
+            f"the photos of {missing} of {len(attacked)} PNGs are missing or changed, so these have no control: "
+            "give the folder of the photos as --photos"
         )
     raise typer.Exit(_run(source, attacked, purifications, folder, paths, device=device, json=json, quiet=quiet))
 
@@ -110,7 +116,7 @@ def _run(
     json: bool,
     quiet: bool,
 ) -> int:
-    """Sweep, write, print; return the exit code."""
+    """Try every purification, write the results, print; return the exit code."""
     from mlperturb.experiment.defence import sweep
     from mlperturb.run.report import reading, to_json
     from mlperturb.show.figures import draw_curve, draw_jpeg_histogram, save_figure
@@ -150,7 +156,7 @@ def _run(
 def _read_reports(
     paths: list[Path], checkpoint: Path | None, arch: str | None, labels: Path | None, photos: Path | None
 ) -> tuple[Source, list[Attacked]]:
-    """Read the images and the one classifier of some reports."""
+    """Read the images of reports, and the classifier, which must be the same in all of them."""
     from mlperturb.experiment.defence import find_attacked
     from mlperturb.run.report import read_report, reading
     from mlperturb.system.files import file_sha256
@@ -159,11 +165,11 @@ def _read_reports(
     described: dict[str, Any] = {}
     for path in paths:
         if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-            raise UsageError(f"of {path} it is not known what was asked: give --flip, or the folder of its report")
+            raise UsageError(f"{path} does not say which labels were flipped: give --flip, or the folder of its report")
         report, folder = read_report(path)
         with reading(path):
             if described and described["sha256"] != report["classifier"]["sha256"]:
-                raise UsageError(f"expected reports on one classifier, but that of {path} is another")
+                raise UsageError(f"expected reports on the same classifier, got another classifier in {path}")
             described = report["classifier"]
             attacked += find_attacked(report, folder, photos)
     if not attacked:
@@ -179,15 +185,15 @@ def _read_reports(
 def _name_attacked(
     source: Source, paths: list[Path], flip: list[str], keep: list[str], photos: Path | None
 ) -> list[Attacked]:
-    """Take PNGs by themselves, with what was asked of them; of folders, those that `attack` names NAME.adv.png."""
+    """Return PNGs without a report, with the labels named by hand; in folders, the files NAME.adv.png."""
     from mlperturb.experiment.defence import Attacked
     from mlperturb.photos.images import EXTENSIONS
 
     if not flip:
-        raise UsageError("for PNGs alone, --flip names the labels that were flipped: got --keep alone")
+        raise UsageError("expected --flip with --keep for PNGs without a report, got --keep alone")
     request = parse_request(source.labels, flip=flip, keep=keep, add=(), remove=())
     if request.any_label:
-        raise UsageError("--flip any does not say which label was flipped: name it")
+        raise UsageError("expected the name of the flipped label, got --flip any")
     pngs = []
     for path in paths:
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""What every long command has: notes, the journal it goes on from, a progress bar, how it is stopped, an exit code."""
+"""Common parts of the long commands: notes, journal, progress bar, interruption, exit code."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class LongRun:
-    """One run of a long command, or one process's part of it.
+    """One run of a long command, or the part of it that this process does.
 
     Args:
-        share: what this process does of the run.
+        share: the part of the run that this process does.
         quiet: print nothing but errors.
 
     Attributes:
         share: as given.
         quiet: as given.
-        device: that the run takes; of several processes, without the number of this process's device.
-        stopped: the exit code of a run that was stopped: 130 by a signal, 3 because nothing could be written any
-            more; None while it was not.
+        device: the device of the run; of several processes, without the number of this process's device.
+        stopped: the exit code of a stopped run: 130 after a signal, 3 after a failure to write; None for a run that
+            was not stopped.
     """
 
     def __init__(self, share: Share, *, quiet: bool) -> None:
@@ -47,11 +47,11 @@ class LongRun:
             print_note(message)
 
     def starts_again(self, overwrite: bool) -> bool:
-        """Say whether what is there is to be replaced: not by a process that torchrun started again, which goes on."""
+        """Return `overwrite`; but False if torchrun has restarted a process, which must resume its own run."""
         return overwrite and not self.share.any_restarted()
 
     def prepare(self, device: str, seed: int) -> str:
-        """Choose the device of this process and seed everything random; return the device.
+        """Choose the device of this process and seed all random numbers; return the device.
 
         Raises:
             UsageError: if there is no such device.
@@ -63,58 +63,59 @@ class LongRun:
         return name
 
     def key(self, checkpoint: str, **more: Any) -> dict[str, Any]:
-        """Return the key of the journal: everything that decides what the results are.
+        """Return the key of the journal: everything that decides the results.
 
         Args:
-            checkpoint: the SHA-256 of its file.
-            more: what the command adds.
+            checkpoint: the SHA-256 of the checkpoint's file.
+            more: further values of the command.
         """
         return {"version": __version__, "checkpoint": checkpoint, **more, "device": self.device.partition(":")[0]}
 
     @contextmanager
     def journal(self, path: Path, key: dict[str, Any]) -> Iterator[tuple[Journal, Interrupts]]:
-        """Open the journal at `path`, and let a signal wait for what is being written.
+        """Open the journal at `path`; signals wait until files are written.
 
         Raises:
-            UsageError: if it was written under another key, or another run has it open.
-            StorageError: if it cannot be read or written.
+            UsageError: if the journal was written under another key, or another run has it open.
+            StorageError: if the journal cannot be read or written.
         """
         share = self.share
         with Interrupts() as interrupts, Journal(path, key, rank=share.rank, size=share.size) as journal:
             if journal.torn:
-                self.note(f"the last line of {path} was cut short, and is dropped: its photos are attacked again")
+                self.note(f"the last line of {path} is incomplete and is dropped: its photos are attacked again")
             yield journal, interrupts
 
     @contextmanager
     def bar(self, phase: str, total: int, text: str) -> Iterator[None]:
-        """Show a progress bar, in the first process; see `begin`."""
+        """Show a progress bar in the first process; for the arguments see `begin`."""
         with make_bar(quiet=self.quiet or not self.share.first) as self._bar:
             self._task = self._bar.add_task(text, total=total)
             self._phase, self._had = phase, 0
             yield
 
     def begin(self, phase: str, total: int, had: int, text: str) -> None:
-        """Let the bar begin anew.
+        """Restart the bar.
 
         Args:
-            phase: a name, under which all processes count together.
-            total: how much there is to do.
-            had: how much of it was done before.
-            text: beside the bar.
+            phase: the name under which all processes count together.
+            total: number of items to do.
+            had: number of items that were done before.
+            text: the text beside the bar.
         """
-        assert self._bar is not None and self._task is not None
+        assert self._bar is not None
+        assert self._task is not None
         self._phase, self._had = phase, had
         self._bar.reset(self._task, total=total, completed=had, description=text)
 
     def advance(self, count: int, text: str | None = None) -> None:
-        """Move the bar on, by what all processes have done."""
+        """Add `count` items of this process; the bar shows the sum over all processes."""
         done = self._had + self.share.count(self._phase, count)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, description=text)
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Let a signal, or a disk on which nothing can be written, end what stands inside; `stopped` says so."""
+        """End the block on a signal or a failure to write, and set `stopped`."""
         try:
             yield
         except KeyboardInterrupt:
@@ -124,7 +125,7 @@ class LongRun:
             self.stopped = 3
 
     def gather(self) -> None:
-        """Wait until all processes have finished; where the run was stopped, a little while."""
+        """Wait until all processes have finished; after a stop, at most 5 seconds."""
         if self.stopped is None:
             self.share.gather(warn=self.note)
             return
@@ -132,7 +133,7 @@ class LongRun:
             self.share.gather(patience=5)
 
     def exit_code(self, code: int) -> int:
-        """Return the code for a run that came to its end, and say where torchrun must not see a failure."""
+        """Return the exit code of a finished run; print a note if torchrun must get 0 in place of `code`."""
         shown = self.share.exit_code(code)
         if shown != code:
             self.note("the exit code is 0 all the same: torchrun would start the processes again")

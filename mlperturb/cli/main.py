@@ -1,4 +1,4 @@
-"""The app, and the only error boundary."""
+"""The app, and the only place that turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ try:
     from mlperturb.cli.train import train
     from mlperturb.errors import MlperturbError, StorageError, UsageError
     from mlperturb.system.interrupts import handle, restore
-except KeyboardInterrupt:  # while the libraries load, in the first tenths of a second
+except KeyboardInterrupt:  # while the libraries load
     sys.exit(130)
 
 app = typer.Typer(
     name="mlperturb",
     help="Attack image files: find the smallest perturbation that flips some labels of a multi-label classifier "
-    "and keeps others, saved as a PNG that works when it is opened again.",
+    "and keeps others, and save the photo as a PNG that still succeeds when it is read again.",
     epilog="Exit codes: 0 every image processed; 1 some image could not be read or written; 2 usage error; "
     "3 the run had to stop (disk full, device fault); 130 interrupted.",
     no_args_is_help=True,
@@ -53,24 +53,26 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
-    """Hold the options that stand before a command."""
+    """Read the options before the command."""
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:
-    """Refuse an empty path, as an unset shell variable leaves it: it would stand for the current folder.
+    """Refuse an empty path, such as an unset shell variable gives: it would mean the current folder.
 
     Raises:
-        UsageError: if there is one.
+        UsageError: if an argument is empty.
     """
     names = ("--flip", "--keep", "--add", "--remove")
     if any(not value and before not in names for before, value in zip(["", *arguments], arguments, strict=False)):
-        raise UsageError("an argument is empty: expected a path or a value")
+        raise UsageError("expected a path or a value, got an empty argument")
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; but while a library loads end the process: torch aborts if it is broken there."""
+def _interrupt(_number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; but while a module is imported, exit: torch aborts if its import is interrupted."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             print_error("interrupted")
@@ -80,19 +82,19 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def run() -> None:
-    """Run as a process: once `main` has come to its end, no signal changes its exit code, be it past or to come."""
+    """Run `main` as a process; after `main` has ended, no earlier or later signal changes the exit code."""
     try:
         main()
     except KeyboardInterrupt:  # in the last lines of `main`
         sys.exit(130)
     finally:
         handle(signal.SIG_IGN)
-        # If an interrupt broke the last `exec` of a text (`dataclass` makes its methods so), CPython exits by SIGINT.
+        # If an interrupt broke the last `exec` (which `dataclass` calls), CPython exits by SIGINT: `exec` once more.
         exec("")
 
 
 def main() -> None:
-    """Run the command line; an error of ours becomes one line on stderr and exit code 2 (3: the run had to stop)."""
+    """Run the command line; an MlperturbError becomes one line on stderr and exit code 2, a StorageError code 3."""
     before = handle(_interrupt)
     try:
         _refuse_empty(sys.argv[1:])
@@ -101,15 +103,18 @@ def main() -> None:
         print_error(str(error))
         sys.exit(3 if isinstance(error, StorageError) else 2)
     except (KeyboardInterrupt, RuntimeError) as error:
-        if KeyboardInterrupt not in (type(error), type(error.__cause__)):  # Python 3.11 wraps it if it breaks a class
+        if KeyboardInterrupt not in (
+            type(error),
+            type(error.__cause__),
+        ):  # Python 3.11 wraps it if it interrupts a class body
             raise
         print_error("interrupted")
         if any(thread.name == "behind" for thread in threading.enumerate()):
-            os._exit(130)  # at once: a thread is writing still
+            os._exit(130)  # exit at once: a thread is still writing
         sys.exit(130)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            print_error(f"expected a path, got one too long: {str(error.filename):.60}...")
+            print_error(f"expected a shorter path, got {error.filename!s:.60}...")
             sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EIO):
             raise

@@ -1,4 +1,4 @@
-"""Options that several commands have, defined once, and the classifier they name."""
+"""The options that several commands share, and the classifier that they name."""
 
 from __future__ import annotations
 
@@ -19,59 +19,60 @@ ANYWHERE: dict[str, Any] = {"parser": parse_path, "metavar": "PATH"}  # a path o
 HERE: dict[str, Any] = {"parser": parse_local, "metavar": "PATH"}  # a path of this machine
 
 Paths = Annotated[
-    list[Path], typer.Argument(**ANYWHERE, help="Photos, folders of photos, or URLs of either.", show_default=False)
+    list[Path], typer.Argument(**ANYWHERE, help="Photos or folders of photos; paths or URLs.", show_default=False)
 ]
-Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Search folders to their depths.")]
+Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Search subfolders too.")]
 Checkpoint = Annotated[
-    Path | None, typer.Option(**HERE, help="A .safetensors of ours, or plain weights with --arch and --labels.")
+    Path | None,
+    typer.Option(**HERE, help="A .safetensors checkpoint of mlperturb, or plain weights with --arch and --labels."),
 ]
-Arch = Annotated[str | None, typer.Option(help="Torchvision architecture of plain weights.")]
-Labels = Annotated[Path | None, typer.Option(**HERE, help="Label names of plain weights, one a line.")]
+Arch = Annotated[str | None, typer.Option(help="Torchvision architecture of the plain weights.")]
+Labels = Annotated[
+    Path | None, typer.Option(**HERE, help="File with the label names of the plain weights, one per line.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
-Passes = Annotated[
-    int | None, typer.Option(max=10**9, help="At most so many forward plus backward passes for a photo, in all.")
-]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random numbers.")]
+Passes = Annotated[int | None, typer.Option(max=10**9, help="Largest sum of forward and backward passes for a photo.")]
 Readers = Annotated[
     list[str] | None,
     typer.Option(
         "--reader",
         metavar="NAME",
-        help="Programs in which the result must hold: float, pillow, torchvision, opencv, with or without :FILTER; "
-        "repeatable. Without it, those of the checkpoint.",
+        help="Program in which the result must hold: float, pillow, torchvision, opencv, with or without :FILTER; "
+        "repeatable. By default the readers of the checkpoint.",
     ),
 ]
 Margin = Annotated[
     float, typer.Option(help="By how much each logit must clear its threshold: safety in readers that are not named.")
 ]
-BatchSize = Annotated[str, typer.Option(help="Photos attacked together, or auto.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are there already.")]
+BatchSize = Annotated[str, typer.Option(help="Number of photos in a batch, or auto.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
 
 Voc = Annotated[Path | None, typer.Option(**HERE, help="A VOCdevkit folder.")]
 Year = Annotated[list[str] | None, typer.Option(help="Year of the VOCdevkit; repeatable, comma-separated.")]
 PhotoFolder = Annotated[
-    Path | None, typer.Option(**ANYWHERE, help="In place of --voc: a folder of photos, with --csv.")
+    Path | None, typer.Option(**ANYWHERE, help="A folder of photos, with --csv, in place of --voc.")
 ]
 LabelTable = Annotated[Path | None, typer.Option(**HERE, help="Table `image,LABEL,...`: 1, 0, or -1 for difficult.")]
 
 
 def check_data(voc: Path | None, year: list[str] | None, photos: Path | None, csv: Path | None) -> None:
-    """Refuse a half-named data set.
+    """Check the options that name a data set.
 
     Raises:
-        UsageError: unless exactly one of --voc with --year and --photos with --csv is given.
+        UsageError: unless either --voc with --year or --photos with --csv is given.
     """
     if (voc is None) == (photos is None) or (photos is None) != (csv is None):
         raise UsageError("expected either --voc with --year, or --photos with --csv")
     if (voc is not None) != bool(year):
-        raise UsageError("--year and --voc go together: expected both or neither")
+        raise UsageError("expected both --year and --voc, or neither")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint as named on the command line, its labels known before torch is loaded."""
+    """A checkpoint named on the command line; its labels are known before torch is loaded."""
 
     path: Path
     architecture: str | None
@@ -80,7 +81,7 @@ class Source:
     readers: tuple[str, ...] = DEFAULT_READERS
 
     def load(self, device: str) -> tuple[Classifier, dict[str, Any]]:
-        """Load the classifier, and describe it as a report does."""
+        """Load the classifier; return it with its description for a report."""
         from mlperturb.model.checkpoints import load_checkpoint
         from mlperturb.system.files import file_sha256
 
@@ -107,19 +108,21 @@ def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) 
     """Find the checkpoint, the bundled one by default, and read its label names.
 
     Raises:
-        CheckpointError: if it is missing or no checkpoint.
-        UsageError: if --arch and --labels do not come together, or the label file is unreadable.
+        CheckpointError: if the file is missing or is not a checkpoint.
+        UsageError: if only one of --arch and --labels is given, or the file of label names cannot be read.
     """
     from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
 
     if (arch is None) != (labels is None) or (arch is not None and checkpoint is None):
-        raise UsageError("plain weights need --checkpoint, --arch and --labels together")
+        raise UsageError("expected --checkpoint, --arch and --labels together for plain weights")
     path = checkpoint or bundled_checkpoint()
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path}")
     if labels is None:
         if path.suffix != ".safetensors":
-            raise UsageError(f"{path} is no .safetensors file of ours: for plain weights give --arch and --labels")
+            raise UsageError(
+                f"expected a .safetensors checkpoint, got {path}: for plain weights give --arch and --labels"
+            )
         metadata = read_metadata(path)
         return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess))
     try:
@@ -127,7 +130,7 @@ def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) 
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read label names from {labels}: {error}") from error
     if not names or len(set(names)) != len(names):
-        raise UsageError(f"{labels}: expected distinct label names, one a line")
+        raise UsageError(f"expected distinct label names, one per line, in {labels}")
     return Source(path, arch, names, names)
 
 
@@ -135,7 +138,7 @@ def named_source(described: dict[str, Any]) -> Source:
     """Find the checkpoint that a report describes.
 
     Raises:
-        UsageError: if it is no longer where it was.
+        UsageError: if the checkpoint is not found.
     """
     from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
     from mlperturb.system.files import file_sha256
@@ -144,7 +147,7 @@ def named_source(described: dict[str, Any]) -> Source:
     if not path.is_file():
         path = bundled_checkpoint()
         if not path.is_file() or file_sha256(path) != described["sha256"]:
-            raise UsageError(f"the report's checkpoint {described['checkpoint']} is gone: give --checkpoint")
+            raise UsageError(f"the report's checkpoint {described['checkpoint']} does not exist: give --checkpoint")
     try:
         metadata = read_metadata(path)
         return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess))
@@ -156,7 +159,7 @@ def parse_batch_size(value: str) -> int | None:
     """Return the batch size, None for `auto`.
 
     Raises:
-        UsageError: if it is neither `auto` nor a number of at least 1.
+        UsageError: if the value is neither `auto` nor a whole number of at least 1.
     """
     if value == "auto":
         return None

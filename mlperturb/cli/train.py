@@ -22,73 +22,93 @@ def train(
     out: Annotated[Path, typer.Option(**HERE, help="The checkpoint to write, .safetensors.")],
     voc: Voc = None,
     year: Year = None,
-    train_split: Annotated[str, typer.Option(help="SPLIT of every year, or YEAR:SPLIT,... of several.")] = "train",
+    train_split: Annotated[
+        str, typer.Option(help="SPLIT of every year, or YEAR:SPLIT,... for several years.")
+    ] = "train",
     val_split: Annotated[
-        str | None, typer.Option(help="Calibrated on. Without it, a tenth of the training photos, held out.")
+        str | None, typer.Option(help="Split for calibration; default: a tenth of the training photos, held out.")
     ] = None,
-    test_split: Annotated[str | None, typer.Option(help="Measured, tuned nothing on.")] = None,
+    test_split: Annotated[str | None, typer.Option(help="Split to measure on; nothing is tuned on it.")] = None,
     photos: PhotoFolder = None,
     csv: LabelTable = None,
-    test_csv: Annotated[Path | None, typer.Option(**HERE, help="Like --csv, of the photos to measure on.")] = None,
+    test_csv: Annotated[Path | None, typer.Option(**HERE, help="Like --csv, for the photos to measure on.")] = None,
     arch: Annotated[
-        str, typer.Option(help="Any torchvision classification model, or timm/NAME for any of timm's.")
+        str, typer.Option(help="A torchvision classification model, or timm/NAME for a model of timm.")
     ] = "mobilenet_v2",
     init: Annotated[
         list[str] | None,
         typer.Option(help="Weights to start from: a file (repeatable, later ones override) or `torchvision`."),
     ] = None,
-    head_only: Annotated[bool, typer.Option(help="Train the last layer on cached features (the paper's).")] = False,
+    head_only: Annotated[
+        bool, typer.Option(help="Train only the last layer, on cached features, as the paper does.")
+    ] = False,
     probe: Annotated[
         bool,
-        typer.Option(help="First fit the last layer on cached features, its weight decay chosen on held-out photos."),
+        typer.Option(help="First fit the last layer on cached features; choose its weight decay on held-out photos."),
     ] = False,
     blend: Annotated[
-        bool, typer.Option(help="At the end mix the weights with those after --probe, as is best on held-out photos.")
+        bool,
+        typer.Option(
+            help="At the end mix in the weights from before the epochs, in the best share on held-out photos."
+        ),
     ] = False,
     teacher: Annotated[
         list[Path] | None,
         typer.Option(**HERE, help="A checkpoint whose probabilities are targets too (repeatable: their mean)."),
     ] = None,
-    teacher_weight: Annotated[float, typer.Option(min=0, max=1, help="Their share of the targets.")] = 0.5,
-    epochs: Annotated[int, typer.Option(min=0, help="0: the initial weights, or --probe alone.")] = 10,
+    teacher_weight: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the teachers' probabilities in the targets.")
+    ] = 0.5,
+    epochs: Annotated[
+        int, typer.Option(min=0, help="Passes over the photos; 0: only the initial weights, or only --probe.")
+    ] = 10,
     batch_size: Annotated[int, typer.Option(min=2)] = 100,
     lr: Annotated[float, typer.Option(min=0, help="AdamW's peak learning rate.")] = 5e-4,
     fresh_rate: Annotated[
         float,
-        typer.Option(min=0, help="Times --lr for the tensors that the last --init did not give, such as the head."),
+        typer.Option(min=0, help="Factor of --lr for tensors that are not in the last --init file, such as the head."),
     ] = 1.0,
     layer_decay: Annotated[
-        float, typer.Option(min=0, max=1, help="Times the learning rate, for each block further from the head.")
+        float, typer.Option(min=0, max=1, help="Factor of the learning rate, for each block further from the head.")
     ] = 1.0,
-    weight_decay: Annotated[float, typer.Option(min=0, help="AdamW's.")] = 1e-2,
+    weight_decay: Annotated[float, typer.Option(min=0, help="AdamW's weight decay.")] = 1e-2,
     freeze: Annotated[
-        list[str] | None, typer.Option(help="Parameters that stay as they are, such as 'blocks.0.*' (repeatable).")
+        list[str] | None, typer.Option(help="Parameters to freeze, such as 'blocks.0.*' (repeatable).")
     ] = None,
     norm_momentum: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Of batch normalisation's statistics; 0 freezes them.")
+        float | None, typer.Option(min=0, max=1, help="Momentum of batch normalisation's statistics; 0 freezes them.")
     ] = None,
     mixup: Annotated[
-        float, typer.Option(min=0, help="Lay a second photo over each, its share from Beta(MIXUP, MIXUP).")
+        float,
+        typer.Option(
+            min=0, help="Mix each photo with a second photo, in a share drawn from Beta(MIXUP, MIXUP); 0: off."
+        ),
     ] = 0.0,
     instance_weight: Annotated[float, typer.Option(min=0, help="Lambda of Eq. 12.")] = 0.5,
     calibration_weight: Annotated[
         float, typer.Option(min=0, help="Weight of the cross-entropy beside Eq. 12; 0 for Eq. 12 alone.")
     ] = 1.0,
-    size: Annotated[int, typer.Option(min=0, help="Input side, stretched; 0: that of --arch.")] = 224,
-    mean: Annotated[float, typer.Option(help="With --size: subtracted from pixels in [0, 1].")] = 0.5,
-    std: Annotated[float, typer.Option(min=1e-3, help="With --size: then divided by.")] = 0.5,
-    train_size: Annotated[int, typer.Option(min=0, help="Side of the crops trained on; 0: --size.")] = 0,
+    size: Annotated[
+        int, typer.Option(min=0, help="Side of the square network input in pixels; 0: the preprocessing of --arch.")
+    ] = 224,
+    mean: Annotated[float, typer.Option(help="With --size: the mean to subtract from pixels in [0, 1].")] = 0.5,
+    std: Annotated[float, typer.Option(min=1e-3, help="With --size: the standard deviation to divide by.")] = 0.5,
+    train_size: Annotated[int, typer.Option(min=0, help="Side of the training crops in pixels; 0: --size.")] = 0,
     least_crop: Annotated[
         float, typer.Option(min=0.01, max=1, help="Smallest share of a photo's area that a random crop keeps.")
     ] = 0.5,
-    average: Annotated[float, typer.Option(min=0, max=0.9999, help="Decay of the averaged weights.")] = 0.99,
-    amp: Annotated[bool, typer.Option(help="Compute in bfloat16 on the CPU; CUDA has float16 always.")] = False,
+    average: Annotated[
+        float, typer.Option(min=0, max=0.9999, help="Decay of the moving average of the weights.")
+    ] = 0.99,
+    amp: Annotated[bool, typer.Option(help="Compute in bfloat16 on the CPU; CUDA always computes in float16.")] = False,
     half: Annotated[bool, typer.Option(help="Write matrices in float16.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode photos.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
-    resume: Annotated[bool, typer.Option(help="Go on from OUT.resume.pt.")] = False,
-    source: Annotated[str, typer.Option(help="What to say of the data and initial weights in the checkpoint.")] = "",
+    resume: Annotated[bool, typer.Option(help="Resume from OUT.resume.pt.")] = False,
+    source: Annotated[
+        str, typer.Option(help="Text on the data and initial weights, for the checkpoint's metadata.")
+    ] = "",
 ) -> None:
     """Train a multi-label classifier with the paper's ranking loss, calibrate it, and measure it."""
     check_data(voc, year, photos, csv)
@@ -113,7 +133,8 @@ def train(
         if test_split:
             tests = read_splits(voc, years, test_split)
     else:
-        assert photos is not None and csv is not None
+        assert photos is not None
+        assert csv is not None
         training = read_csv(photos, csv)
         tests = {test_csv.name: read_csv(photos, test_csv)} if test_csv else {}
     if validation is None:
@@ -180,7 +201,7 @@ def train(
 
 
 def _hold_out(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off a random tenth."""
+    """Split a data set into nine tenths and a random tenth."""
     import numpy as np
 
     order = np.random.default_rng(seed).permutation(len(dataset))
@@ -189,7 +210,7 @@ def _hold_out(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
 
 
 class _Printer:
-    """A progress bar on a terminal; a line now and then, for a log, elsewhere."""
+    """A progress bar on a terminal; elsewhere, four lines an epoch for a log."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

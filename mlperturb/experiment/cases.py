@@ -1,4 +1,4 @@
-"""What an evaluation attacks (Section IV-E): cases, methods with their options, the sample of photos. No torch here."""
+"""The choices of an evaluation (Section IV-E): cases, methods with options, sample of photos. Without torch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Case:
     """Which labels are attacked (docs/methods.md, Cases).
 
     Attributes:
-        name: as tables show it.
-        kind: `random`: one positive and one negative label; `extreme`: all; `reduce`: one label, on photos with it
-            and another one; `augment`: one label, on photos without it.
+        name: the name in tables.
+        kind: `random`: one positive and one negative label; `extreme`: all labels; `reduce`: one label, on photos with
+            it and another label; `augment`: one label, on photos without it.
         label: number of the label to reduce or augment.
     """
 
@@ -36,7 +36,7 @@ class Case:
     label: int | None = None
 
     def eligible(self, truth: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:
-        """Say which photos, by their annotations (N, L), the case is about, (N,)."""
+        """Say which photos have the labels for the case, boolean, (N,), by their annotations, (N, L)."""
         positives: npt.NDArray[np.int64] = (truth > 0).sum(1)
         if self.kind == "reduce":
             return (truth[:, self.label] > 0) & (positives >= 2)
@@ -47,7 +47,7 @@ class Case:
         return np.ones(len(truth), dtype=np.bool_)
 
     def request(self, truth: npt.NDArray[np.int8], generator: np.random.Generator) -> Request:
-        """Return A, and B = the rest, for one photo's annotations, (L,)."""
+        """Return the request for one photo's annotations, (L,): A, and all other labels as B."""
         if self.kind == "extreme":
             flip = tuple(range(len(truth)))
         elif self.label is not None:
@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with options of its own, as `ml-dp:solver=pinv`."""
+    """A method with its options, such as `ml-dp:solver=pinv`."""
 
     name: str
     method: str
@@ -68,18 +68,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What to evaluate.
+    """The settings of an evaluation.
 
     Attributes:
         cases: which labels are attacked.
         variants: the methods.
-        images: photos a case, at most.
+        images: largest number of photos for a case.
         budget: a name of `attacks.BUDGETS`.
-        limits: on passes and distortion, that all methods share.
-        batch_size: photos at a time; None to choose.
-        seed: of the sample of photos and of the Random case's labels.
-        keep_images: keep the PNGs, in folders by case and method.
-        readers: that a result is to hold in; the first decides whether the classifier gets a photo right.
+        limits: the limits on passes and distortion, the same for all methods.
+        batch_size: number of photos in a batch; None to choose it.
+        seed: the seed of the sample of photos and of the Random case's labels.
+        keep_images: keep the PNGs and maps, in folders by case and method.
+        readers: readers in which a result must hold; the first decides whether the classifier gets a photo right.
         margin: by how much a logit must clear its threshold during the search.
     """
 
@@ -98,10 +98,10 @@ class Protocol:
 def parse_cases(
     names: Iterable[str], reduce: Iterable[str], augment: Iterable[str], labels: Sequence[str]
 ) -> tuple[Case, ...]:
-    """Read case names, and labels to reduce or augment; `person` and `sheep` are the paper's own such cases.
+    """Read case names, and labels to reduce or augment; `person` (reduce) and `sheep` (augment) are the paper's cases.
 
     Raises:
-        UsageError: if a case is unknown or none is given.
+        UsageError: if a case is unknown, or no case is given.
         LabelError: if a label is unknown.
     """
     cases: list[Case] = []
@@ -126,10 +126,10 @@ def parse_cases(
 
 
 def parse_variants(values: Iterable[str], budget: str) -> tuple[Variant, ...]:
-    """Read method names, each with options if it is to have some: `all`, `ml-cw`, `ml-dp:solver=pinv`.
+    """Read method names, with or without options: `all`, `ml-cw`, `ml-dp:solver=pinv`.
 
     Raises:
-        UsageError: if a method, option or value is unknown, or none is given.
+        UsageError: if a method, option or value is unknown, or no method is given.
     """
     variants: list[Variant] = []
     for name in split_names(values):
@@ -153,7 +153,7 @@ def align(dataset: Dataset, labels: Sequence[str]) -> Dataset:
     """Put a data set's labels in the classifier's order.
 
     Raises:
-        UsageError: if they are not the same labels.
+        UsageError: if the data set and the classifier have different labels.
     """
     missing = sorted(set(labels) - set(dataset.labels)) + sorted(set(dataset.labels) - set(labels))
     if missing:
@@ -166,10 +166,10 @@ def align(dataset: Dataset, labels: Sequence[str]) -> Dataset:
 
 
 def choose(case: Case, dataset: Dataset, correct: Sequence[int], protocol: Protocol) -> dict[int, Request]:
-    """Draw a case's photos from X, the rows that the classifier gets right, and say what is asked of each.
+    """Draw a case's photos from X, the rows of the photos that the classifier gets right; return each row's request.
 
-    The draw depends on the seed and the case alone; fewer photos are the first of more. Empty if no photo has the
-    labels that the case is about.
+    The draw depends only on the seed and the case. A smaller sample is the beginning of a larger sample. The result is
+    empty if no photo has the labels for the case.
     """
     generator = np.random.default_rng([protocol.seed, zlib.crc32(case.name.encode())])
     rows = np.asarray(correct, dtype=np.int64)

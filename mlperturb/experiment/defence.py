@@ -1,4 +1,4 @@
-"""Purification as a defence (Section IV-H2): what it gives back of an attack, and what it breaks by itself."""
+"""Purification as a defence (Section IV-H2): the flipped labels that it recovers, and the labels that it damages."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from mlperturb.run.report import find_output, find_photo
 from mlperturb.targets import present
 
 SCHEMA = "mlperturb.jpeg-defence/1"
-CRITERIA = {  # by whether every photo is at hand
+CRITERIA = {  # by whether every clean photo is found
     True: "share of the flipped labels recovered, less share of the clean photos' labels damaged",
     False: "share of the flipped labels recovered, less share of the PNGs' kept labels damaged",
 }
-_TOGETHER = 8  # views of one photo in a batch
+_TOGETHER = 8  # largest number of views in a batch
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """An adversarial PNG and what is known of it.
+    """An adversarial PNG, its photo, and the labels of its attack.
 
     Attributes:
         adversarial: the PNG.
-        clean: the photo it was made of; None if it is not at hand.
-        flip: A.
-        keep: B.
-        truth: y, the decisions on the photo; None: A's are the reverse of the PNG's, and B's are the PNG's.
+        clean: the photo that it was made of; None if the photo is not found.
+        flip: the labels of A.
+        keep: the labels of B.
+        truth: y, the decisions on the photo. If None, y is taken from the decisions on the PNG, reversed for A.
     """
 
     adversarial: Path
@@ -49,16 +49,16 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Views:
-    """The decisions and probabilities of one photo's views, (L,) each, in the classifier's order of labels.
+    """The decisions on one photo and the logits of its views, (L,) each, in the classifier's order of labels.
 
     Attributes:
-        truth: y.
-        asked: A, and B, boolean.
-        adversarial: of the PNG.
-        clean: of the photo; None if it is not at hand.
-        defended: of the purified PNG, by purification.
-        control: of the purified photo, likewise.
-        size: bytes of the PNG, and of the purified file where there is one.
+        truth: y, boolean.
+        asked: masks of A and of B, boolean.
+        adversarial: logits of the PNG.
+        clean: logits of the photo; None if the photo is not found.
+        defended: logits of the purified PNG, for each purification.
+        control: logits of the purified photo, for each purification; None if the photo is not found.
+        size: bytes of the PNG, then of each purified file; None for a purification that makes no file.
     """
 
     truth: Tensor
@@ -71,10 +71,11 @@ class Views:
 
 
 def find_attacked(report: dict[str, Any], folder: Path, photos: Path | None = None) -> list[Attacked]:
-    """Return the images of a report that have an adversarial PNG, looked for in `folder`, and their photos.
+    """Return the images of a report that have an adversarial PNG in `folder`, with their photos.
 
     Raises:
-        ImageError: if the report names a file elsewhere.
+        ImageError: if the report names a file outside the folder.
+        KeyError: if the labels of an image are not the classifier's.
     """
     labels = set(report["classifier"]["labels"])
     found = []
@@ -95,13 +96,13 @@ def sweep(
     purifications: Sequence[Purification],
     done: Callable[[str | None], None] | None = None,
 ) -> dict[str, Any]:
-    """Purify every PNG, and its photo as a control, in every way; return the table and the images' probabilities.
+    """Apply every purification to every PNG, and to its photo as a control; return the counts and probabilities.
 
     Args:
-        classifier: that was attacked.
+        classifier: the classifier that was attacked.
         attacked: the PNGs.
-        purifications: what to try.
-        done: told after each PNG, with the error if it could not be read.
+        purifications: the purifications to try.
+        done: called after each PNG, with the error if the PNG or its photo could not be read, else with None.
     """
     labels, boundary = classifier.labels, classifier.boundary.cpu()
     tallies = [_Tally(purification, len(labels)) for purification in purifications]
@@ -138,7 +139,7 @@ def sweep(
 
 
 class _Tally:
-    """What one purification did, over all photos."""
+    """The counts of one purification over all photos."""
 
     def __init__(self, purification: Purification, labels: int) -> None:
         self.purification = purification
@@ -148,7 +149,7 @@ class _Tally:
         self.bytes: list[int] = []
 
     def add(self, views: Views, number: int, boundary: Tensor) -> None:
-        """Count what purification `number` did to one photo."""
+        """Count the labels of one photo under purification `number`."""
         defended, size = views.defended[number], views.size[1 + number]
         flip, keep = views.asked
         png, after = present(views.adversarial, boundary), present(defended, boundary)
@@ -168,7 +169,7 @@ class _Tally:
             self.bytes.append(size)
 
     def row(self, labels: Sequence[str], *, control: bool) -> dict[str, Any]:
-        """Return the counts as the JSON has them; the score, see `CRITERIA`, is None where nothing was flipped."""
+        """Return the counts in the form of the JSON; the score (see `CRITERIA`) is None if no label was flipped."""
         score = None
         if self.recovered[1]:
             broken = self.clean if control else self.damaged
@@ -194,10 +195,10 @@ def _count(pair: Sequence[int]) -> dict[str, int]:
 
 
 def _look(classifier: Classifier, one: Attacked, purifications: Sequence[Purification]) -> Views:
-    """Predict a PNG, its photo, and both purified.
+    """Classify a PNG, its photo, and the purified versions of both.
 
     Raises:
-        ImageError: if one of them cannot be read.
+        ImageError: if the PNG or the photo cannot be read.
     """
     png = read_photo(one.adversarial).rgb
     photo = None

@@ -1,9 +1,8 @@
-"""The paper's experiment (Section IV-E): cases on photos that the classifier gets right -> rows of Tables IV and V."""
+"""The paper's experiment (Section IV-E): attack photos that the classifier gets right; make Tables IV and V."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -34,7 +33,7 @@ from mlperturb.system.journal import Journal
 from mlperturb.system.processes import Share
 from mlperturb.targets import decide
 
-_BATCH = 32  # photos decided on together, before any attack
+_BATCH = 32  # photos classified together, before any attack
 
 
 @torch.inference_mode()
@@ -70,25 +69,25 @@ def run(
     done: Callable[[Part, int], None] | None = None,
     hold: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[dict[str, Any]]:
-    """Attack every case with every method, going on from the journal, and return the rows of the tables.
+    """Attack every case with every method, resume from the journal, and return the rows of the tables.
 
     Args:
         classifier: to attack.
         dataset: with the classifier's labels in its order, see `align`.
-        protocol: what to do.
+        protocol: the settings of the evaluation.
         journal: holds X and the records of every finished batch; the images lie beside it. A photo with an error is
             attacked again.
-        share: what this process does of it; all if None.
-        scanned: told how many more photos have been decided on, while X is being found.
-        planned: told how many attacks there are and how many of them the journal has.
-        done: told of every finished batch, its case and method and how many photos it has, in a thread of its own.
-        hold: entered while what is attacked is being written.
+        share: the part of the run that this process does; None for the whole run.
+        scanned: called while X is being found, with the number of photos that have just been classified.
+        planned: called with the number of attacks, and the number of attacks that the journal has already.
+        done: called after every finished batch, with its part and its number of photos, in a thread of its own.
+        hold: a context entered while the last batches are written.
 
     Returns:
-        The rows, of all processes' records; none in a process that is not the first.
+        The rows, from the records of all processes; an empty list in every process but the first.
 
     Raises:
-        UsageError: if no case fits a photo, or a photo that is done has changed.
+        UsageError: if no photo has the labels for a case, or a finished photo has changed.
         StorageError: if nothing can be written any more, or the journal is damaged.
     """
     share = share or Share()
@@ -120,10 +119,10 @@ def run(
 
 
 def _plan(dataset: Dataset, correct: Sequence[int], protocol: Protocol, images: Path) -> list[tuple[Variant, Part]]:
-    """Return what is attacked: a part for each case and method.
+    """Return a part for each case and method.
 
     Raises:
-        UsageError: if no case fits a photo.
+        UsageError: if no photo has the labels for a case.
     """
     chosen = {case: choose(case, dataset, correct, protocol) for case in protocol.cases}
     if not any(chosen.values()):
@@ -141,7 +140,7 @@ def _plan(dataset: Dataset, correct: Sequence[int], protocol: Protocol, images: 
 def _keep(
     ledger: Ledger, part: Part, protocol: Protocol, done: Callable[[Part, int], None] | None, records: list[Record]
 ) -> None:
-    """Make a finished batch durable, then drop its files unless they are to be kept."""
+    """Write the records of a finished batch, then delete its images unless `keep_images` is set."""
     ledger.write(records, part)
     if not protocol.keep_images:
         for name in [name for record in records for name in record.files.values() if name]:
@@ -156,10 +155,10 @@ def _size_of_finished(ledger: Ledger, part: Part, job: Job) -> Size | None:
 
 
 def _remove_empty_folders(folder: Path) -> None:
-    """Remove a folder and those inside it, but for the ones that hold a file."""
+    """Remove a folder and its subfolders, except folders that hold a file."""
     if is_remote(folder):
         return
-    for place in sorted(folder.rglob("*"), reverse=True) + [folder]:
+    for place in [*sorted(folder.rglob("*"), reverse=True), folder]:
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
 
@@ -171,7 +170,7 @@ def _find_correct(
     share: Share,
     scanned: Callable[[int], None] | None,
 ) -> list[int]:
-    """Return the rows of X: photos every label of which the classifier gets right; difficult labels do not count."""
+    """Return the rows of X, the photos on which the classifier gets every label right, difficult labels aside."""
     if share.first:
         known = next((entry["correct"] for entry in journal.entries() if "correct" in entry), None)
         share.tell("known", json.dumps(known))
@@ -203,25 +202,25 @@ def _find_correct(
 
 
 def _make_folder(folder: Path, out: Path) -> None:
-    """Make a folder inside the output folder, which must be there still.
+    """Make a folder inside the output folder, which must still exist.
 
     Raises:
-        StorageError: if it cannot be made.
+        StorageError: if the folder cannot be made.
     """
     if is_remote(folder):
         return
     try:
-        os.stat(out)
+        out.stat()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot make {folder}: {error.strerror or error}") from error
 
 
 def make_settings(protocol: Protocol, variant: Variant) -> Settings:
-    """Return the settings of one method's attacks; every photo has a request of its own.
+    """Return the settings of one method's attacks; every job has its own request.
 
     Raises:
-        UsageError: if they cannot be carried out.
+        UsageError: if the settings cannot be carried out.
     """
     return Settings(
         variant.method, protocol.budget, Request(flip=(0,)), protocol.limits, protocol.batch_size,

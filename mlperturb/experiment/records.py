@@ -1,4 +1,4 @@
-"""The records of an evaluation, in its journal: batches, failures, and the images that they name."""
+"""The records of an evaluation in its journal: batches, failures, names of images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mlperturb.system.journal import Journal, find_journal
 
 
 def batches(journal: Journal) -> Iterator[dict[str, Any]]:
-    """Read the finished batches: `case`, `method`, and for each photo its row of the data set and its record.
+    """Yield the finished batches: `case`, `method`, and for each photo its row of the data set and its record.
 
-    Their form is checked where a `Ledger` reads them.
+    The form of the entries is not checked here; `Ledger` checks it.
 
     Raises:
         StorageError: if the journal cannot be read.
@@ -23,7 +23,7 @@ def batches(journal: Journal) -> Iterator[dict[str, Any]]:
 
 
 def failures(journal: Journal) -> list[str]:
-    """Return a line for each photo that could not be read or attacked, its latest attempt counting."""
+    """Return a line for each photo whose latest attempt could not be read or attacked."""
     latest: dict[tuple[str, str, int], str | None] = {}
     lines: list[str] = []
     for entry in journal.entries():
@@ -37,7 +37,7 @@ def failures(journal: Journal) -> list[str]:
 
 
 def kept_images(path: Path) -> set[str]:
-    """Return the image files that the records of a journal's file name, relative to its folder."""
+    """Return the image files named by the records of a journal, relative to the journal's folder."""
     names: set[str] = set()
     lines = [line for file in find_journal(path) for line in file.read_text("utf-8", "replace").splitlines()]
     for line in lines:
@@ -46,11 +46,11 @@ def kept_images(path: Path) -> set[str]:
             folder = f"images/{slug(entry['case'])}/{slug(entry['method'])}"
             files = [name for record in entry["records"] for name in record["files"].values() if name]
         except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # not of a batch, or damaged
+            continue  # the line is not a batch, or is damaged
         names |= {f"{folder}/{name}" for name in files if Path(name).name == name}
     return names
 
 
 def slug(name: str) -> str:
-    """Return the name of a folder for a case or method."""
+    """Return the name of the folder for a case or method."""
     return re.sub(r"[^\w.=-]", "_", name)

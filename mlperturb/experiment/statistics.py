@@ -1,4 +1,4 @@
-"""Records of an evaluation -> rows of Tables IV and V: means over the photos, with bootstrap intervals."""
+"""Make the rows of Tables IV and V from records: means over the photos, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mlperturb.targets import Targets, decide
 METRICS = ("rmsd", "hamming_a", "hamming_b", "f1", "ranking_loss", "map", "auc", "kendall_tau")
 _RESAMPLES = 1000
 
-Figures = dict[str, npt.NDArray[np.float64]]  # of N photos, (N,) each
+Figures = dict[str, npt.NDArray[np.float64]]  # by name, the figure of each of N photos, (N,)
 
 
 def tabulate(journal: Journal, protocol: Protocol, labels: Sequence[str], boundary: Tensor) -> list[dict[str, Any]]:
@@ -57,8 +57,8 @@ def tabulate(journal: Journal, protocol: Protocol, labels: Sequence[str], bounda
 def measure(records: Sequence[dict[str, Any]], labels: Sequence[str], boundary: Tensor) -> Figures:
     """Return the figures of each of N records: `success`, `success_float`, `passes`, `error`, and `METRICS` by result.
 
-    The results are `float` and `saved`; the truth that they are compared with is y*. A figure that a photo has none
-    of is NaN: Hamming(B) without B; ranking loss, mAP and AUC where no label is relevant, or all are.
+    The results are `float` and `saved`, and both are compared with y*. A figure that is not defined for a photo is NaN:
+    Hamming(B) if B is empty; ranking loss, mAP and AUC if no label is positive in y*, or every label is.
     """
     figures: Figures = {
         "success": np.array([record["status"] == "success" for record in records], dtype=np.float64),
@@ -97,7 +97,7 @@ def measure(records: Sequence[dict[str, Any]], labels: Sequence[str], boundary: 
 def make_row(case: str, method: str, figures: Sequence[Figures]) -> dict[str, Any]:
     """Average the figures of a case and method; `intervals` holds 95% bootstrap intervals over the photos."""
     joined = {name: np.concatenate([part[name] for part in figures]) for name in figures[0]}
-    if "row" in joined:  # in the order of the data set; of two attempts at a photo the later one counts
+    if "row" in joined:  # in the order of the data set; of two attempts at a photo, take the later
         last = {row: place for place, row in enumerate(joined["row"].tolist())}
         order = [last[row] for row in sorted(last)]
         joined = {name: values[order] for name, values in joined.items()}
@@ -114,7 +114,7 @@ def make_row(case: str, method: str, figures: Sequence[Figures]) -> dict[str, An
 
 
 def _mean(values: npt.NDArray[np.float64]) -> tuple[float | None, list[float] | None]:
-    """Return the mean of what is not NaN and its 95% bootstrap interval, percentile method."""
+    """Return the mean of the values that are not NaN, and its 95% bootstrap interval (percentile method)."""
     known = values[~np.isnan(values)]
     if not len(known):
         return None, None

@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
     from mlperturb.model.preprocess import Preprocess
 
-TIMM = "timm/"  # begins the name of an architecture of timm's
+TIMM = "timm/"  # prefix of timm's architectures
 
 
 def build_network(architecture: str, outputs: int, *, meta: bool = False) -> nn.Module:
     """Return a classification model with `outputs` logits and no auxiliary head.
 
     Args:
-        architecture: its torchvision name, such as `mobilenet_v2` or `inception_v3`, or `timm/` and its timm name, such
+        architecture: the torchvision name, such as `mobilenet_v2` or `inception_v3`, or `timm/` and the timm name, such
             as `timm/tf_efficientnet_lite2`.
-        outputs: L.
+        outputs: L, the number of labels.
         meta: leave the tensors unallocated, to be filled from a file.
 
     Raises:
-        CheckpointError: if there is no such model, or timm cannot build it.
+        CheckpointError: if the architecture is unknown, or timm cannot build it.
     """
     import torch
 
@@ -42,10 +42,10 @@ def build_network(architecture: str, outputs: int, *, meta: bool = False) -> nn.
 
 
 def check_architecture(architecture: str) -> None:
-    """Refuse a name that neither a torchvision classification model nor, after `timm/`, a model of timm's has.
+    """Check that torchvision has a classification model of this name or, after `timm/`, that timm has a model.
 
     Raises:
-        CheckpointError: that names the nearest ones.
+        CheckpointError: if the name is unknown; the message lists close matches.
     """
     from torchvision import models
 
@@ -68,7 +68,7 @@ def default_preprocess(architecture: str) -> Preprocess:
     """Return the preprocessing of the model's own ImageNet weights.
 
     Raises:
-        CheckpointError: if the library names none.
+        CheckpointError: if the library has none for this model.
     """
     from mlperturb.model.preprocess import Preprocess
 
@@ -86,7 +86,7 @@ def default_preprocess(architecture: str) -> Preprocess:
 
 
 def _build_timm(architecture: str, outputs: int) -> nn.Module:
-    """Return a model of timm's, its weights random; nothing is downloaded.
+    """Return a model of timm with random weights; nothing is downloaded.
 
     Raises:
         CheckpointError: if timm cannot build it.
@@ -95,7 +95,7 @@ def _build_timm(architecture: str, outputs: int) -> nn.Module:
 
     try:
         network: nn.Module = timm.create_model(architecture.removeprefix(TIMM), pretrained=False, num_classes=outputs)
-    except Exception as error:  # whatever the code of one of a thousand models raises
+    except Exception as error:  # the code of timm's thousand models may raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"timm cannot build {architecture}: {reason:.200}") from error
     return network
@@ -105,7 +105,7 @@ def _timm_preprocess(architecture: str) -> Preprocess:
     """Return the preprocessing that timm names for the model's default weights.
 
     Raises:
-        CheckpointError: if timm names none, or one that `Preprocess` cannot state.
+        CheckpointError: if timm names none, or `Preprocess` cannot express it.
     """
     import timm
 

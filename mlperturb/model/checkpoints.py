@@ -1,7 +1,7 @@
-"""Every checkpoint format in, one format out; and where the bundled default lies.
+"""Read checkpoints of several formats, write checkpoints of ours, and find the bundled checkpoint.
 
-Ours is a safetensors file whose metadata says what the tensors are. Its header is JSON and is read here without
-torch, so that label names can be checked, and shown, at once. A plain PyTorch `state_dict` is read with
+Our format is a safetensors file whose metadata describes the tensors. Its header is JSON and is read here without
+torch, so that label names can be checked and shown at once. A plain PyTorch `state_dict` is read with
 `weights_only=True`; nothing is ever unpickled.
 """
 
@@ -32,21 +32,21 @@ FORMAT = "mlperturb.checkpoint/1"
 BUNDLED = "voc-mobilenet-v2.safetensors"
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 _MAX_LABELS = 100_000
-_MAX_DEPTH = 50  # of what metadata nests; the JSON writer has a limit of its own
+_MAX_DEPTH = 50  # levels of nested metadata; the JSON writer has a limit too
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception v3 and GoogLeNet that only training uses
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a checkpoint says of itself.
+    """The metadata of a checkpoint.
 
     Attributes:
-        architecture: a torchvision classification model's name, or `timm/` and the name of a model of timm's.
+        architecture: the name of a torchvision classification model, or `timm/` and the name of a timm model.
         labels: L names.
-        thresholds: L decision thresholds on the probabilities.
+        thresholds: L decision thresholds on the probabilities, inside (0, 1).
         preprocess: the fields of `preprocess.Preprocess`.
         provenance: command, data, initial weights and their licence.
-        metrics: Table III's figures by data set, and per label.
+        metrics: the metrics of Table III, by data set and by label.
     """
 
     architecture: str
@@ -58,7 +58,11 @@ class Metadata:
 
 
 def bundled_checkpoint() -> Path:
-    """Return the path of the checkpoint that comes with mlperturb, from a wheel or an editable install."""
+    """Return the path of the checkpoint that comes with mlperturb, in a wheel or an editable install.
+
+    Raises:
+        CheckpointError: if the file is missing.
+    """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "weights", package.parent / "weights"):
         if (folder / BUNDLED).is_file():
@@ -67,16 +71,16 @@ def bundled_checkpoint() -> Path:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read what one of our checkpoints says of itself, without torch.
+    """Read the metadata of a checkpoint of ours, without torch.
 
     Raises:
-        CheckpointError: if the file is missing, no safetensors file, or has no metadata of ours.
+        CheckpointError: if the file is missing, is not a safetensors file, or has no metadata of ours.
     """
     header = _read_header(path)
     values = header.get("__metadata__")
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} holds no mlperturb metadata: expected format {FORMAT}; "
+            f"{path} has no mlperturb metadata: expected format {FORMAT}; "
             "for plain weights give `architecture` and `labels`"
         )
     try:
@@ -100,10 +104,10 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -135,24 +139,24 @@ def load_checkpoint(
         device: where to put the classifier.
 
     Raises:
-        CheckpointError: if the file is no checkpoint, or does not fit the architecture and labels.
+        CheckpointError: if the file is not a checkpoint, or does not fit the architecture and labels.
     """
     from mlperturb.model.classifier import Classifier, fold_batch_norm
     from mlperturb.model.preprocess import Preprocess
 
     if architecture is None and labels is None:
         if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path} is no .safetensors file: for plain weights give `architecture` and `labels`")
+            raise CheckpointError(f"{path} is not .safetensors: for plain weights give `architecture` and `labels`")
         metadata = read_metadata(path)
     elif architecture is None or labels is None:
-        raise CheckpointError("plain weights need both `architecture` and `labels`")
+        raise CheckpointError("expected both `architecture` and `labels` for plain weights")
     else:
         check_architecture(architecture)
         thresholds = (0.5,) * len(labels)
         metadata = Metadata(architecture, tuple(labels), thresholds, default_preprocess(architecture).to_dict())
     network = build_network(metadata.architecture, len(metadata.labels), meta=True)
     _fill(network, read_tensors(path), path, len(metadata.labels))
-    if any(buffer.is_meta for buffer in network.buffers()):  # some of timm's have buffers that no file holds
+    if any(buffer.is_meta for buffer in network.buffers()):  # some timm models have buffers that are not saved
         filled = network.state_dict()
         network = build_network(metadata.architecture, len(metadata.labels))
         network.load_state_dict(filled)
@@ -164,7 +168,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a `.safetensors`, `.pt` or `.pth` file, without executing anything in it.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or holds anything but named tensors.
+        CheckpointError: if the file is missing or damaged, or has anything but named tensors.
     """
     import torch
 
@@ -176,19 +180,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             try:
                 return load_file(path)
             except SafetensorError as error:
-                raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+                raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
         _refuse_bomb(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an odd pickle protocol; what it holds is checked below
+            warnings.simplefilter("ignore")  # of an odd pickle protocol; the content is checked below
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
-    except Exception as error:  # torch's weights-only reader raises almost anything at damaged or unsafe data
+    except Exception as error:  # torch's weights-only reader may raise anything at damaged or unsafe data
         hint = "expected a file of tensors alone, as torch.save(model.state_dict(), FILE) writes it"
-        raise CheckpointError(f"{path} is no plain state dict (weights only): {hint}") from error
-    for inner in ("state_dict", "averaged"):  # as training scripts wrap it; the latter in our own .resume.pt
+        raise CheckpointError(f"{path} is not a plain state dict (weights only): {hint}") from error
+    for inner in ("state_dict", "averaged"):  # wrappers of training scripts, and of our own .resume.pt
         if isinstance(loaded, dict) and isinstance(loaded.get(inner), dict):
             loaded = loaded[inner]
     if (
@@ -196,12 +200,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         or not loaded
         or not all(isinstance(value, torch.Tensor) for value in loaded.values())
     ):
-        raise CheckpointError(f"{path} is no state dict: expected named tensors, got {type(loaded).__name__}")
+        raise CheckpointError(f"{path} is not a state dict: expected named tensors, got {type(loaded).__name__}")
     return {str(name).removeprefix("module."): value for name, value in loaded.items()}
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Refuse a file of torch.save's that would take more memory than it has bytes.
+    """Refuse a file of `torch.save` that would take more memory than it has bytes.
 
     Raises:
         CheckpointError: if its archive is compressed, or its pickle makes arrays of zeros.
@@ -224,11 +228,11 @@ def _refuse_bomb(path: Path) -> None:
             stream.seek(0)
         for source in pickles:
             try:
-                for _ in range(4 if source is stream else 1):  # the old format has three before that of the tensors
+                for _ in range(4 if source is stream else 1):  # the old format has three pickles before the tensors'
                     for opcode, argument, _ in pickletools.genops(source):
                         if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
-                            raise CheckpointError(f"{path} is no state dict: expected named tensors, got a bytearray")
-            except ValueError:  # torch says what is wrong with it
+                            raise CheckpointError(f"{path} is not a state dict: expected named tensors, got bytearray")
+            except ValueError:  # torch reports the damage
                 continue
 
 
@@ -239,14 +243,14 @@ def _read_header(path: Path) -> dict[str, Any]:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
-                raise CheckpointError(f"{path} is no safetensors file: its header length is wrong")
+                raise CheckpointError(f"{path} is not a safetensors file: its header length is wrong")
             header = json.loads(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: its header is not JSON") from error
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON object")
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object")
     return header
 
 
@@ -272,32 +276,32 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, outputs
         name = wrong[-1]
         got, expected = tuple(given[name].shape), tuple(wanted[name].shape)
         if len(wrong) <= 2 and got and got[1:] == expected[1:] and expected[0] == outputs:
-            raise CheckpointError(f"{path} has a head of {got[0]} outputs, expected {outputs}, one for each label")
-        raise CheckpointError(f"{path} does not fit the architecture: {name} expected {expected}, got {got}")
+            raise CheckpointError(f"expected a head of {outputs} outputs, one for each label, got {got[0]} in {path}")
+        raise CheckpointError(f"{path} does not fit the architecture: expected {name} of shape {expected}, got {got}")
     full = {name: torch.zeros((), dtype=torch.long) for name in optional}
     for name, tensor in given.items():
         numbers = _cast(tensor, wanted[name].dtype)
         if numbers is None:
-            kind = "one without values" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}".replace("torch.", "")
-            raise CheckpointError(f"{path}: expected a tensor of plain numbers as {name}, got {kind}")
+            kind = "a meta tensor" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}".replace("torch.", "")
+            raise CheckpointError(f"{path}: expected plain real numbers in {name}, got {kind}")
         full[name] = numbers
     network.load_state_dict(full, assign=True)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return a tensor as this type; None unless it holds plain real numbers."""
+    """Return a tensor in this dtype; None unless it holds plain real numbers."""
     import torch
 
     if tensor.is_meta or tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
         return None
     try:
         return tensor.to(dtype)
-    except RuntimeError:  # of packed bits, NotImplementedError too
+    except RuntimeError:  # packed bits raise it, or its subclass NotImplementedError
         return None
 
 
 def _parse(text: str) -> Any:
-    """Parse JSON, a number that is not finite as null: it is no JSON, and nothing can show it as such."""
+    """Parse JSON; numbers that are not finite, which strict JSON does not have, become null."""
 
     def number(digits: str) -> float | None:
         return float(digits) if math.isfinite(float(digits)) else None
@@ -306,7 +310,7 @@ def _parse(text: str) -> Any:
 
 
 def _is_shallow(value: object, levels: int) -> bool:
-    """Say whether no value lies deeper than so many levels."""
+    """Say whether a value nests at most `levels` deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner)
 

@@ -1,4 +1,4 @@
-"""A classifier that owns its preprocessing: images in [0, 1] in, logits out."""
+"""A classifier with its preprocessing: images in [0, 1] in, logits out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Classifier(nn.Module):
         preprocess: how a photo becomes network input.
 
     Raises:
-        CheckpointError: if names and thresholds do not fit together.
+        CheckpointError: if names repeat, a threshold is outside (0, 1), or their numbers differ.
     """
 
     boundary: Tensor
@@ -52,11 +52,11 @@ class Classifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the classifier lives."""
+        """The device of the classifier."""
         return self.boundary.device
 
-    def train(self, mode: bool = True) -> Classifier:
-        """Stay in evaluation mode: an attack on moving batch statistics means nothing."""
+    def train(self, mode: bool = True) -> Classifier:  # noqa: ARG002  # torch names it
+        """Stay in evaluation mode: under an attack the batch statistics must not move."""
         return super().train(False)
 
     def bind(self, sizes: Sequence[Size]) -> BoundClassifier:
@@ -74,6 +74,9 @@ class Classifier(nn.Module):
 
         Args:
             images: RGB in [0, 1]: one tensor (N, 3, H, W), or N tensors (3, H_i, W_i) of any sizes.
+
+        Raises:
+            UsageError: if a batch is not (N, 3, H, W).
         """
         if isinstance(images, Tensor):
             if images.dim() != 4 or images.shape[1] != 3:
@@ -87,7 +90,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class BoundClassifier:
-    """A classifier together with the sizes of one batch: what an attack calls."""
+    """A classifier bound to the photo sizes of a batch; attacks call it as their model."""
 
     classifier: Classifier
     resizer: Resizer
@@ -104,14 +107,14 @@ class BoundClassifier:
 def fold_batch_norm(network: nn.Module) -> nn.Module:
     """Return a copy, for evaluation, with every batch normalisation folded into the convolution before it.
 
-    The logits change by rounding alone; a forward and backward pass of MobileNetV2 on the CPU takes a quarter less. A
-    network whose forward pass torch.fx cannot trace comes back as it is.
+    The logits change only by float rounding; a forward and backward pass of MobileNetV2 on the CPU takes a quarter
+    less time. A network that torch.fx cannot trace is returned unchanged.
     """
     from torch.fx.experimental.optimization import fuse
 
     network = network.eval()
     try:
         folded: nn.Module = fuse(network)
-    except Exception:  # whatever a network's own code raises under tracing
+    except Exception:  # a network's own code may raise anything under tracing
         return network
     return folded

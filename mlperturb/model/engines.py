@@ -170,12 +170,12 @@ class _StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(images: Tensor, resized: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def forward(_images: Tensor, resized: Tensor, _rows: Tensor, _columns: Tensor) -> Tensor:
         """Return `resized`, (N, 3, h, w), as the image of photos (N, 3, H, W)."""
         return resized.view_as(resized)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
         """Keep the matrices."""
         ctx.save_for_backward(*inputs[2:])
 
@@ -192,7 +192,7 @@ def _frame(preprocess: Preprocess, size: Size) -> tuple[Size, Size]:
     return target, preprocess.crop or target
 
 
-def _pillow(pixels: Tensor, target: Size, kernel: str, antialias: bool) -> Tensor:
+def _pillow(pixels: Tensor, target: Size, kernel: str, _antialias: bool) -> Tensor:
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
     resized = image.resize((target[1], target[0]), Image.Resampling[kernel.upper()])
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).to(pixels.device)
@@ -219,7 +219,7 @@ def _torchvision_cuda(pixels: Tensor, target: Size, kernel: str, antialias: bool
     return resized[0].clamp_(0, 255).round_().to(torch.uint8)
 
 
-def _opencv(pixels: Tensor, target: Size, kernel: str, antialias: bool) -> Tensor:
+def _opencv(pixels: Tensor, target: Size, kernel: str, _antialias: bool) -> Tensor:
     cv2 = load_opencv()
     photo = pixels.permute(1, 2, 0).contiguous().cpu().numpy()
     resized = cv2.resize(photo, (target[1], target[0]), interpolation=getattr(cv2, f"INTER_{kernel.upper()}"))

@@ -1,9 +1,9 @@
 """Resize, crop and normalise as one differentiable linear map, for photos of mixed sizes in one batch.
 
 Antialiased resizing is linear and separable: out = R_h X R_w^T. The matrices are made by sending unit images through
-`torch.nn.functional.interpolate`, the very kernel that torchvision's reference transform calls, so the two agree to
+`torch.nn.functional.interpolate`, the kernel that torchvision's reference transform calls, so the results agree to
 float rounding. A crop keeps some rows of R_h and R_w. A batch of mixed sizes is padded with zeros to its largest
-photo; the padding meets only zero columns of the matrices, so it has no influence and gets no gradient.
+photo; the padding meets only zero columns of the matrices, so it does not affect the result and gets no gradient.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from mlperturb.model.readers import DEFAULT_READERS, parse_readers
 Size = tuple[int, int]
 
 MAX_SIDE = 4096  # pixels of the resized photo
-MAX_WORK = 2**29  # length of a side times that of its unit images: a photo of 23,000 pixels, some seconds
-_STRIP = 2**24  # numbers at a time
+MAX_WORK = 2**29  # side * max(side, resized side): a side of 23,000 pixels, some seconds
+_STRIP = 2**24  # numbers in a strip of unit images
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The preprocessing that a checkpoint was trained with.
+    """The preprocessing of a checkpoint: resize, crop, subtract the mean, divide by std.
 
     Attributes:
-        resize: (height, width) to stretch to, or one number for the shorter side; at most `MAX_SIDE`.
+        resize: (height, width) to stretch to, or a number for the shorter side; at most `MAX_SIDE`.
         crop: (height, width) of the centre crop after resizing, or None.
         mean: subtracted per channel, in [0, 1] units, after resizing.
         std: divided by per channel.
         interpolation: `bilinear` or `bicubic`, both antialiased.
-        readers: names of the readers that programs use the checkpoint with, see `mlperturb.model.readers`.
+        readers: names of the readers of the checkpoint's users, see `mlperturb.model.readers`.
+
+    Raises:
+        CheckpointError: if a value is out of its range.
     """
 
     resize: int | Size = (224, 224)
@@ -67,7 +70,7 @@ class Preprocess:
 
     @property
     def output_size(self) -> Size:
-        """The (height, width) that the network gets."""
+        """The (height, width) of the network input."""
         if self.crop:
             return self.crop
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
@@ -83,22 +86,22 @@ class Preprocess:
         )
 
     def check(self, size: Size) -> None:
-        """Refuse a photo of a (height, width) so long, or so long and thin, that resizing it would take for ever.
+        """Refuse a photo that would take too long to resize: side * max(side, resized side) above `MAX_WORK`.
 
         Raises:
-            ImageError: if it is one.
+            ImageError: if the (height, width) is such.
         """
         for side, resized in zip(size, self.resized(size), strict=True):
             if side * max(side, resized) > MAX_WORK:
                 raise ImageError(
-                    f"expected a photo that can be resized to {self.resize}, got one of {size[1]} x {size[0]} pixels"
+                    f"expected a photo that can be resized to {self.resize}, got {size[1]} x {size[0]} pixels"
                 )
 
     def resized(self, size: Size) -> Size:
         """Return the (height, width) before the crop."""
         if not isinstance(self.resize, int):
             return self.resize
-        short, long = sorted(size)  # torchvision's rule: the shorter side, the longer one truncated
+        short, long = sorted(size)  # torchvision's rule: the longer side is truncated to an integer
         longer = int(self.resize * long / short)
         return (self.resize, longer) if size[0] <= size[1] else (longer, self.resize)
 
@@ -128,12 +131,12 @@ class Preprocess:
         return v2.Compose([*steps, v2.Normalize(list(self.mean), list(self.std))])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, as kept in a checkpoint's metadata."""
+        """Return JSON values, for the metadata of a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: object) -> Preprocess:
-        """Read what `to_dict` wrote.
+        """Read the values of `to_dict`.
 
         Raises:
             CheckpointError: if a field is missing, unknown or out of range.
@@ -201,7 +204,7 @@ def _resize_matrix(source: int, target: int, crop: int, interpolation: str) -> T
     """Return the (crop, source) matrix that resizes a line of `source` pixels to `target` and crops its centre."""
     parts = []
     strip = max(1, min(1024, _STRIP // max(source, target)))
-    for start in range(0, source, strip):  # unit images in strips, so that a long side costs little memory
+    for start in range(0, source, strip):  # in strips, so that a long side takes little memory
         count = min(strip, source - start)
         units = torch.zeros(1, 1, source, count)
         units[0, 0, range(start, start + count), range(count)] = 1

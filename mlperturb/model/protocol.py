@@ -1,4 +1,4 @@
-"""The shape of a model as an attack sees it: photos in [0, 1] to logits."""
+"""The interface of a model for the attacks: photos in [0, 1] to logits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Model(Protocol):
-    """Images in [0, 1], (N, 3, H, W), to logits, (N, L).
+    """A function from images in [0, 1], (N, 3, H, W), to logits, (N, L).
 
-    A model whose answer depends on the place of an image in the batch (as that of a batch of mixed photo sizes does)
-    has a method `select(rows)` that returns the model of some images. A call costs a pass for each image.
+    If the logits depend on the place of an image in the batch (as in a batch of mixed photo sizes), the model has a
+    method `select(rows)` that returns the model of these images. A call costs one pass for each image.
     """
 
     def __call__(self, images: Tensor, /) -> Tensor:

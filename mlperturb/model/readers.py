@@ -6,8 +6,8 @@ before 13, which never resize the height first), torchvision's transforms of uin
 `torchvision-cuda` on a GPU, and older versions on CPUs with AVX-512), OpenCV (`opencv`).
 
 The forward pass of a reader is the library's own code, bit for bit. Its backward pass is the library's linear map
-R_h X R_w^T, as if nothing were rounded (the straight-through gradient). On a device, where a trip to the host would
-cost more, `pillow`, `pillow-12` and `torchvision` run as integer products with the library's weights
+R_h X R_w^T, as if nothing were rounded (the straight-through gradient). On a device, where a copy to the host would
+take longer, `pillow`, `pillow-12` and `torchvision` run as integer products with the library's weights
 (`mlperturb.model.taps`), equal bit for bit.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlperturb.model.preprocess import Preprocess, Resizer, Size
 
 _PILLOW = ("bilinear", "bicubic", "box", "hamming", "lanczos")
-FILTERS: dict[str, tuple[str, ...]] = {  # of each engine; the first two follow Preprocess.interpolation
+FILTERS: dict[str, tuple[str, ...]] = {  # the first two of an engine: Preprocess.interpolation bilinear, bicubic
     "float": ("bilinear", "bicubic"),
     "pillow": _PILLOW,
     "pillow-12": _PILLOW,
@@ -46,8 +46,8 @@ class Reader:
     Attributes:
         engine: a key of `FILTERS`.
         filter: one of the engine's filters; None for the checkpoint's own.
-        antialias: whether the filter widens when a photo is made smaller. Pillow's always does, OpenCV's never (its
-            `area` averages instead).
+        antialias: whether the filter widens when a photo is made smaller. Pillow's filters always widen, OpenCV's never
+            (its `area` averages instead).
     """
 
     engine: str
@@ -56,7 +56,7 @@ class Reader:
 
     @property
     def name(self) -> str:
-        """As it is written on the command line: `pillow:bicubic`."""
+        """The name on the command line, such as `pillow:bicubic`."""
         parts = [self.engine, self.filter, None if self.antialias else _PLAIN]
         return ":".join(part for part in parts if part)
 
@@ -80,10 +80,10 @@ class Reader:
 
 
 def parse_reader(name: str) -> Reader:
-    """Read `pillow`, `pillow:bicubic`, `torchvision:no-antialias`, `opencv:area`.
+    """Read a name such as `pillow`, `pillow:bicubic`, `torchvision:no-antialias` or `opencv:area`.
 
     Raises:
-        UsageError: if the engine is unknown, or has no such filter or choice.
+        UsageError: if the engine is unknown, or does not have the filter or `no-antialias`.
     """
     engine, *parts = name.split(":")
     if engine not in FILTERS:
@@ -99,10 +99,10 @@ def parse_reader(name: str) -> Reader:
 
 
 def parse_readers(names: Iterable[str]) -> tuple[Reader, ...]:
-    """Read names, comma-separated or one by one; each reader counts once.
+    """Read names of readers, comma-separated or one each; repeated readers are dropped.
 
     Raises:
-        UsageError: if a reader is unknown, or there is none.
+        UsageError: if a reader is unknown, or `names` is empty.
     """
     readers = [parse_reader(part.strip()) for name in names for part in name.split(",") if part.strip()]
     if not readers:
@@ -114,7 +114,7 @@ def load_opencv() -> Any:
     """Return the module `cv2`.
 
     Raises:
-        UsageError: if it is not installed.
+        UsageError: if OpenCV is not installed.
     """
     try:
         import cv2

@@ -1,8 +1,8 @@
-"""An attack whose result is to hold after JPEG compression too: each quality is a further view of the photo.
+"""Attacks that survive JPEG compression: each JPEG quality is a further view of the photo.
 
-The forward pass has Pillow's own codec. Its backward pass is that of JPEG's linear parts (colour, chroma subsampling,
-block DCT), with the rounding of a coefficient replaced by what it does on average to a coefficient nearby: where the
-rounding is deaf, as it is for the fine detail that is rounded to 0, little gradient passes.
+The forward pass runs Pillow's own codec. The backward pass is the gradient of JPEG's linear parts (colour, chroma
+subsampling, block DCT). The gradient of rounding a coefficient is the slope of the rounding, averaged over nearby
+coefficients: it is small where small changes do not change the rounded value, as in fine detail rounded to 0.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.nn import functional
 from mlperturb.model.preprocess import Size
 from mlperturb.photos.purify import Purification
 
-_DITHER = 0.15  # of the average over nearby coefficients, in quantisation steps
+_DITHER = 0.15  # standard deviation of the average over nearby coefficients, in quantisation steps
 
 
 def compress(images: Tensor, sizes: Sequence[Size], purification: Purification) -> Tensor:
-    """Return photos as decoded from JPEG, (N, 3, H, W) in [0, 1], padded with zeros; differentiable.
+    """Return photos after JPEG compression, (N, 3, H, W) in [0, 1], padded with zeros; differentiable.
 
     Args:
         images: in [0, 1], padded at the bottom and right; rounded to 8 bits before they are encoded.
-        sizes: (height, width) of each.
+        sizes: (height, width) of each photo.
         purification: a JPEG quality.
     """
     result = torch.zeros_like(images)
@@ -40,7 +40,7 @@ def compress(images: Tensor, sizes: Sequence[Size], purification: Purification) 
         assert data is not None
         with Image.open(io.BytesIO(data)) as opened:
             assert isinstance(opened, JpegImageFile)
-            tables = [opened.quantization[number] for number in (0, 1)]  # of luma and chroma, in natural order
+            tables = [opened.quantization[number] for number in (0, 1)]  # luma and chroma, in natural order
             real = torch.from_numpy(np.array(opened.convert("RGB"))).to(images).permute(2, 0, 1) / 255
         if images.requires_grad:
             near = _linear_jpeg(image, tables, halve=purification.subsampling == "4:2:0")
@@ -50,7 +50,7 @@ def compress(images: Tensor, sizes: Sequence[Size], purification: Purification) 
 
 
 def _linear_jpeg(image: Tensor, tables: Sequence[Sequence[int]], *, halve: bool) -> Tensor:
-    """Return a photo, (3, h, w), through JPEG's linear parts; only the gradient is meant to be used."""
+    """Return a photo, (3, h, w), after JPEG's linear parts; only its gradient is used."""
     height, width = image.shape[1:]
     padded = functional.pad(image[None] * 255, (0, -width % 16, 0, -height % 16), mode="replicate")
     to_ycc, from_ycc = (matrix.to(image) for matrix in _colour_matrices())
@@ -78,8 +78,8 @@ def _through_blocks(planes: Tensor, table: Sequence[int]) -> Tensor:
 
 
 def _sensitivity(coefficients: Tensor) -> Tensor:
-    """Return the slope of rounding, averaged over a normal neighbourhood: least at integers, most half-way."""
-    distance = (coefficients - coefficients.floor() - 0.5) / _DITHER  # from the nearest edge
+    """Return the slope of rounding, averaged over a normal distribution: least at integers, most half-way between."""
+    distance = (coefficients - coefficients.floor() - 0.5) / _DITHER  # from the edge between two integers
     edges = torch.exp(-0.5 * distance.square())
     for side in (-1, 1):
         edges = edges + torch.exp(-0.5 * (distance + side / _DITHER).square())

@@ -32,16 +32,16 @@ _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
 @dataclass(frozen=True)
 class Products:
-    """The weights of a batch, rows and columns.
+    """The integer weights of a batch, for rows and columns.
 
     Attributes:
-        row_places: which rows of the photo each row of the result sums, (N, h, K).
-        row_weights: with which weights, 32-bit integers, (N, h, K); 0 where a row sums fewer.
+        row_places: the rows of the photo that each row of the result sums, (N, h, K).
+        row_weights: their weights, 32-bit integers, (N, h, K); 0 where a row sums fewer than K.
         row_bits: b, (N, 1, 1, 1).
         column_places: (N, w, K').
         column_weights: (N, w, K').
         column_bits: (N, 1, 1, 1).
-        rows_first: which photos have their height resized first, (N,), on the CPU.
+        rows_first: whether a photo's height is resized before its width, boolean, (N,), on the CPU.
     """
 
     row_places: Tensor
@@ -81,8 +81,8 @@ def bind_products(engine: str, kernel: str, axes: Sequence[tuple[Axis, Axis]], d
     Args:
         engine: `pillow`, `pillow-12` or `torchvision`.
         kernel: `bilinear` or `bicubic`.
-        axes: of the height and the width of each photo.
-        device: where the photos are.
+        axes: the lengths of the height and of the width of each photo.
+        device: the device of the photos.
     """
     heights, widths = (
         _stack([_integer_taps(engine, kernel, *photo[axis]) for photo in axes], device) for axis in (0, 1)
@@ -118,7 +118,7 @@ def begins_with_rows(axes: tuple[Axis, Axis]) -> bool:
 
 @lru_cache
 def _newer_pillow() -> bool:
-    """Say whether the Pillow that is installed resizes the height first at all, by trying it."""
+    """Find out, by a trial, whether the Pillow that is installed ever resizes the height first."""
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 8, 3), dtype=np.uint8))
     kernel = Image.Resampling.BICUBIC
     whole = np.array(photo.resize((40, 32), kernel))
@@ -153,7 +153,7 @@ def _integer_taps(engine: str, kernel: str, source: int, target: int, crop: int)
 
 
 def _taps(source: int, target: int, kernel: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Return which pixels of a line each pixel of the resized line sums, and their weights, (target, K)."""
+    """Return the pixels of a line that each pixel of the resized line sums, and their weights, (target, K)."""
     if source == target:
         line = np.arange(source, dtype=np.int64)[:, None]
         return line, np.ones(line.shape)
@@ -167,7 +167,7 @@ def _taps(source: int, target: int, kernel: str) -> tuple[npt.NDArray[np.int64],
     places = first[:, None] + steps
     weights = _FUNCTIONS[kernel]((places - centre[:, None] + 0.5) * (1.0 / wide))
     weights[places >= last[:, None]] = 0.0
-    total = np.cumsum(weights, axis=1)[:, -1:]  # from the left, as the libraries add
+    total = np.cumsum(weights, axis=1)[:, -1:]  # adds from the left, as the libraries do
     return np.minimum(places, source - 1), np.divide(weights, total, out=weights, where=total != 0)
 
 

@@ -1,4 +1,4 @@
-"""Data sets -> (path, labels): the VOCdevkit layout, and a folder with a CSV of labels."""
+"""Read data sets, paths and labels: the VOCdevkit layout, or a folder with a CSV of labels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Dataset:
     Attributes:
         paths: N files.
         labels: L names.
-        truth: (N, L), +1 present, -1 absent, 0 difficult (left out of every sum).
+        truth: (N, L), +1 present, -1 absent, 0 difficult (left out of every metric and loss).
     """
 
     paths: tuple[Path, ...]
@@ -61,7 +61,7 @@ class Dataset:
         return hashlib.sha256(names.encode("utf-8", "surrogateescape") + self.truth.tobytes()).hexdigest()
 
     def subset(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Dataset:
-        """Return some of the photos."""
+        """Return the data set of these rows."""
         return Dataset(tuple(self.paths[row] for row in rows), self.labels, self.truth[list(rows)])
 
     def __add__(self, other: Dataset) -> Dataset:
@@ -74,7 +74,7 @@ def read_voc(root: Path, year: str, split: str) -> Dataset:
     """Read one split of one year of a VOCdevkit.
 
     Args:
-        root: the folder that holds `VOC2007`, `VOC2012`, ..., or one that holds `VOCdevkit`.
+        root: the folder that holds `VOC2007`, `VOC2012`, ..., or a folder that holds `VOCdevkit`.
         year: such as `2007`.
         split: such as `trainval`.
 
@@ -83,14 +83,14 @@ def read_voc(root: Path, year: str, split: str) -> Dataset:
     """
     base = next((place for place in (root, root / "VOCdevkit") if (place / f"VOC{year}").is_dir()), None)
     if base is None:
-        raise DatasetError(f"{root} is no VOCdevkit of that year: expected a folder VOC{year} in it")
+        raise DatasetError(f"{root} is not a VOCdevkit of {year}: expected a folder VOC{year} in it")
     folder = base / f"VOC{year}"
     sets = folder / "ImageSets" / "Main"
     names = _read_lines(sets / f"{split}.txt")
     names = [line.split()[0] for line in names]
     labels = sorted(path.name.removesuffix(f"_{split}.txt") for path in sets.glob(f"*_{split}.txt"))
     if not labels:
-        raise DatasetError(f"{sets} has no label files: expected LABEL_{split}.txt")
+        raise DatasetError(f"expected files LABEL_{split}.txt in {sets}, got none")
     row = {name: number for number, name in enumerate(names)}
     truth = np.zeros((len(names), len(labels)), dtype=np.int8)
     for column, label in enumerate(labels):
@@ -105,11 +105,11 @@ def read_voc(root: Path, year: str, split: str) -> Dataset:
 
 
 def read_splits(root: Path, years: Sequence[str], splits: str) -> dict[str, Dataset]:
-    """Read `SPLIT` of every year, or `YEAR:SPLIT,...`; the names are such as `VOC2007 test`.
+    """Read `SPLIT` of every year, or `YEAR:SPLIT,...`; return data sets by name, such as `VOC2007 test`.
 
     Raises:
-        UsageError: if a split names a year that is not among them.
-        DatasetError: as `read_voc`.
+        UsageError: if a split names a year that is not in `years`.
+        DatasetError: as for `read_voc`.
     """
     pairs = []
     for part in splits.split(","):
@@ -122,7 +122,7 @@ def read_splits(root: Path, years: Sequence[str], splits: str) -> dict[str, Data
 
 
 def join(datasets: Iterable[Dataset]) -> Dataset:
-    """Return one data set of all the photos."""
+    """Return a single data set of all the photos."""
     first, *others = datasets
     for other in others:
         first = first + other
@@ -130,9 +130,9 @@ def join(datasets: Iterable[Dataset]) -> Dataset:
 
 
 def read_csv(root: Path, table: Path) -> Dataset:
-    """Read a folder of photos and a CSV: a header `image,LABEL,...`, then a file name and 1, 0 or -1 a label.
+    """Read a folder of photos and a CSV: a header `image,LABEL,...`, then lines of a file name and L values.
 
-    1 is present, 0 absent and -1 difficult, as most tables have it.
+    1 is present, 0 absent and -1 difficult.
 
     Raises:
         DatasetError: if a file is missing, or a line does not fit the header.
@@ -141,7 +141,7 @@ def read_csv(root: Path, table: Path) -> Dataset:
     try:
         header, *body = csv.reader(lines)
     except csv.Error as error:
-        raise DatasetError(f"{table} is no table of comma-separated values: {error}") from error
+        raise DatasetError(f"{table} is not a table of comma-separated values: {error}") from error
     labels = tuple(name.strip() for name in header[1:])
     if not labels or len(set(labels)) != len(labels):
         raise DatasetError(f"{table}: expected a header `image,LABEL,...` of distinct labels, got {lines[0]!r:.80}")

@@ -1,4 +1,4 @@
-"""Photos: find, decode, write atomically; the magnified perturbation map."""
+"""Find, decode and atomically write photos; magnify a perturbation into a map."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # JPEG covers MP
 MAX_PIXELS = 100_000_000
 _COMPRESSION = 1  # zlib's level: a third of the time of 6 for 4% more bytes (tests/benchmarks/encoding.py)
 
-Image.init()  # loads every plugin: `Image.open(formats=...)` knows only those loaded
+Image.init()  # loads every plugin: `Image.open(formats=...)` knows only loaded plugins
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Photo:
     Attributes:
         rgb: (H, W, 3), upright: the EXIF orientation is applied.
         alpha: (H, W), or None.
-        sha256: of the file.
-        notes: what was done to it that its owner may want to know.
+        sha256: the SHA-256 of the file, in hexadecimal.
+        notes: conversions that lost something, in words.
     """
 
     rgb: Pixels
@@ -45,10 +45,10 @@ class Photo:
 
 
 def find_photos(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]:
-    """Return the photos named, and those in the folders named, without our own outputs, in name order.
+    """Return the photos among `paths` and in its folders, in name order, without the outputs of `attack`.
 
     Raises:
-        UsageError: if a path does not exist or cannot be read, or nothing is found.
+        UsageError: if a path does not exist or cannot be read, or no photo is found.
     """
     found: dict[Path, None] = {}
     folders = []
@@ -74,10 +74,10 @@ def find_photos(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]
 
 
 def _list_files(folder: Path, *, recursive: bool) -> Iterator[Path]:
-    """Yield the files of a folder in name order; links to files count, links to folders are not followed."""
+    """Yield the files of a folder in name order; follow links to files, not links to folders."""
     if is_remote(folder):
         store, root = folder.fs, folder.path.rstrip("/")  # type: ignore[attr-defined]
-        names = store.find(root, maxdepth=None if recursive else 1)  # one listing, not a request a file
+        names = store.find(root, maxdepth=None if recursive else 1)  # a single listing, not a request for each file
         yield from sorted((folder / name.removeprefix(root).lstrip("/") for name in names), key=str)
         return
     yield from sorted(_walk(folder, recursive=recursive), key=lambda path: path.parts)
@@ -91,45 +91,45 @@ def _walk(folder: Path, *, recursive: bool) -> Iterator[Path]:
                     yield from _walk(folder / entry.name, recursive=True)
             elif entry.name.lower().endswith(tuple(EXTENSIONS)):
                 path = folder / entry.name
-                if entry.is_file(follow_symlinks=False) or path.is_file():  # a link may lead nowhere, or to itself
+                if entry.is_file(follow_symlinks=False) or path.is_file():  # a link may be broken, or point to itself
                     yield path
 
 
 def is_output(path: Path) -> bool:
-    """Say whether a file name is one of those that `attack` writes."""
+    """Say whether a file name is that of an output of `attack`, or hidden."""
     return path.name.lower().endswith((".adv.png", ".map.png")) or path.name.startswith(".")
 
 
 def read_photo(path: Path) -> Photo:
     """Decode a photo to upright 8-bit RGB, and its alpha channel if it has one.
 
-    16-bit samples are scaled to 8 bits, palettes, greys and CMYK converted, the first frame of an animation taken.
+    16-bit samples are scaled to 8 bits; palettes, greys and CMYK are converted; an animation gives its first frame.
 
     Raises:
         ImageError: if the file cannot be read, is damaged, of an unknown format, or larger than `MAX_PIXELS`.
     """
     try:
-        if not is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):  # a pipe may wait for ever
-            raise ImageError(f"cannot read {path}: it is no regular file")
+        if not is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):  # a pipe may block
+            raise ImageError(f"cannot read {path}: it is not a regular file")
         data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
         if not is_remote(path):
             raise
-        raise ImageError(f"cannot read {path}: {str(error) or type(error).__name__:.200}") from error  # of its store
+        raise ImageError(f"cannot read {path}: {str(error) or type(error).__name__:.200}") from error  # the store's
     if not data:
         raise ImageError(f"{path} is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata and of sizes; ours is the stricter rule
+            warnings.simplefilter("ignore")  # of damaged metadata, and of sizes, which are checked here more strictly
             return _decode(path, data)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(f"{path} is not an image of a known format ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path} has more than {MAX_PIXELS} pixels") from error
+        raise ImageError(f"{path} is too large: expected at most {MAX_PIXELS} pixels") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data: this photo is unreadable
         raise ImageError(f"{path} is damaged: {str(error) or type(error).__name__:.200}") from error
 
@@ -156,7 +156,7 @@ def convert_image(image: Image.Image) -> tuple[Pixels, Pixels | None]:
     upright = ImageOps.exif_transpose(image)
     if mode.startswith(("I", "F")):
         return _scale_grey(np.asarray(upright)), None
-    if "A" in mode.upper() and mode != "LAB" or transparency:
+    if ("A" in mode.upper() and mode != "LAB") or transparency:
         rgba = np.asarray(upright.convert("RGBA"))
         return rgba[..., :3].copy(), rgba[..., 3].copy()
     return np.array(upright.convert("RGB")), None
@@ -166,7 +166,7 @@ def _scale_grey(grey: npt.NDArray[np.generic]) -> Pixels:
     """Scale 16-bit (or wider) grey samples to 8-bit RGB; a wider range than 16 bits is stretched to fit."""
     values = np.nan_to_num(grey.astype(np.float64))
     highest = float(values.max(initial=0))
-    floats = np.issubdtype(grey.dtype, np.floating)  # in [0, 1] or [0, 255], as far as one can tell
+    floats = np.issubdtype(grey.dtype, np.floating)  # a guess: in [0, 1] or [0, 255]
     top = next(scale for scale in ((1.0, 255.0) if floats else ()) + (max(highest, 65535.0),) if highest <= scale)
     scaled = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
     return np.repeat(scaled[..., None], 3, axis=2)
@@ -181,7 +181,7 @@ def write_png(path: Path, rgb: Pixels, alpha: Pixels | None = None) -> None:
     """Write a PNG under a temporary name in the same folder, flush it, then rename it.
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if the file cannot be written.
     """
     pixels = rgb if alpha is None else np.dstack([rgb, alpha])
     stream = io.BytesIO()
@@ -190,7 +190,7 @@ def write_png(path: Path, rgb: Pixels, alpha: Pixels | None = None) -> None:
 
 
 def magnify(difference: npt.NDArray[np.int16]) -> Pixels:
-    """Return the perturbation map |r| * 255 / max|r|, over all three channels (Section IV-H1); black where r = 0."""
+    """Return the perturbation map |r| * 255 / max|r| of r, (H, W, 3), max over all channels (Section IV-H1)."""
     size = np.abs(difference).astype(np.float64)
     top = size.max(initial=0)
     return np.rint(size * (255.0 / top if top else 0.0)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What a defender, or a web site, may do to a photo on its way: JPEG, WebP, median filter, fewer bits, resizing."""
+"""Purifications, as of a defender or a web site: JPEG, WebP, median filter, fewer bits, resizing."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SUBSAMPLING = ("4:4:4", "4:2:2", "4:2:0")
 
 @dataclass(frozen=True)
 class Purification:
-    """One way to purify a photo.
+    """A way to purify a photo.
 
     Attributes:
         kind: a key of `KINDS`.
         setting: the quality, filter width, number of bits, or percentage of the size.
-        subsampling: of the chroma, for JPEG; cameras and web sites use 4:2:0.
+        subsampling: the chroma subsampling of JPEG; cameras and web sites use 4:2:0.
     """
 
     kind: str
@@ -34,11 +34,11 @@ class Purification:
 
     @property
     def name(self) -> str:
-        """As it is written on the command line: `jpeg:75`."""
+        """The name on the command line, such as `jpeg:75`."""
         return f"{self.kind}:{self.setting}"
 
     def apply(self, rgb: Pixels) -> tuple[Pixels, int | None]:
-        """Return 8-bit pixels (H, W, 3) purified, and the size of the compressed file in bytes where there is one."""
+        """Return the purified 8-bit pixels, (H, W, 3), and the bytes of the compressed file, or None without a file."""
         data = self.encode(rgb)
         image = Image.fromarray(rgb)
         if data is not None:
@@ -55,7 +55,7 @@ class Purification:
         return np.array(image), None if data is None else len(data)
 
     def encode(self, rgb: Pixels) -> bytes | None:
-        """Return the compressed file of 8-bit pixels (H, W, 3), None if this is no file format."""
+        """Return the compressed file of 8-bit pixels (H, W, 3); None if the kind is not a file format."""
         if self.kind not in ("jpeg", "webp"):
             return None
         stream = io.BytesIO()
@@ -70,7 +70,7 @@ def _odd(value: int) -> bool:
     return 3 <= value <= 15 and value % 2 == 1
 
 
-KINDS: dict[str, tuple[tuple[int, ...], Callable[[int], bool], str]] = {  # usual settings, which are allowed, in words
+KINDS: dict[str, tuple[tuple[int, ...], Callable[[int], bool], str]] = {  # usual, allowed, in words
     "jpeg": (QUALITIES, lambda value: 1 <= value <= 100, "a quality of 1 to 100"),
     "webp": (QUALITIES, lambda value: 0 <= value <= 100, "a quality of 0 to 100"),
     "median": ((3, 5), _odd, "an odd width of 3 to 15 pixels"),
@@ -82,15 +82,15 @@ KINDS: dict[str, tuple[tuple[int, ...], Callable[[int], bool], str]] = {  # usua
 def parse_purifications(
     names: Iterable[str], qualities: Sequence[int] = QUALITIES, subsampling: str = "4:2:0"
 ) -> tuple[Purification, ...]:
-    """Read `jpeg`, which stands for all its usual settings, and `median:3`, one of them.
+    """Read names such as `jpeg`, for all its usual settings, or `median:3`, for a single setting.
 
     Args:
-        names: comma-separated or one by one.
-        qualities: of `jpeg` and `webp` where none is named.
-        subsampling: of JPEG.
+        names: of purifications, comma-separated or one each.
+        qualities: the qualities of a plain `jpeg` or `webp`.
+        subsampling: the chroma subsampling of JPEG, one of `SUBSAMPLING`.
 
     Raises:
-        UsageError: if a name or setting is unknown, or there is none.
+        UsageError: if a name is unknown, a setting is out of its range, or `names` is empty.
     """
     if subsampling not in SUBSAMPLING:
         raise UsageError(f"expected `subsampling` {', '.join(SUBSAMPLING)}, got {subsampling!r}")
@@ -108,15 +108,15 @@ def parse_purifications(
                 raise UsageError(f"expected {words} for {kind}, got {text if colon else setting!r}")
             found.append(Purification(kind, setting, subsampling))
     if not found:
-        raise UsageError(f"expected at least one of {', '.join(KINDS)}")
+        raise UsageError(f"expected at least one defence of {', '.join(KINDS)}")
     return tuple(dict.fromkeys(found))
 
 
 def parse_qualities(values: Iterable[str]) -> tuple[int, ...]:
-    """Read `30,50,95`.
+    """Read qualities, such as `30,50,95`.
 
     Raises:
-        UsageError: if one is no quality.
+        UsageError: if a value is not a number from 1 to 100.
     """
     names = split_names(values)
     if not names or not all(re.fullmatch(r"\d{1,3}", name) and 1 <= int(name) <= 100 for name in names):
@@ -128,10 +128,10 @@ def parse_survival(values: Iterable[str]) -> tuple[tuple[Purification, ...], tup
     """Read `jpeg:75` or `jpeg:60-95`: the compressions that an attack is to survive.
 
     Returns:
-        Those that the attack sees, at most four of a range, and those that the result is checked at, all of them.
+        The compressions that the attack uses, at most four of a range; and all of them, for the check of the result.
 
     Raises:
-        UsageError: if one is neither.
+        UsageError: if a value has another form.
     """
     seen: dict[Purification, None] = {}
     checked: dict[Purification, None] = {}

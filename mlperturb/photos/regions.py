@@ -21,7 +21,7 @@ class Region:
     mask: npt.NDArray[np.bool_] | None = None
 
     def inside(self, height: int, width: int) -> npt.NDArray[np.bool_]:
-        """Return which pixels of a photo may change, (height, width).
+        """Return which pixels of a photo may change, boolean, (height, width).
 
         Raises:
             ImageError: if the rectangle lies outside the photo, or the mask has another size.
@@ -41,10 +41,10 @@ class Region:
 
 
 def parse_region(text: str) -> Region:
-    """Read `x,y,w,h`, or the path of a mask image in which what may change is neither black nor transparent.
+    """Read `x,y,w,h`, or a mask image's path; pixels neither black nor transparent in the mask may change.
 
     Raises:
-        UsageError: if it is neither, or nothing may change.
+        UsageError: if the text is neither, or no pixel may change.
     """
     numbers = re.fullmatch(r"(\d{1,9}),(\d{1,9}),(\d{1,9}),(\d{1,9})", text.replace(" ", ""))
     if numbers:
@@ -62,5 +62,5 @@ def parse_region(text: str) -> Region:
     except ImageError as error:
         raise UsageError(f"cannot read the `region` mask: {error}") from error
     if not mask.any():
-        raise UsageError(f"the `region` mask {text} is black: nothing may change")
+        raise UsageError(f"expected a `region` mask that is not all black, got {text}")
     return Region(mask=mask)

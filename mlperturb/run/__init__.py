@@ -1,1 +1,1 @@
-"""A run over photos: settings, the search, the verdict on the files, records and reports."""
+"""A run over photos: settings, search, verdict on the files, records and reports."""

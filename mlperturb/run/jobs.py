@@ -9,12 +9,15 @@ from pathlib import Path
 
 from mlperturb.labels import Request
 
-_LONGEST = 230  # bytes of a photo's name that its outputs' names take over; file systems allow 255 in all
+_LONGEST = 230  # bytes of a photo's name that the names of its outputs keep; file systems allow 255
 
 
 @dataclass(frozen=True)
 class Job:
-    """A photo, the names of its two output files in the output folder, and a request of its own if it has one."""
+    """A photo, the names of its two output files in the output folder, and its own request.
+
+    `request` is None for a photo with the request of the settings.
+    """
 
     source: Path
     adversarial: str
@@ -23,10 +26,10 @@ class Job:
 
 
 def plan_outputs(sources: Sequence[Path]) -> list[Job]:
-    """Name the outputs: `NAME.adv.png` and `NAME.map.png`, numbered where two photos have one name.
+    """Name the outputs: `NAME.adv.png` and `NAME.map.png`, numbered where photos share a name.
 
-    Names that differ in case alone count as one: some file systems cannot tell them apart. A name too long to take our
-    endings is cut.
+    Names that differ only in upper and lower case count as the same name: some file systems cannot tell them apart.
+    A name that is too long for our endings is cut.
     """
     taken: set[str] = set()
     jobs = []

@@ -1,4 +1,4 @@
-"""What a run has done, in the journal of its processes: written batch by batch, read where the run goes on."""
+"""The records of a run in the journal of its processes: written batch by batch, read again when the run resumes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Key = tuple[str | None, str | None, str | int]  # of a record: case, method, and
 
 @dataclass(frozen=True)
 class Part:
-    """Photos of a run that are attacked alike, and where their files are.
+    """Photos of a run that are attacked in the same way, and the folder of their files.
 
     Attributes:
         jobs: the photos.
-        folder: of the PNGs and maps.
-        case: of an evaluation, the name of the case.
-        method: of an evaluation, the name of the method.
+        folder: the folder of the PNGs and maps.
+        case: the name of an evaluation's case; None in an attack.
+        method: the name of an evaluation's method; None in an attack.
     """
 
     jobs: Sequence[Job]
@@ -36,19 +36,19 @@ class Part:
 
 
 class Ledger:
-    """The records of a run, on disk; in memory there is only where in the journal the latest one of each photo is.
+    """The records of a run. They lie on disk; memory holds only the place of each photo's latest record in the journal.
 
-    A photo is done once its latest record has no error. An attack goes by the files: a photo that changed since, or
-    the PNG or map of which did, is not done. An evaluation measures photos that must stay as they are, and its files
-    may go: a photo that changed since is refused.
+    A photo is done if its latest record has no error. An attack also compares the files: if the photo, its PNG or its
+    map has changed since, the photo is not done. An evaluation refuses a photo that has changed since, and does not
+    need its PNGs and maps any more.
 
     Args:
-        journal: open.
-        parts: of the run; an attack has one.
-        data: of an evaluation, the photos of the data set: records name them by row.
+        journal: the open journal.
+        parts: the parts of the run; an attack has one part.
+        data: the photos of an evaluation's data set, which its records name by row; None in an attack.
 
     Raises:
-        UsageError: if a photo's outputs have other names now, or a photo of an evaluation changed.
+        UsageError: if the names of a photo's outputs have changed, or a photo of an evaluation has.
         StorageError: if the journal is damaged or cannot be read.
     """
 
@@ -66,11 +66,11 @@ class Ledger:
             self._refuse_changed(data)
 
     def __len__(self) -> int:
-        """Return how many photos, of all parts, have a record without an error."""
+        """Return the number of photos, over all parts, whose latest record has no error."""
         return len(self._places) - len(self._failed)
 
     def reload(self) -> None:
-        """Read where the records are that any process has written since."""
+        """Find the records that any process has written since the last call."""
         for place in self._journal.places():
             entry = self._journal.read(place)
             if "photos" in entry:
@@ -94,18 +94,18 @@ class Ledger:
                 ) from error
 
     def begin(self, photos: str, part: Part, existing: Set[str]) -> None:
-        """Note which photos are attacked, unless they were so before; refuse to replace what is not theirs.
+        """Write the list of photos to the journal, unless it is there; refuse to replace files of other photos.
 
-        A run of the same photos may have been killed before its journal knew of a file; what another photo's
-        attack, or somebody else, wrote under the same name is left alone.
+        If the same list is there, an earlier start may have been killed after it wrote a file and before it wrote
+        the record: such files may be replaced. Files from the attack of another photo, or from elsewhere, may not.
 
         Args:
-            photos: a fingerprint of them.
+            photos: a fingerprint of the photos.
             part: the photos.
-            existing: names of the outputs that are there already.
+            existing: names of the outputs that exist already.
 
         Raises:
-            UsageError: if one of these is not of the photo that has its name now.
+            UsageError: if an existing output was not made of the photo that would now write it.
         """
         if photos in self._lists:
             return
@@ -119,10 +119,10 @@ class Ledger:
         self._journal.append({"photos": photos})
 
     def write(self, records: Sequence[Record], part: Part) -> None:
-        """Add a batch to the journal; that of an attack with the SHA-256 of its files.
+        """Add a batch to the journal; in an attack, with the SHA-256 of its files.
 
         Raises:
-            StorageError: if it cannot be written.
+            StorageError: if the journal cannot be written.
         """
         values = [asdict(record) for record in records]
         if self._data is not None:
@@ -137,7 +137,7 @@ class Ledger:
         self._journal.append({"records": values, "hashes": hashes})
 
     def finished(self, job: Job, part: Part) -> Record | None:
-        """Return the record of a photo that is done; None if it is not."""
+        """Return the record of a photo that is done; None for a photo that is not."""
         found = self._find(job, part)
         if found is None or found[0].error is not None:
             return None
@@ -154,7 +154,7 @@ class Ledger:
         return keys <= self._places.keys() - self._failed
 
     def records(self, part: Part) -> Iterator[Record]:
-        """Read the latest record of each photo that has one, in the order of the photos, one at a time."""
+        """Yield the latest record of each photo that has a record, in the order of the photos."""
         for job in part.jobs:
             found = self._find(job, part)
             if found is not None:
@@ -165,7 +165,7 @@ class Ledger:
         return part.case, part.method, source if self._data is None else self._rows[source]
 
     def _records_of(self, entry: dict[str, Any]) -> Iterator[tuple[int, Record, Key]]:
-        """Read the records of a line of the journal: the number in the line, the record, and whose it is."""
+        """Yield the records of a line of the journal: the number in the line, the record, and its key."""
         records = [Record.from_dict(values) for values in entry["records"]]
         if self._data is None:
             yield from ((number, record, (None, None, record.source)) for number, record in enumerate(records))
@@ -176,10 +176,10 @@ class Ledger:
             yield number, record, (entry["case"], entry["method"], row)
 
     def _compare(self, row: int, record: Record) -> None:
-        """Remember which photo of the data set a result is of.
+        """Remember the SHA-256 of the photo that a record was made of.
 
         Raises:
-            UsageError: if another result is of another photo.
+            UsageError: if another record of this row was made of another photo.
         """
         assert self._data is not None
         if record.error is None and self._photos.setdefault(row, record.sha256) != record.sha256:
@@ -188,10 +188,10 @@ class Ledger:
             )
 
     def _refuse_changed(self, data: Sequence[Path]) -> None:
-        """Refuse to go on with photos that are not the photos they were.
+        """Refuse photos that have changed since their records were written.
 
         Raises:
-            UsageError: that names the first photo that changed.
+            UsageError: if a photo has changed; the message names the first.
         """
         for row, digest in self._photos.items():
             if not is_file_of(data[row], digest):
@@ -209,7 +209,7 @@ class Ledger:
 
 
 def size_of(record: Record) -> Size:
-    """Return the (height, width) of a photo that could be read."""
+    """Return the (height, width) in pixels; (0, 0) for a photo that could not be read."""
     return (record.height or 0, record.width or 0)
 
 

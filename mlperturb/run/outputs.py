@@ -1,4 +1,4 @@
-"""Where a run writes: its folder, made and checked before anything is replaced."""
+"""The outputs of a run: the folder is made, and existing files are checked, before anything is replaced."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ JOURNAL = "journal.jsonl"  # in the output folder
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where the results of an attack go.
+    """Where an attack writes its results.
 
     Attributes:
-        folder: of the PNGs.
+        folder: the folder of the PNGs and maps.
         report: the file of the report.
-        html: whether there is to be a page of the results too.
+        html: whether to write a page of the results too.
     """
 
     folder: Path
@@ -32,19 +32,19 @@ class Outputs:
 
     @property
     def page(self) -> Path | None:
-        """The page of the results; None if there is to be none."""
+        """The page of the results; None if no page is to be written."""
         return self.folder / "index.html" if self.html else None
 
 
 def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> frozenset[str]:
-    """Make the output folder; refuse outputs that exist, unless a run goes on there or they may be replaced.
+    """Make the output folder; refuse existing outputs, unless a run is resumed there or `overwrite` is given.
 
     Returns:
-        The names of outputs that exist, if a run goes on.
+        The names of the existing outputs if a run is resumed; an empty set with `overwrite`.
 
     Raises:
-        UsageError: if the folder cannot be made or written, or something is there already.
-        StorageError: if the journal of the run to be replaced cannot be deleted.
+        UsageError: if the folder cannot be made or written, or an output exists already or would replace a photo.
+        StorageError: if the journal of the replaced run cannot be deleted.
     """
     out, report, page = outputs.folder, outputs.report, outputs.page
     make_folder(out)
@@ -59,7 +59,7 @@ def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> fro
         raise UsageError(f"the report would replace another file of the run: choose another `report` than {report}")
     existing = [out / name for name in sorted(targets & there)] + ([report] if taken_report else [])
     written = {identity(target) for target in existing} - {None}
-    taken = [job for job in jobs if job.source in existing or written and identity(job.source) in written]
+    taken = [job for job in jobs if job.source in existing or (written and identity(job.source) in written)]
     if taken:
         raise UsageError(f"an output would replace the photo {taken[0].source}: choose another `out` than {out}")
     if existing and not overwrite and not find_journal(journal):
@@ -73,23 +73,26 @@ def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> fro
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells whether two paths are one file, links followed; None if there is none."""
+    """Return the device and inode of a file, links followed, which are equal for two paths of the same file.
+
+    None for a URL, or if there is no file.
+    """
     if is_remote(path):
         return None
     try:
-        status = os.stat(path)
+        status = path.stat()
     except OSError:
         return None
     return status.st_dev, status.st_ino
 
 
 def same_folder(one: Path, other: Path) -> bool:
-    """Say whether two paths are one folder."""
+    """Say whether two paths lead to the same folder."""
     return one == other or (identity(one) is not None and identity(one) == identity(other))
 
 
 def fingerprint(value: object) -> str:
-    """Return a short text that two processes have alike if they have the same value."""
+    """Return the SHA-256 of a value's text, which is equal in all processes that have an equal value."""
     return sha256(repr(value).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -97,10 +100,10 @@ def make_folder(folder: Path) -> None:
     """Make an output folder.
 
     Raises:
-        UsageError: if it cannot be made or written to.
+        UsageError: if the folder cannot be made or written to.
     """
     if is_remote(folder):
-        return  # a store has no folders: a file's name is enough
+        return  # an object store has no folders
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,15 +113,15 @@ def make_folder(folder: Path) -> None:
 
 
 def folder_of(report: Path) -> Path:
-    """Return the folder in which a report lies that is given as its file or its folder."""
+    """Return the folder of a report, given as its file or its folder."""
     return report if report.is_dir() else report.parent
 
 
 def refuse_existing(targets: Iterable[Path], *, overwrite: bool) -> None:
-    """Refuse to replace a file without being asked.
+    """Refuse to replace an existing file without `overwrite`.
 
     Raises:
-        UsageError: that names the first one.
+        UsageError: if a file exists; the message names the first.
     """
     taken = None if overwrite else next((target for target in targets if target.exists()), None)
     if taken is not None:

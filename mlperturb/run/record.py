@@ -1,4 +1,4 @@
-"""What is known of one photo once it has been attacked, and the counts of many such records."""
+"""The record of one attacked photo, and the summary of many records."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Status = Literal["success", "unchanged", "partial", "failed", "unreadable"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no result, as the JSON has it.
+    """The reason why a photo has no result, in the form of the JSON.
 
     Attributes:
         type: the name of the error's class, or of the kind of failure.
-        message: one line.
+        message: a text of one line.
     """
 
     type: str
@@ -25,7 +25,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """Return what the JSON says of an error."""
+        """Return an error in the form of the JSON."""
         return cls(type(error).__name__, str(error))
 
 
@@ -34,34 +34,34 @@ NOT_FINITE = Failure("NumericalError", "the network's outputs are not finite")
 
 @dataclass(frozen=True)
 class Record:
-    """One image of a report, as the JSON has it; see `schemas/report-2.json`.
+    """One image of a report, in the form of the JSON; see `schemas/report-2.json`.
 
     Attributes:
         source: the photo's path, as given.
-        sha256: of the photo's file.
-        width: in pixels, upright.
-        height: in pixels, upright.
+        sha256: the SHA-256 of the photo's file.
+        width: of the upright photo, in pixels.
+        height: of the upright photo, in pixels.
         status: `success` if every constraint holds on the PNG as read back, in every reader and after the compressions
-            to survive, `unchanged` if the photo was as asked already and no pixel was touched,
-            `partial` if some label of A flipped, `failed` if none did (no file is written), `unreadable` if the photo
-            could not be decoded.
+            to survive, `unchanged` if the photo was as asked already and no pixel was changed, `partial` if some label
+            of A flipped, `failed` if no label of A flipped (no file is written), `unreadable` if the photo could not
+            be decoded.
         truth: y, the classifier's decisions on the photo.
-        flip: A.
-        keep: B.
+        flip: the labels of A.
+        keep: the labels of B.
         probabilities: `before` of the photo, `float` of the attack's float result, `after` of the PNG as read back.
         constraints: `held`, `total` and the labels `violated`.
         distortion: of the PNG, on the 0-255 scale.
         distortion_float: of the attack's float result.
         success_float: whether every constraint holds on the float result.
-        readers: by reader, the constraints `held`, `total` and `violated`, and the probabilities `before` and `after`;
-            None where no file was judged.
-        survival: by compression that the attack was to survive, the constraints `held`, `total` and `violated`; None
-            if there was none.
+        readers: for each reader, the constraints `held`, `total` and `violated`, and the probabilities `before` and
+            `after`; None without a file.
+        survival: for each compression that the attack was to survive, the constraints `held`, `total` and `violated`;
+            None without such compressions.
         ranking: for a ranking attack, whether its constraints hold on the PNG, and Kendall's tau_b.
-        cost: passes and seconds.
+        cost: `forward` and `backward` passes, and `seconds`.
         files: names relative to the report's folder.
-        notes: what was done to the photo on reading.
-        error: why the photo could not be read, attacked or written; None if it could.
+        notes: changes made to the photo on reading, such as a rotation.
+        error: why the photo could not be read, attacked or written; None without an error.
     """
 
     source: str
@@ -87,11 +87,11 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Record:
-        """Return the record of which `dataclasses.asdict` made these values.
+        """Return the record from which `dataclasses.asdict` made these values.
 
         Raises:
             KeyError: if a value is missing.
-            TypeError: if there is a value too many, or one is not of its kind.
+            TypeError: if there is an unknown value, or a value has the wrong type.
         """
         missing = {field.name for field in fields(cls)} - values.keys()
         if missing:
@@ -107,7 +107,7 @@ class Record:
 
 @dataclass
 class Summary:
-    """Counts of statuses and costs, and the RMSD of the successes: what is kept of records that have gone by.
+    """Counts of statuses and costs, and the RMSD of the successes, gathered from records one at a time.
 
     Photos that were as asked already count in neither the success rate nor the RMSD.
     """
@@ -138,17 +138,17 @@ class Summary:
 
     @property
     def success_rate(self) -> float | None:
-        """The share of successes among the attacked photos; None if there were none."""
+        """The successes as a share, in [0, 1], of the attacked photos; None without such photos."""
         return self.counts["success"] / self.attacked if self.attacked else None
 
     @property
     def mean_rmsd(self) -> float | None:
-        """Of the successes; None if there was none."""
+        """The mean RMSD of the successes, on the 0-255 scale; None without a success."""
         return statistics.fmean(self.sizes) if self.sizes else None
 
     @property
     def exit_code(self) -> int:
-        """0 if every image was processed, 1 if one could not be read, classified or written."""
+        """0 if every image was processed, 1 if an image could not be read, classified or written."""
         return int(self.errors > 0)
 
     def to_dict(self, seconds: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Records of images -> `report.json`, and a report read again."""
+"""Write records to `report.json`, and read a report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EARLIER = ("mlperturb.report/1",)  # schemas that are read too
 def report_lines(
     settings: dict[str, Any], classifier: dict[str, Any], records: Iterable[Record], seconds: float
 ) -> Iterator[str]:
-    """Yield the text of a report piece by piece, one record at a time: a run of any length fits in memory."""
+    """Yield the text of a report piece by piece, one record at a time: so a run of any length fits in memory."""
     head = {"schema": SCHEMA, "version": __version__, "settings": settings, "classifier": classifier}
     yield to_json(head).removesuffix("\n}") + ',\n  "images": ['
     summary, between = Summary(), "\n"
@@ -46,30 +46,30 @@ def read_json(path: Path, schema: str, *earlier: str) -> dict[str, Any]:
     """Read one of our JSON files, of a schema or of an earlier schema.
 
     Raises:
-        UsageError: if it is none, or of another schema.
+        UsageError: if the file is not JSON of this schema.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe may wait for ever
-            raise UsageError(f"cannot read {path}: it is no regular file")
+        if path.exists() and not path.is_file():  # reading a pipe may block for ever
+            raise UsageError(f"cannot read {path}: it is not a regular file")
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise UsageError(f"no such report: {path}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"cannot read the report {path}: {str(error):.100}") from error
+        raise UsageError(f"cannot read the report {path}: {error!s:.100}") from error
     if not isinstance(found, dict) or found.get("schema") not in (schema, *earlier):
         raise UsageError(f"expected a file of schema {schema}, got {path}")
     return found
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def read_report(path: Path) -> tuple[dict[str, Any], Path]:
     """Read a report of `attack`, given as its file or its folder; return it and the folder of its PNGs.
 
     Raises:
-        UsageError: if it is none.
+        UsageError: if the file is not a report of `attack`.
     """
     path = path / "report.json" if path.is_dir() else path
     report = read_json(path, SCHEMA, *EARLIER)
@@ -80,22 +80,22 @@ def read_report(path: Path) -> tuple[dict[str, Any], Path]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what a report that is not as its schema says leads to into one line.
+    """Turn the errors to which a damaged report leads into one line.
 
     Raises:
-        UsageError: that names the file.
+        UsageError: if such an error occurs inside; the message names the file.
     """
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
-        raise UsageError(f"the report {path} is not as `attack` writes it: {error!r:.120}") from error
+        raise UsageError(f"the report {path} does not follow its schema: {error!r:.120}") from error
 
 
 def find_output(image: dict[str, Any], kind: str, folder: Path) -> Path | None:
-    """Return an image's `adversarial` PNG or `map` in its folder; None if it has none.
+    """Return an image's `adversarial` PNG or `map` in its folder; None if there is no such file.
 
     Raises:
-        ImageError: if the name is not that of a file in the folder: a report is data, and names no file elsewhere.
+        ImageError: if the name leads out of the folder: a report is untrusted, and may not name files elsewhere.
     """
     name = image["files"][kind]
     if name is not None and (Path(name).name != name or "\0" in name):
@@ -106,12 +106,12 @@ def find_output(image: dict[str, Any], kind: str, folder: Path) -> Path | None:
 def find_photo(
     image: dict[str, Any], folder: Path, settings: dict[str, Any], photos: Path | None = None
 ) -> Path | None:
-    """Return the photo that an image was made of, wherever it lies now; None if it is not found.
+    """Return the path of the photo that an image was made of; None if it is not found.
 
-    It is looked for in `photos`, as the report names it, from the folder in which the attack was started, and beside
-    the report; only a file of the same SHA-256 will do.
+    The places searched are `photos`, the path in the report, that path from the folder in which the attack was started,
+    and the folder of the report. Only a file with the same SHA-256 is the photo.
     """
-    if "://" in image["source"]:  # a report is data: it opens no address elsewhere than where it lies itself
+    if "://" in image["source"]:  # a report is untrusted: it may not make us open an address outside its own store
         source = parse_path(image["source"])
         within = is_remote(folder) and type(source) is type(folder)
         return source if within and is_file_of(source, image["sha256"]) else None
@@ -123,10 +123,14 @@ def find_photo(
 
 
 def thresholds_of(classifier: dict[str, Any]) -> dict[str, float]:
-    """Return the thresholds by label of a classifier as a report describes it."""
+    """Return the thresholds by label of the classifier that a report describes."""
     return dict(zip(classifier["labels"], classifier["thresholds"], strict=True))
 
 
 def to_json(value: object) -> str:
-    """Return JSON that any reader takes: no NaN or infinity, no raw control character."""
+    """Return a value as JSON in ASCII.
+
+    Raises:
+        ValueError: if it holds NaN or infinity, which JSON does not have.
+    """
     return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=True)

@@ -1,4 +1,4 @@
-"""The run: photos in, adversarial PNGs and records out; one bad photo is recorded and the run goes on."""
+"""The run: photos in, adversarial PNGs and records out. A bad photo gets a record with its error; the run goes on."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Pair = tuple[Job, Photo]
 
 @dataclass
 class Waits:
-    """Where the time of a run went, in seconds, as the thread that attacks sees it.
+    """How the thread that attacks spent its time, in seconds.
 
     Attributes:
-        total: from the first photo to the last file.
-        reading: waiting for photos to be decoded.
-        writing: waiting for files to be written and judged.
+        total: time from the first photo to the last file.
+        reading: time spent waiting for photos to be decoded.
+        writing: time spent waiting for files to be written and judged.
     """
 
     total: float = 0.0
@@ -48,29 +48,30 @@ def run_attack(
     settings: Settings,
     done: Callable[[list[Record]], None],
     *,
-    finished: Callable[[Job], Size | None] = lambda job: None,
+    finished: Callable[[Job], Size | None] = lambda _: None,
     claims: Callable[[int], Iterable[int]] = range,
     hold: Callable[[], AbstractContextManager[None]] = nullcontext,
-    warn: Callable[[str], None] = lambda message: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Waits:
     """Attack every photo, write its files to `out`, and hand the records of each batch to `done` once they are final.
 
-    Photos are shared out in units of as many as a batch may have, in order; no batch has photos of two units, so that
-    the results of a photo depend neither on which units this process gets nor on what was finished before. While a
-    batch is attacked, the next one is decoded, and the one before is encoded, written, read back and judged.
+    The photos are divided, in order, into units of the largest batch size, and the processes share the units out. A
+    batch never has photos of two units, so the results of a photo depend neither on the units that this process gets
+    nor on the photos that were finished before. While a batch is attacked, other threads decode the next batch, and
+    encode, write, read back and judge the previous batch.
 
     Args:
         classifier: to attack.
         jobs: the photos.
         out: folder of the outputs.
-        settings: what to do.
-        done: told of every batch, in a thread of its own.
-        finished: returns the (height, width) of a photo that is done already, called in threads: the others are
-            attacked in the batches that they would be in without it, so that their results are the same to the last
-            bit; a batch all photos of which are done is not attacked.
-        claims: given the number of units, yields those that this process is to do.
-        hold: entered while what is attacked is being written and handed to `done`, at the end and on an interruption.
-        warn: told, once, that the device ran out of memory and smaller batches go on.
+        settings: method, budget, request and limits.
+        done: called with the records of every batch, in a thread of its own.
+        finished: returns the (height, width) of a photo that is done already, else None; called in threads. The other
+            photos are attacked in the same batches as if no photo were done, so that their results are the same to
+            the last bit. A batch whose photos are all done is not attacked.
+        claims: takes the number of units, yields the numbers of the units that this process is to attack.
+        hold: a context entered at the end, or on an interruption, while the last batches are written.
+        warn: called once if the device runs out of memory and the run goes on with smaller batches.
 
     Returns:
         How long the device waited.
@@ -95,7 +96,7 @@ def run_attack(
 
 @contextmanager
 def _waiting(waits: Waits) -> Iterator[None]:
-    """Count how long what stands inside takes as time spent on waiting for files."""
+    """Add the time that the block takes to the time spent waiting for files."""
     before = time.perf_counter()
     try:
         yield
@@ -104,7 +105,7 @@ def _waiting(waits: Waits) -> Iterator[None]:
 
 
 class _Writer:
-    """Writes, reads back and judges what was found, in threads behind the thread that attacks."""
+    """Writes, reads back and judges the adversarial photos, in threads beside the thread that attacks."""
 
     def __init__(
         self, classifier: Classifier, out: Path, settings: Settings, done: Callable[[list[Record]], None], waits: Waits
@@ -115,12 +116,12 @@ class _Writer:
         self._encoders = ThreadPoolExecutor(count_workers(), "encode")
 
     def submit(self, pairs: list[Pair], found: list[Found], lost: list[Record]) -> None:
-        """Write photos, once the batch before is written, and hand their records on with those of the lost."""
+        """Write photos once the previous batch is written; hand their records, and the `lost` records, to `done`."""
         with _waiting(self._waits):
             self._behind.submit(partial(self._write, pairs, found, lost))
 
     def finish(self) -> None:
-        """Wait until all is written: nothing is written afterwards."""
+        """Wait until all files are written; nothing is written afterwards."""
         try:
             self._behind.finish()
         finally:
@@ -142,9 +143,9 @@ class _Batch:
     """Photos to attack together, and the records of those that cannot be attacked.
 
     Attributes:
-        members: the photos; None in the place of one that is finished.
-        sizes: their (height, width).
-        lost: records.
+        members: the jobs and their photos; None in place of a finished photo.
+        sizes: the photos' (height, width).
+        lost: records of the photos that cannot be attacked.
     """
 
     members: list[tuple[Job, Photo | None]] = field(default_factory=list)
@@ -152,11 +153,11 @@ class _Batch:
     lost: list[Record] = field(default_factory=list)
 
     def takes(self, size: Size, pixels: float) -> bool:
-        """Say whether one more photo leaves it within so many pixels, padded to the largest."""
+        """Say whether the batch with one more photo, padded to the largest, has at most so many pixels."""
         return fits([*self.sizes, size], pixels)
 
     def pairs(self) -> list[Pair]:
-        """Return all photos, read again if they are finished: the batch is formed as it was. Empty if none is left."""
+        """Return all photos; finished photos are read again, so the batch is the same. Empty if all are finished."""
         if not self.wanted():
             return []
         return [(job, read_photo(job.source) if photo is None else photo) for job, photo in self.members]
@@ -174,7 +175,7 @@ def _batches(
     preprocess: Preprocess,
     pixels: float,
 ) -> Iterator[_Batch]:
-    """Decode photos, a unit's worth ahead, and group them."""
+    """Decode photos, at most a unit ahead, and group them into batches."""
 
     def read(job: Job | None) -> tuple[Job, Photo | Record | Size] | None:
         return None if job is None else (job, finished(job) or _read(job, settings, preprocess))
@@ -203,7 +204,7 @@ def _batches(
 
 
 def _read(job: Job, settings: Settings, preprocess: Preprocess) -> Photo | Record:
-    """Decode a photo; one that cannot be decoded or resized, or has none of the region, becomes a record."""
+    """Decode a photo; return a record with the error if it cannot be decoded or resized, or the region misses it."""
     try:
         photo = read_photo(job.source)
     except ImageError as error:
@@ -219,7 +220,7 @@ def _read(job: Job, settings: Settings, preprocess: Preprocess) -> Photo | Recor
 
 
 def _timed(batches: Iterator[_Batch], waits: Waits) -> Iterator[_Batch]:
-    """Pass batches through, and count how long they are waited for."""
+    """Pass batches on, and add up the time spent waiting for them."""
     while True:
         before = time.perf_counter()
         batch = next(batches, None)
@@ -230,7 +231,7 @@ def _timed(batches: Iterator[_Batch], waits: Waits) -> Iterator[_Batch]:
 
 
 def _attack(searcher: Searcher, batch: _Batch) -> Iterator[tuple[list[Pair], list[Found], list[Record]]]:
-    """Search a batch; yield what was found, part by part, with the records of what was not."""
+    """Search a batch; yield the photos found, part by part, with the records of the photos that failed."""
     pairs, lost, wanted = batch.pairs(), batch.lost, batch.wanted()
     requests = [job.request or searcher.settings.request for job, _ in pairs]
     for start, stop, found in searcher.parts([photo for _, photo in pairs], requests):

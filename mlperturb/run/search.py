@@ -1,4 +1,4 @@
-"""A batch of photos on the device: attacked, then brought to 8 bits."""
+"""The search on the device: a batch of photos is attacked, then rounded to 8 bits."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from mlperturb.system.devices import free_memory
 from mlperturb.targets import Targets, decide, make_targets
 
 _BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
-_NEEDED = 200  # bytes of memory a padded pixel: on the CPU an attack takes 180
-_ROOM = 16  # times those pixels for a batch of a given size: photos of odd shapes, padded to one, may need any memory
+_NEEDED = 200  # bytes of memory for a padded pixel; on the CPU an attack takes 180
+_ROOM = 16  # times the pixels of _BATCH, if the batch size is given: padding odd shapes to one size may need any memory
 
 LATTICE = {"fast": (6, 20), "balanced": (8, 40), "paper": (10, 100)}  # scales and iterations of `quantise`
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the search for one photo's perturbation came to, on the CPU.
+    """The result of the search for one photo, on the CPU.
 
     Attributes:
-        pixels: the adversarial photo, (H, W, 3).
-        goal: what was asked of the photo, without a margin, one row.
+        pixels: the adversarial photo, 8 bits, (H, W, 3).
+        goal: the goal of the photo, without a margin, one row.
         before: logits of the photo in each reader, (R, L).
-        logits: of the float result in the first reader, (L,); None where the result is on the lattice.
-        met: whether all constraints hold on the float result, in the first reader; None where it is on the lattice.
-        distortion: of the float result.
-        forward: passes.
-        backward: passes.
-        seconds: the photo's share of its batch.
+        logits: logits of the float result in the first reader, (L,); None if the result is a lattice point.
+        met: whether all constraints hold on the float result in the first reader; None if it is a lattice point.
+        distortion: distortion of the float result.
+        forward: forward passes spent.
+        backward: backward passes spent.
+        seconds: the photo's share of the time of its batch.
     """
 
     pixels: Pixels
@@ -68,13 +68,13 @@ class Found:
 def search(
     classifier: Classifier, photos: Sequence[Photo], requests: Sequence[Request], settings: Settings
 ) -> list[Found | None]:
-    """Attack a batch; None for a photo on which the network's outputs are not finite.
+    """Attack a batch; return None in place of a photo on which the network's outputs are not finite.
 
     Args:
         classifier: to attack.
-        photos: of any sizes.
-        requests: one for each photo.
-        settings: what to do.
+        photos: N photos of any sizes.
+        requests: N requests.
+        settings: method, budget and limits.
     """
     started = time.perf_counter()
     images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
@@ -109,33 +109,33 @@ def search(
 
 @dataclass
 class Searcher:
-    """Searches photos, as many at a time as the device takes.
+    """Searches batches of photos; splits a batch for which the device has too little memory.
 
     Attributes:
         classifier: to attack.
         settings: what to do.
-        warn: told, once, that the device ran out of memory and smaller batches go on.
-        most: photos that the memory takes at a time; None while it took every batch.
+        warn: called once if the device runs out of memory and the search goes on with smaller batches.
+        most: largest number of photos for which the memory is enough; None while it was enough for every batch.
     """
 
     classifier: Classifier
     settings: Settings
-    warn: Callable[[str], None] = lambda message: None
+    warn: Callable[[str], None] = lambda _: None
     most: int | None = None
 
     @property
     def together(self) -> int:
-        """How many photos a batch may have."""
+        """The largest number of photos in a batch."""
         return self.settings.batch_size or _BATCH.get(self.classifier.device.type, _BATCH["cpu"])[0]
 
     @property
     def pixels(self) -> int:
-        """How many pixels a batch may have, every photo padded to the largest."""
+        """The largest number of pixels in a batch, every photo padded to the largest."""
         pixels = _BATCH.get(self.classifier.device.type, _BATCH["cpu"])[1]
         return pixels * (_ROOM if self.settings.batch_size else 1)
 
     def group(self, sizes: Sequence[Size]) -> Iterator[tuple[int, int]]:
-        """Yield where the batches of photos of these (height, width), in order, begin and end."""
+        """Yield the (start, stop) of each batch, in order, for photos of these (height, width)."""
         start = 0
         for stop in range(1, len(sizes) + 1):
             full = stop - start >= self.together
@@ -146,9 +146,9 @@ class Searcher:
     def parts(
         self, photos: Sequence[Photo], requests: Sequence[Request]
     ) -> Iterator[tuple[int, int, list[Found | None] | None]]:
-        """Search a batch; yield, part by part, where it begins and ends, and what was found.
+        """Search a batch; yield the start, stop and results of each part.
 
-        A part of a single photo for which the device has not enough memory has None.
+        The results are None for a part of one photo for which the device has too little memory.
         """
         start = 0
         while start < len(photos):
@@ -163,14 +163,14 @@ class Searcher:
             start = stop
 
     def _search(self, photos: Sequence[Photo], requests: Sequence[Request]) -> list[Found | None] | None:
-        """Attack some photos; None if the device ran out of memory, or would."""
+        """Attack some photos; return None if the device has too little memory."""
         heights, widths = zip(*(photo.rgb.shape[:2] for photo in photos), strict=True)
         free = free_memory(self.classifier.device)
         if free is not None and len(photos) * max(heights) * max(widths) * _NEEDED > free:
             return None  # on the CPU, Linux would kill the process
         try:
             return search(self.classifier, photos, requests, self.settings)
-        except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no error of its own
+        except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a plain RuntimeError
             if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
                 raise
             if self.classifier.device.type == "cuda":
@@ -256,7 +256,7 @@ def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Tensor, Tens
 
 
 def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Goal:
-    """Return the goal in which `any` label to flip is the label nearest to its threshold."""
+    """Return the goal in which `any` is replaced by the label nearest to its threshold."""
     targets = problem.targets
     fixed = torch.zeros_like(targets.flip)
     for row, request in enumerate(requests):

@@ -1,4 +1,4 @@
-"""What to do with every photo of a run: the settings, checked, and what a report says of them."""
+"""The settings of a run: they are checked, and described as a report has them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mlperturb.photos.regions import Region, parse_region
 
 @dataclass(frozen=True)
 class Words:
-    """What a user asks for, as the user writes it, and as a report has it.
+    """The user's own words, as given and as a report has them.
 
     Attributes:
-        flip: labels to reverse, `all` or `any`; see `parse_request` for these four.
-        keep: labels to leave as they are, or `rest`.
+        flip: labels to reverse, `all` or `any`; `parse_request` reads these four lists.
+        keep: labels whose decisions must stay, or `rest`.
         add: labels to be present.
         remove: labels to be absent.
         survive: compressions that the result is to survive, see `parse_survival`.
@@ -40,21 +40,22 @@ class Words:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to do with every photo.
+    """The settings that hold for every photo.
 
     Attributes:
         method: a name of `attacks.METHODS`.
         budget: a name of `attacks.BUDGETS`.
         request: the labels to flip, keep, add and remove.
-        limits: on passes and distortion.
-        batch_size: photos at a time; None to choose by device and photo size.
+        limits: the limits on passes and distortion.
+        batch_size: number of photos in a batch; None to choose it by device and photo size.
         margin: by how much a logit must clear its threshold during the search, see `Targets`.
-        survive: compressions that the result is to survive: those the attack sees, and those it is checked at.
-        readers: how the programs read in which the result is to hold; the first reader decides what a photo has now.
+        survive: compressions that the result is to survive: first the compressions that the attack sees, then the
+            compressions at which the PNG is checked.
+        readers: readers in which the result must hold; the first reader decides which labels a photo has now.
         region: the part of each photo that may change; None for all of it.
         keep_failed: write the files of a photo even where no label of A flipped.
-        options: of the method, see `attacks.CHOICES`.
-        words: what `request`, `survive` and `region` were read from; empty where they were not read.
+        options: options of the method, see `attacks.CHOICES`.
+        words: the texts from which `request`, `survive` and `region` were read; empty if they were not read.
 
     Raises:
         UsageError: if the settings cannot be carried out.
@@ -78,22 +79,22 @@ class Settings:
         passes, least = self.limits.passes, self.looks + len(self.readers) * (1 + len(self.survive[0])) + 4
         if passes is not None and passes < least:
             raise UsageError(
-                f"expected at least {least} `passes`, got {passes}: each reader and each compression takes its own"
+                f"expected at least {least} `passes`, got {passes}: each reader and each compression needs its own"
             )
         if not 0 <= self.margin < float("inf"):
             raise UsageError(f"expected a `margin` of at least 0, got {self.margin}")
 
     @property
     def looks(self) -> int:
-        """Forward passes that the decision on a file takes: every reader, of the file and of each compression."""
+        """Forward passes of the decision on a file: every reader, of the file and of each compression."""
         return len(self.readers) * (1 + len(self.survive[1]))
 
     def describe(self, *, seed: int, device: str) -> dict[str, Any]:
         """Return the `settings` of a report.
 
         Args:
-            seed: of everything random.
-            device: that the run takes.
+            seed: the seed of all random numbers.
+            device: the device of the run.
         """
         words = asdict(self.words)
         del words["reader"]
@@ -125,22 +126,22 @@ def read_settings(
     readers: Sequence[str] = DEFAULT_READERS,
     options: dict[str, str | None] | None = None,
 ) -> Settings:
-    """Read what a user asks for.
+    """Read the settings from the user's words.
 
     Args:
-        words: what is asked for.
+        words: the user's words.
         labels: the classifier's L label names.
         method: a name of `attacks.METHODS`.
         budget: a name of `attacks.BUDGETS`.
-        limits: on passes and distortion; None for none.
-        batch_size: photos at a time; None to choose.
+        limits: the limits on passes and distortion; None for no limits.
+        batch_size: number of photos in a batch; None to choose it.
         margin: by how much a logit must clear its threshold during the search.
-        readers: names of the checkpoint's own readers, where the words name none.
-        options: of the method, see `attacks.CHOICES`.
+        readers: names of the checkpoint's readers, used if the words name none.
+        options: options of the method, see `attacks.CHOICES`.
 
     Raises:
-        LabelError: for an unknown label, or one that stands in two sets.
-        UsageError: if the rest cannot be read or carried out.
+        LabelError: if a label is unknown, or is named in two sets.
+        UsageError: if another setting cannot be read or carried out.
     """
     request = parse_request(labels, flip=words.flip, keep=words.keep, add=words.add, remove=words.remove)
     return Settings(

@@ -1,4 +1,4 @@
-"""An adversarial photo, written, read back, and judged by what was read."""
+"""Write an adversarial photo, read it back, and judge the pixels that were read."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from mlperturb.targets import Targets
 
 
 def save(job: Job, photo: Photo, found: Found, out: Path, settings: Settings) -> Pixels | OutputError | ImageError:
-    """Write the adversarial PNG and the map; return the PNG's pixels as read back, (H, W, 3), or what went wrong.
+    """Write the adversarial PNG and the map; return the PNG's pixels as read back, (H, W, 3), or the error.
 
-    Where nothing that was to flip can have flipped, nothing is written.
+    If the pixels equal the photo's, no label flipped: nothing is written, unless `settings.keep_failed`.
 
     Raises:
         StorageError: if nothing can be written to `out` any more.
@@ -53,7 +53,7 @@ def judge(
     out: Path,
     settings: Settings,
 ) -> Record:
-    """Decide on what `save` returned, and say how the attack came out.
+    """Classify the pixels that `save` returned; return the record of the photo.
 
     Raises:
         StorageError: if the files of a failure cannot be deleted.
@@ -108,7 +108,7 @@ def judge(
 
 
 def facts_of(job: Job, photo: Photo) -> dict[str, Any]:
-    """Return what a record says of the photo itself."""
+    """Return the part of a record that describes the photo itself."""
     return {
         "source": str(job.source),
         "sha256": photo.sha256,
@@ -120,15 +120,15 @@ def facts_of(job: Job, photo: Photo) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a classifier decides on the pixels of an adversarial photo.
+    """The classifier's decisions on the pixels of an adversarial photo.
 
     Attributes:
-        logits: as each reader reads the pixels, (R, L), on the CPU.
-        held: which constraints hold in every reader, (1, L).
-        readers: which constraints hold, (1, L), by the reader's name.
-        survival: which hold in every reader once the photo is compressed, (1, L), by the compression's name.
-        status: `success` if all hold, compressed too, or `unchanged` if the photo was as asked; else `partial` if a
-            label of A flipped in every reader, or `failed`.
+        logits: the logits in each reader, (R, L), on the CPU.
+        held: whether each label's constraint holds in every reader, boolean, (1, L).
+        readers: whether each label's constraint holds in a reader, boolean, (1, L), by the reader's name.
+        survival: whether it holds in every reader once the photo is compressed, by the compression's name.
+        status: `success` if all constraints hold, compressed too, or `unchanged` if the photo was as asked; else
+            `partial` if a label of A flipped in every reader, else `failed`.
         passes: forward passes spent.
     """
 
@@ -141,13 +141,13 @@ class Seen:
 
 
 def look(classifier: Classifier, rgb: Pixels, photo: Pixels, found: Found, settings: Settings) -> Seen:
-    """Decide on the pixels of one adversarial photo, (H, W, 3), in every reader, by the reader's real code.
+    """Classify the pixels of one adversarial photo, (H, W, 3), in every reader, by the reader's real code.
 
     Args:
-        classifier: that was attacked.
-        rgb: the pixels; the same object as `photo` where no file was written.
+        classifier: the classifier that was attacked.
+        rgb: the pixels, 8 bits; the same object as `photo` if no file was written.
         photo: the clean photo's pixels, (H, W, 3).
-        found: what was asked, and the logits of the clean photo.
+        found: the targets, and the logits of the clean photo.
         settings: the readers, and the compressions that the result is to survive.
     """
     targets = found.targets

@@ -50,9 +50,9 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "mlperturb",  # the same file each time
     "text.parse_math": False,  # a label may have a dollar sign
 }
-_COLUMN, _PAGE = 3.4, 7.0  # inches, of a two-column paper
+_COLUMN, _PAGE = 3.4, 7.0  # widths in inches, for a paper of two columns
 _BARS = 9  # labels that a case study shows
-_LINES = {  # of the shares over quality
+_LINES = {  # style and words of each share over quality
     "recovered": ("-", "flipped labels recovered"),
     "damaged": ("--", "kept labels damaged"),
     "clean_damaged": (":", "clean photo damaged"),
@@ -64,9 +64,9 @@ def draw_case(report: dict[str, Any], image: dict[str, Any], folder: Path) -> Fi
     """Draw one attacked photo as Figure 2: photo, adversarial photo, map, probabilities before and after.
 
     Args:
-        report: of `attack`.
-        image: one of its records, with files.
-        folder: where its files lie.
+        report: a report of `attack`.
+        image: a record of the report that has files.
+        folder: the folder of the files.
 
     Raises:
         ImageError: if a picture cannot be read.
@@ -116,17 +116,20 @@ def _draw_bars(axes: Axes, image: dict[str, Any], thresholds: dict[str, float]) 
 
 
 def attacked_labels(reports: Sequence[dict[str, Any]], most: int = 4) -> list[str]:
-    """Return the labels attacked on the most images, those on one image alone left out if there are others."""
+    """Return at most `most` labels, those to flip on most images first.
+
+    A label to flip on a single image is left out, unless every label is.
+    """
     counts = Counter(label for report in reports for image in report["images"] for label in image["flip"])
     common = [label for label, count in counts.most_common(most) if count > 1]
     return common or [label for label, _ in counts.most_common(1)]
 
 
 def draw_histogram(reports: Sequence[dict[str, Any]], label: str) -> Figure:
-    """Draw Figure 1: how a label's probability is distributed before, and after each report's method.
+    """Draw Figure 1: the distribution of a label's probability before the attack, and after each report's.
 
     Raises:
-        UsageError: if no image was asked to flip it.
+        UsageError: if the label was not to flip on any image.
     """
     clean: dict[str, float] = {}
     series: dict[str, list[float]] = {}
@@ -147,7 +150,7 @@ def draw_histogram(reports: Sequence[dict[str, Any]], label: str) -> Figure:
 
 
 def _histogram(series: dict[str, list[float]], label: str, threshold: float) -> Figure:
-    """Overlay the first series, filled grey, and the others."""
+    """Draw the first series filled grey, and the other series over it."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_COLUMN, 2.3), layout="constrained")
         axes = figure.subplots()
@@ -165,7 +168,7 @@ def _histogram(series: dict[str, list[float]], label: str, threshold: float) -> 
 
 
 def draw_jpeg_histogram(result: dict[str, Any]) -> Figure:
-    """Draw Figure 3 of a result of `jpeg-defend`: the label that flipped most often, clean, attacked and defended."""
+    """Draw Figure 3 from `jpeg-defend`: the label flipped most often, on clean, attacked and defended photos."""
     best = f"{result['best']['defence']}:{result['best']['quality']}"
     images = [image for image in result["images"] if "probabilities" in image]
     thresholds = thresholds_of(result["classifier"])
@@ -189,7 +192,7 @@ def draw_jpeg_histogram(result: dict[str, Any]) -> Figure:
 
 
 def draw_curve(result: dict[str, Any]) -> Figure:
-    """Draw what `jpeg-defend` counted: shares over quality, and recovered against damaged for every setting."""
+    """Draw the counts of `jpeg-defend`: shares over quality, and recovered against damaged for every setting."""
     rows = result["qualities"]
 
     def share(row: dict[str, Any], key: str) -> float:
@@ -228,16 +231,16 @@ def draw_curve(result: dict[str, Any]) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure; the format is that of the path.
+    """Write a figure in the format of the path's ending: .png, .pdf or .svg.
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if the file cannot be written.
     """
     stream = io.BytesIO()
     kind = path.suffix[1:]
     dates: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of glyphs that the font lacks
+        warnings.simplefilter("ignore")  # warnings on glyphs that the font lacks
         figure.savefig(stream, format=kind, dpi=200, metadata=dates[kind])
     write_file(path, stream.getvalue())
 

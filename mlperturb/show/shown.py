@@ -1,4 +1,4 @@
-"""Which labels of a photo a picture shows."""
+"""The labels of a photo that a figure or the gallery shows."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Shown:
-    """A label of a photo, as a picture shows it.
+    """A label of a photo in a figure or the gallery.
 
     Attributes:
         label: its name.
-        group: `flip` of A, `keep` of B, `free` of neither.
-        before: probability on the photo.
-        after: probability on the adversarial file; None if there is no file.
-        threshold: from which probability the label is present.
-        violated: the constraint on it does not hold.
+        group: `flip` for A, `keep` for B, `free` for neither.
+        before: probability on the photo, in [0, 1].
+        after: probability on the adversarial file, in [0, 1]; None if there is no file.
+        threshold: the probability from which the label is present.
+        violated: whether the constraint on the label does not hold.
     """
 
     label: str
@@ -28,14 +28,15 @@ class Shown:
 
 
 def choose_labels(image: dict[str, Any], thresholds: dict[str, float], most: int) -> list[Shown]:
-    """Return the labels of a photo that matter most: those of A, then the violated, then those nearest to present.
+    """Return the labels of a photo that matter most: labels of A, then violated labels, then the most probable.
 
-    Of A, the label that moved most comes first; of two others alike, the label of B comes before a free label.
+    Within A, the label whose probability changed most comes first. Among other labels, violated labels come first, then
+    labels of B, then free labels; within each group, the label with the largest probability comes first.
 
     Args:
         image: a record of a report.
-        thresholds: by label.
-        most: how many labels at most; those of A come first.
+        thresholds: the thresholds on the probability, by label.
+        most: largest number of labels.
     """
     probabilities = image["probabilities"]
     if not probabilities:

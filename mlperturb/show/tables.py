@@ -1,4 +1,4 @@
-"""Records and rows -> tables: in the terminal, Markdown, LaTeX and CSV."""
+"""Make tables from records and rows: for the terminal, in Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def _table(*columns: str) -> Table:
 
 
 def clean(text: str) -> Text:
-    """Return untrusted text without markup, control characters shown as escapes."""
+    """Return untrusted text without markup, its control characters as escapes."""
     return Text(printable(text))
 
 
 def image_line(record: Record) -> Text:
-    """Say in a line how one photo came out."""
+    """Return one line on one photo: status, RMSD, passes, compressions survived."""
     line = f"{clean(record.source).plain}: {record.status}"
     if record.distortion:
         line += f", RMSD {record.distortion.rmsd:.3f}"
@@ -49,7 +49,7 @@ def image_line(record: Record) -> Text:
 
 
 def image_table(record: Record) -> Table:
-    """Show one photo: the flipped labels and what else matters, before and after."""
+    """Show one photo: labels to flip, and labels to keep that are present or violated, before and after."""
     table = _table("label", "wanted", "before", "after", "")
     if record.probabilities is None or record.constraints is None or record.truth is None:
         return table
@@ -86,7 +86,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def prediction_table(probabilities: dict[str, float], thresholds: dict[str, float]) -> Table:
-    """Show the labels present and the next three."""
+    """Show the labels that are present, and the most probable of the others: at least three."""
     ranked = sorted(probabilities, key=lambda label: -probabilities[label])
     table = _table("label", "probability", "")
     present = present_labels({label: probabilities[label] for label in ranked}, thresholds)
@@ -97,7 +97,7 @@ def prediction_table(probabilities: dict[str, float], thresholds: dict[str, floa
 
 
 def defence_table(result: dict[str, Any]) -> Table:
-    """Show what each purification gave back and broke; the best one is marked."""
+    """Show the labels that each purification recovered and damaged; mark the best purification."""
     table = _table("defence", "recovered", "damaged", "restored", "clean damaged", "KB", "")
     best = (result["best"]["defence"], result["best"]["quality"])
     for row in result["qualities"]:
@@ -117,14 +117,14 @@ def _share(count: int, total: int) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as text, for any of the forms below.
+    """A table of text cells, which the functions below write in several formats.
 
     Attributes:
-        title: what it shows.
+        title: the title.
         columns: the headings; the first `keys` columns name the row.
         rows: the cells.
-        best: (row, column) of the cells that are best in their group, printed bold.
-        keys: how many columns name the row.
+        best: (row, column) of the best cell of each group, printed bold.
+        keys: number of columns that name the row.
     """
 
     title: str
@@ -147,7 +147,7 @@ _METRICS = (  # key, heading, +1 if higher is better
 
 
 def evaluation_grid(rows: Sequence[dict[str, Any]], which: str, *, digits: int = 4) -> Grid:
-    """Lay out rows of `evaluation.tabulate` as Tables IV and V: `which` is `float` or `saved`."""
+    """Lay out rows of `tabulate` as Tables IV and V; `which` result is `float` or `saved`."""
     success = "success_rate" if which == "saved" else "success_rate_float"
     titles = {"saved": "8-bit PNG, as read back", "float": "float result, before rounding (the paper's convention)"}
     columns = ("case", "images", "method", *(heading for _, heading, _ in _METRICS), "succ.", "passes")
@@ -165,14 +165,14 @@ def evaluation_grid(rows: Sequence[dict[str, Any]], which: str, *, digits: int =
 
 
 def _comparable(other: dict[str, Any], row: dict[str, Any], which: str, key: str) -> bool:
-    """Say whether a row takes part in the contest for a case's best; the least RMSD is none where little flipped."""
+    """Say whether `other` competes with `row` for the best value of the case; for RMSD, only if most of A flipped."""
     if other["case"] != row["case"] or other[which][key] is None:
         return False
     return bool(key != "rmsd" or other[which]["hamming_a"] < 0.5)
 
 
 def classifier_grid(metrics: dict[str, dict[str, Any]]) -> Grid:
-    """Lay out `metrics.classifier_metrics` of some data sets as Table III."""
+    """Lay out the `metrics.classifier_metrics` of data sets as Table III."""
     names = ("images", "hamming", "macro_f1", "micro_f1", "ranking_loss", "map")
     headings = ("data", "images", "Hamming", "macro-F1", "micro-F1", "rank. loss", "mAP")
     rows = [[data, *(_number(values[name]) for name in names)] for data, values in metrics.items()]
@@ -180,7 +180,7 @@ def classifier_grid(metrics: dict[str, dict[str, Any]]) -> Grid:
 
 
 def show(grid: Grid) -> Group:
-    """Return a grid for the terminal; of several columns that name a row, all but the last head a table each."""
+    """Return a grid for the terminal: a table for each value of the columns that name a row, except the last."""
     groups = grid.keys - 1
     tables: dict[tuple[str, ...], Table] = {}
     for number, cells in enumerate(grid.rows):
@@ -239,7 +239,7 @@ def to_latex(grids: Sequence[Grid]) -> str:
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows of Tables IV and V in full precision: a line a case, method and result, with the intervals."""
+    """Return the rows of Tables IV and V in full precision, with intervals: one line per case, method and result."""
     stream = io.StringIO()
     keys = [key for key, _, _ in _METRICS]
     writer = csv.writer(stream, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Choose the device, and make the C allocator keep the memory that a network needs again in a moment."""
+"""Choose the device, measure its free memory, and make the C allocator keep memory for the next layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def resolve_device(name: str) -> str:
     """Return the device called `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
 
     Raises:
-        UsageError: if there is no such device here.
+        UsageError: if this machine does not have the device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -31,20 +31,20 @@ def resolve_device(name: str) -> str:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UsageError(f"no device {name!r} here: found {count} CUDA devices")
+            raise UsageError(f"expected a device of this machine, which has {count} CUDA devices, got {name!r}")
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise UsageError("no device 'mps' here")
+            raise UsageError("expected a device of this machine, got 'mps'")
     elif device.type != "cpu":
         raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
     return name
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc not to give large blocks back to the system after each layer; return whether it was told.
+    """Make glibc keep large freed blocks in place of returning them to the system; return whether it agreed.
 
-    By default every activation of a network is mapped, zeroed page by page and unmapped again. Kept, a forward and
-    backward pass of MobileNetV2 on the CPU takes about two thirds of the time.
+    By default every activation of a network is mapped, zeroed page by page and unmapped again. With kept blocks, a
+    forward and backward pass of MobileNetV2 on the CPU takes about two thirds of the time.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -56,9 +56,9 @@ def keep_freed_memory() -> bool:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the bytes of a device's memory that this process may still take, as far as can be told; None elsewhere."""
+    """Return the bytes of memory that this process may still take on a device; None if that is unknown."""
     if device.type == "cuda":
-        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch has it, and may use it
+        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch
         return torch.cuda.mem_get_info(device)[0] + spare
     if device.type != "cpu":
         return None
@@ -66,7 +66,7 @@ def free_memory(device: torch.device) -> int | None:
     with suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with suppress(OSError, ValueError):  # of a container; "max" is no number
+    with suppress(OSError, ValueError):  # the limit of a container; "max" is not a number
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         free.append(limit - used)
     return min(free, default=None)
@@ -78,7 +78,7 @@ def prepare(name: str, seed: int) -> str:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False  # a file found in TF32 need not hold in float32, on another device
+    torch.backends.cudnn.allow_tf32 = False  # a file found in TF32 may fail in float32 on another device
     if device == "cpu":
         keep_freed_memory()
     return device

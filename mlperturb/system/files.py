@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, here or at a URL, and their fingerprints."""
+"""Atomic writes to this machine or a URL, paths and URLs, and SHA-256 fingerprints."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _THIS_NAME_ALONE = {errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ
 
 
 def parse_path(text: str | Path) -> Path:
-    """Return the path that a text names: of this machine, or any URL that fsspec knows (`s3://`, `gs://`, `memory://`).
+    """Return the path that a text names: a local path, or a URL that fsspec knows (`s3://`, `gs://`, `memory://`).
 
-    A URL becomes a `upath.UPath`, which answers as a Path does; `file://` becomes an ordinary path.
+    A URL becomes a `upath.UPath`, which has the methods of a Path; `file://` becomes an ordinary path.
 
     Raises:
         UsageError: if the URL's scheme is unknown, or the package for it is not installed.
@@ -38,13 +38,13 @@ def parse_path(text: str | Path) -> Path:
     from upath import UPath
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # of schemes that upath does not know itself
+        with warnings.catch_warnings(action="ignore"):  # upath warns of schemes that it does not know itself
             path = UPath(f"{scheme}://{rest}")
             path.fs  # noqa: B018  # loads the package
     except (ValueError, ImportError) as error:
         hint = " (pip install 'mlperturb[s3]')" if scheme in ("s3", "s3a") else ""
-        raise UsageError(f"cannot open {scheme}:// URLs: {str(error):.200}{hint}") from error
-    except Exception as error:  # whatever a store's own package raises: no credentials, no network
+        raise UsageError(f"cannot open {scheme}:// URLs: {error!s:.200}{hint}") from error
+    except Exception as error:  # a store's own package may raise anything: no credentials, no network
         raise UsageError(f"cannot reach {text}: {str(error) or type(error).__name__:.200}") from error
     return cast(Path, path)
 
@@ -53,7 +53,7 @@ def parse_local(text: str | Path) -> Path:
     """Return the path of this machine that a text names; it may be a `file://` URL.
 
     Raises:
-        UsageError: if it is another URL.
+        UsageError: if it is a URL of another scheme.
     """
     if isinstance(text, Path):  # a default value
         return text
@@ -64,22 +64,22 @@ def parse_local(text: str | Path) -> Path:
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    """Return the scheme of a URL, in lower case, and what follows it; None and the text of a plain path."""
+    """Return the scheme of a URL, in lower case, and the text after it; for a plain path, None and the text."""
     scheme, found, rest = text.partition("://")
     return (scheme.lower(), rest) if found else (None, text)
 
 
 def is_remote(path: Path) -> bool:
-    """Say whether a path lies in a store that is not a file system of this machine."""
+    """Say whether a path is a URL of a store, not a path of this machine."""
     return not isinstance(path, Path)
 
 
 @contextlib.contextmanager
 def reaching(path: Path, doing: str = "reach") -> Iterator[None]:
-    """Turn whatever a store's own package raises, at a path that is remote, into one line.
+    """Turn any error of a store's own package, at a remote path, into a `StorageError` of one line.
 
     Raises:
-        StorageError: that says what it was.
+        StorageError: with the reason.
     """
     try:
         yield
@@ -102,7 +102,7 @@ def file_sha256(path: Path) -> str:
 
 
 def is_file_of(path: Path, digest: str | None) -> bool:
-    """Say whether there is a regular file of this SHA-256; not if it cannot be read."""
+    """Say whether the path is a regular file of this SHA-256; False if it cannot be read."""
     try:
         return path.is_file() and file_sha256(path) == digest
     except (OSError, ValueError):  # a path that no file can have
@@ -110,7 +110,7 @@ def is_file_of(path: Path, digest: str | None) -> bool:
 
 
 def list_names(folder: Path) -> set[str]:
-    """Return the names of what lies in a folder; none if there is no such folder."""
+    """Return the names of a folder's entries; the empty set if the folder does not exist."""
     if is_remote(folder):
         with reaching(folder):
             return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -134,7 +134,7 @@ def remove_file(path: Path) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Delete what a killed process left in a folder that no other one is writing to."""
+    """Delete the temporary files of killed processes from a folder; no other process may be writing to it."""
     if not is_remote(folder):
         for name in list_names(folder):
             if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name):
@@ -150,14 +150,14 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[IO[bytes]]:
-    """Give a stream to write; at the end the file is there whole and durable, after an error it is as it was.
+    """Give a stream to write; at the end the file is whole and durable. After an error the file is unchanged.
 
-    On this machine it is written under a temporary name in the same folder, flushed to the disk and renamed; to a
-    store it goes in one piece, and is as durable as the store makes it.
+    On this machine the file is written under a temporary name in the same folder, flushed to the disk and renamed. A
+    store gets the file in one piece, and decides how durable it is.
 
     Raises:
         OutputError: if a file of this name cannot be written.
-        StorageError: if nothing can be written there.
+        StorageError: if the disk is full, read-only or gone, or the store fails.
     """
     if is_remote(path):
         with tempfile.TemporaryFile() as stream:
@@ -166,16 +166,16 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
             with reaching(path, "write"), path.open("wb") as target:
                 shutil.copyfileobj(stream, target)
         return
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # a rank on another machine may have our process id
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # random: process ids repeat on other machines
     try:
         with temporary.open("wb") as target:
             yield target
             target.flush()
             os.fsync(target.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         kind = OutputError if error.errno in _THIS_NAME_ALONE else StorageError
         raise kind(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # gone already if the rename came off
+            temporary.unlink(missing_ok=True)  # it is gone if the rename succeeded

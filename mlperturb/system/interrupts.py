@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what is being written is finished first; a second one stops at once."""
+"""Ctrl-C and SIGTERM: the first signal waits until a result is written; the second stops at once."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-Before = dict[int, Any]  # what handled each signal, as `signal.getsignal` returns it
+Before = dict[int, Any]  # the earlier handler of each signal, as `signal.getsignal` returns it
 
 
 def handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Before:
-    """Handle SIGINT and SIGTERM, but for one that is ignored (SIGINT in a script's background); return what did."""
+    """Handle SIGINT and SIGTERM, unless ignored (as SIGINT in a script's background); return the earlier handlers."""
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
 
 
 def restore(before: Before) -> None:
-    """Put back what `handle` returned."""
+    """Put back the handlers that `handle` returned."""
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM raise KeyboardInterrupt; inside `hold`, the first one waits for its end."""
+    """While entered, SIGINT and SIGTERM raise KeyboardInterrupt; inside `hold`, the first signal waits for its end."""
 
     def __init__(self) -> None:
         self._held = False
@@ -40,17 +40,17 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         restore(self._before)
 
-    def _arrive(self, number: int, frame: FrameType | None) -> None:
+    def _arrive(self, _number: int, _frame: FrameType | None) -> None:
         self._waiting += 1
         if not self._held or self._waiting > 1:
             raise KeyboardInterrupt
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Let what stands inside come to its end.
+        """Let the block finish before a first signal stops the run.
 
         Raises:
-            KeyboardInterrupt: at the end, if a signal came meanwhile.
+            KeyboardInterrupt: at the end of the block, if a signal came meanwhile; at once, at a second signal.
         """
         self._held = True
         try:

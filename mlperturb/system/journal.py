@@ -1,4 +1,4 @@
-"""An append-only journal of JSON lines: what a long run has done, durable line by line, and under which settings."""
+"""An append-only journal of JSON lines: the settings and the results of a long run, each line durable."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from typing import IO, Any
 from mlperturb.errors import StorageError, UsageError
 from mlperturb.system.files import is_remote, list_names, remove_file, write_file
 
-Place = tuple[Path, int]  # a file of the journal, and the byte at which a line begins
+Place = tuple[Path, int]  # a file of the journal, and the byte offset of a line
 
 
 class Journal:
-    """The journal of one run, made or gone on with.
+    """The journal of one run, new or continued.
 
-    Each process of a run has a file of its own and reads those of all: `journal.jsonl` of rank 0,
-    `journal.rank-1.jsonl` and so on. The first line of a file is the key: everything that decides what the results are.
-    A journal under another key is never gone on with. A last line without its end, as a killed process leaves it, is
-    dropped. A file is locked while its process has it open. A store at a URL cannot append: there each line is an
-    object of its own, in the folder `journal`, and nothing is locked.
+    Each process of a run writes its own file and reads the files of all: `journal.jsonl` of rank 0,
+    `journal.rank-1.jsonl` and so on. The first line of a file is the key: every setting that affects the results. A
+    journal with another key is refused. An incomplete last line, as a killed process leaves it, is dropped. A file is
+    locked while its process has it open. A store at a URL cannot append: there each line is an object of its own, in
+    the folder `journal`, and nothing is locked.
 
     Args:
         path: the file of rank 0.
-        key: what the run is.
-        rank: of this process.
+        key: the settings that affect the results, JSON values.
+        rank: the rank of this process.
         size: the number of processes.
 
     Attributes:
         path: the file of rank 0.
-        resumed: whether there was a journal already.
-        torn: whether the last line of the own file was dropped.
+        resumed: whether the journal existed already.
+        torn: whether an incomplete last line of this process's file was dropped.
 
     Raises:
-        UsageError: if a file is no journal, was written under another key, or another run has it open.
-        StorageError: if it cannot be read or written.
+        UsageError: if a file is not a journal or has another key, or another run has it open.
+        StorageError: if a file cannot be read or written.
     """
 
     def __init__(self, path: Path, key: dict[str, Any], *, rank: int = 0, size: int = 1) -> None:
@@ -60,31 +60,31 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Let another run have it."""
+        """Close and unlock the file."""
         self._lines.close()
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one line and flush it to the disk.
 
         Raises:
-            StorageError: if it cannot be written, or is there no more.
+            StorageError: if the file cannot be written, or was replaced.
         """
         self._lines.append(_line(entry))
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Read the lines that all processes appended, one at a time; of two at one photo the later comes later.
+        """Read the lines of all processes, one at a time; lines of a later opening come later.
 
         Raises:
-            StorageError: if one cannot be read.
+            StorageError: if a line cannot be read.
         """
         for place in self.places():
             yield self.read(place)
 
     def places(self) -> Iterator[Place]:
-        """Say where those lines are.
+        """Yield the places of the lines that `entries` reads.
 
         Raises:
-            StorageError: if that cannot be read.
+            StorageError: if a file cannot be read.
         """
         try:
             yield from self._lines.places()
@@ -92,10 +92,10 @@ class Journal:
             raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def read(self, place: Place) -> dict[str, Any]:
-        """Read a line.
+        """Read the line at a place.
 
         Raises:
-            StorageError: if it cannot be read.
+            StorageError: if the line cannot be read, or is not a JSON object.
         """
         path, offset = place
         try:
@@ -113,7 +113,7 @@ class Journal:
 
 
 def find_journal(path: Path) -> list[Path]:
-    """Return the files of a journal, those of every rank; of one at a URL, its objects in the order of their lines."""
+    """Return the files of a journal, of every rank; at a URL, its objects in the order of their lines."""
     if is_remote(path):
         folder = path.with_suffix("")
         named = re.compile(r"[0-9]{6}-[0-9]{5}-[0-9]{8}\.json")
@@ -124,7 +124,7 @@ def find_journal(path: Path) -> list[Path]:
 
 
 def remove_journal(path: Path) -> None:
-    """Delete the journal of every rank, if there is one.
+    """Delete the journal files of every rank.
 
     Raises:
         UsageError: if a run has it open.
@@ -136,7 +136,7 @@ def remove_journal(path: Path) -> None:
 
 
 def move_journal(path: Path, new: Path) -> None:
-    """Rename the journal of every rank; one that is at the new name is replaced.
+    """Rename the journal files of every rank; a journal at the new name is replaced.
 
     Raises:
         UsageError: if a run has it open.
@@ -163,7 +163,7 @@ def _refuse_open(path: Path) -> None:
 
 
 class _Files:
-    """A file for each rank, of lines; a line `{"turn": n}` begins what was appended after the nth opening of any."""
+    """A file of lines for each rank; after the nth opening of the journal, a line `{"turn": n}` precedes new lines."""
 
     def __init__(self, path: Path, key: dict[str, Any], rank: int, size: int) -> None:
         self._path, self.torn = path, False
@@ -173,14 +173,14 @@ class _Files:
         for file in before:
             _check_key(file, _first_line(file), key)
         turn = 1 + max((turn for turn, _ in self._scan()), default=0) if before else 0
-        self._turn = _line({"turn": turn}) if turn else b""  # what stands before the first line appended
+        self._turn = _line({"turn": turn}) if turn else b""  # written before the first line appended
         if self._own not in before:
             write_file(self._own, _line({"key": key}))
-        self._stream: IO[bytes] = self._own.open("r+b", buffering=0)  # nothing is left to write at the end
+        self._stream: IO[bytes] = self._own.open("r+b", buffering=0)  # unbuffered: nothing is left to write at the end
         try:
             _lock(self._stream, self._own)
             for file in before if rank == 0 else []:
-                if _rank(file) >= size:  # of a run of more processes: it may be going on still
+                if _rank(file) >= size:  # of a run with more processes, which may still be running
                     with file.open("rb") as other:
                         _lock(other, file)
             self._cut()
@@ -193,7 +193,7 @@ class _Files:
 
     def append(self, line: bytes) -> None:
         try:
-            if not os.path.samestat(os.stat(self._own), os.fstat(self._stream.fileno())):
+            if not os.path.samestat(self._own.stat(), os.fstat(self._stream.fileno())):
                 raise StorageError(f"{self._own} was replaced while the run was going on")
             end, text = self._stream.seek(0, os.SEEK_END), self._turn + line
             try:
@@ -202,7 +202,7 @@ class _Files:
                 os.fsync(self._stream.fileno())
             except OSError:
                 with suppress(OSError):
-                    self._stream.truncate(end)  # no half a line stays
+                    self._stream.truncate(end)  # remove an incomplete line
                 raise
             self._turn = b""
         except OSError as error:
@@ -212,7 +212,7 @@ class _Files:
         return (place for _, place in sorted(self._scan(), key=lambda found: found[0]))
 
     def _scan(self) -> Iterator[tuple[int, Place]]:
-        """Find what was appended, file by file: the turn, and where the line begins."""
+        """Yield the turn and the place of each appended line, file by file."""
         for file in find_journal(self._path):
             turn = 0
             for offset, line in _whole_lines(file):
@@ -222,7 +222,7 @@ class _Files:
                     yield turn, (file, offset)
 
     def _cut(self) -> None:
-        """Drop a last line that has no end."""
+        """Drop an incomplete last line."""
         whole = 0
         for offset, line in _whole_lines(self._own):
             whole = offset + len(line)
@@ -236,7 +236,7 @@ class _Objects:
 
     torn = False
 
-    def __init__(self, path: Path, key: dict[str, Any], rank: int, size: int) -> None:
+    def __init__(self, path: Path, key: dict[str, Any], rank: int, _size: int) -> None:
         self._path, self._number = path, 0
         before = find_journal(path)
         self.resumed = bool(before)
@@ -263,14 +263,14 @@ def _is_first(file: Path) -> bool:
 
 
 def _first_line(file: Path) -> bytes:
-    if file.is_symlink() or not file.is_file():  # a link may lead out of the folder, a pipe wait for ever
+    if file.is_symlink() or not file.is_file():  # a link may lead out of the folder, a pipe may block for ever
         return b""
     with file.open("rb") as stream:
         return stream.readline()
 
 
 def _whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Read the lines that have an end: where each begins, and itself."""
+    """Yield the offset and the text of each complete line."""
     begin = 0
     with file.open("rb") as stream:
         for line in stream:
@@ -286,7 +286,7 @@ def _rank(file: Path) -> int:
 
 
 def _lock(stream: IO[bytes], path: Path) -> None:
-    with suppress(ImportError):  # not on Windows
+    with suppress(ImportError):  # Windows has no fcntl
         import fcntl
 
         try:
@@ -299,13 +299,13 @@ def _check_key(path: Path, line: bytes, key: dict[str, Any]) -> None:
     try:
         found = _parse(line if line.endswith(b"\n") else b"", str(path))["key"]
     except (StorageError, KeyError) as error:
-        raise UsageError(f"{path} is no journal of a run: give another `out`") from error
+        raise UsageError(f"{path} is not the journal of a run: give another `out`") from error
     if not isinstance(found, dict):
-        raise UsageError(f"{path} is no journal of a run: give another `out`")
+        raise UsageError(f"{path} is not the journal of a run: give another `out`")
     changed = sorted(name for name in key.keys() | found.keys() if key.get(name) != found.get(name))
     if changed:
         raise UsageError(
-            f"{path} was written with another {', '.join(changed)}: expected the same to go on; "
+            f"{path} was written with another {', '.join(changed)}: expected the same to continue; "
             "give another `out`, or `overwrite` to start again"
         )
 
@@ -318,7 +318,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise StorageError(f"{where}: damaged, not JSON; `overwrite` starts again") from error
+        raise StorageError(f"{where}: damaged: expected JSON; `overwrite` starts again") from error
     if not isinstance(entry, dict):
-        raise StorageError(f"{where}: damaged, expected a JSON object; `overwrite` starts again")
+        raise StorageError(f"{where}: damaged: expected a JSON object; `overwrite` starts again")
     return entry

@@ -1,9 +1,9 @@
-"""The processes of one run: which photos each takes, and who waits for whom.
+"""The processes of one run: which photos each process takes, and which process waits for another.
 
 Under `torchrun` (or with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand) the processes meet at the key-value
-store of PyTorch's rendezvous. Work is shared out by a counter there, so that a fast process takes more; there is no
-central process, and nothing is exchanged while photos are attacked. The store outlives processes that torchrun starts
-again, so those of one start first agree on a name for it.
+store of PyTorch's rendezvous. A counter in the store hands out the photos, so that a fast process takes more. The
+processes do not have a central process, and exchange nothing while they attack photos. The store outlives processes
+that torchrun restarts, so the processes of each start first agree on a name, with which all their keys begin.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PATIENCE = 600.0  # seconds, for the other processes to start
-_POLL = 0.1  # seconds
-_QUIET = 30.0  # seconds of waiting before it is said
-_LIFE = 120.0  # seconds without a sign of life after which a process counts as dead
+_PATIENCE = 600.0  # seconds to wait for the other processes to start
+_POLL = 0.1  # seconds between two looks at the store
+_QUIET = 30.0  # seconds of waiting before a warning
+_LIFE = 120.0  # seconds without a heartbeat after which a process counts as dead
 
 
 class Share:
-    """This process's part of a run; of a run of one process, all of it.
+    """This process's share of a run; with a single process, the whole run.
 
     Attributes:
-        rank: of this process; 0 writes the report.
+        rank: the rank of this process; rank 0 writes the report.
         size: the number of processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
         self.rank, self.size, self._store = rank, size, store
-        self._counts: Counter[str] = Counter()  # where there is no store
+        self._counts: Counter[str] = Counter()  # in place of a store
         self._lock = Lock()
         self._start = ""  # the name of this start; every key begins with it
 
     def exit_code(self, code: int) -> int:
-        """Return the code for a run that came to its end, photos that failed and all; 0 under torchrun."""
+        """Return the exit code of a run that finished, failed photos included; 0 under torchrun."""
         return 0 if self.launched else code
 
     @property
     def launched(self) -> bool:
-        """Whether torchrun started this process: it takes any exit code but 0 for a crash, and may start it again."""
+        """Whether torchrun started this process; torchrun takes any exit code but 0 for a crash, and may restart it."""
         return self.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that prints and reports."""
+        """Whether this process prints and writes the report."""
         return self.rank == 0
 
     def claims(self, name: str, count: int) -> Iterator[int]:
-        """Yield the numbers below `count` that this process is to do: each goes to the process that asks first."""
+        """Yield the numbers below `count` that this process takes: each goes to the process that asks first."""
         if self._store is None:
             yield from range(count)
             return
@@ -68,12 +68,12 @@ class Share:
             yield number
 
     def tell(self, name: str, value: str) -> None:
-        """Tell the other processes a value."""
+        """Set a value that the other processes can read."""
         if self._store is not None:
             self._call(lambda store: store.set(self._start + name, value))
 
     def ask(self, name: str, *, patience: float = float("inf")) -> str | None:
-        """Wait until another process has told a value, for so many seconds at most; None if none came."""
+        """Wait at most `patience` seconds for a value of another process; return it, or None."""
         deadline = time.monotonic() + patience
         while (value := self._get(name)) is None:
             if time.monotonic() > deadline:
@@ -82,39 +82,39 @@ class Share:
         return value
 
     def agree(self, value: str, what: str) -> None:
-        """Let the other processes go on once rank 0 is here too, and has the same value.
+        """Wait until rank 0 has called this too, and compare this process's value with its value.
 
         Raises:
-            UsageError: if it has another one.
+            UsageError: if the values differ.
         """
         if self._store is None:
             return
         if self.first:
             self.tell(f"agreed/{what}", value)
         elif self.ask(f"agreed/{what}") != value:
-            raise UsageError(f"process {self.rank} of {self.size} has other {what} than process 0: expected the same")
+            raise UsageError(f"expected the same {what} in all processes, got others in {self.rank} of {self.size}")
 
     def count(self, name: str, more: int = 0) -> int:
-        """Add to a number that all processes share; return what it is now."""
+        """Add to a number that all processes share; return the new number."""
         if self._store is not None:
             return self._add(name, more)
         with self._lock:
             self._counts[name] += more
             return self._counts[name]
 
-    def gather(self, *, patience: float = float("inf"), warn: Callable[[str], None] = lambda message: None) -> bool:
-        """Say that this process has finished; rank 0 waits for the others, and learns whether all came.
+    def gather(self, *, patience: float = float("inf"), warn: Callable[[str], None] = lambda _: None) -> bool:
+        """Announce that this process has finished. Rank 0 waits for the others and returns whether all have finished.
 
         Args:
-            patience: wait so many seconds at most.
-            warn: told which ones it waits for, after a while.
+            patience: the most seconds to wait.
+            warn: called with a message after a while of waiting.
 
         Raises:
-            StorageError: if one of the others shows no sign of life any more.
+            StorageError: if the heartbeat of another process has stopped.
         """
         self.tell(f"finished/{self.rank}", "")
         began, silent = time.monotonic(), True
-        lost = {rank: (-1, began) for rank in range(1, self.size)} if self.first else {}  # the last sign of life, when
+        lost = dict.fromkeys(range(1, self.size), (-1, began)) if self.first else {}  # last heartbeat, when
         while lost and time.monotonic() - began < patience:
             for rank in list(lost):
                 sign = self.count(f"alive/{rank}")
@@ -125,7 +125,7 @@ class Share:
                 elif time.monotonic() - lost[rank][1] > _LIFE:
                     raise StorageError(
                         f"process {rank} of {self.size} has been silent for {_LIFE:.0f} seconds, and its photos are "
-                        "not done: the same command goes on"
+                        "not done: run the same command again to continue"
                     )
             if lost and silent and time.monotonic() - began > _QUIET:
                 silent = False
@@ -134,10 +134,10 @@ class Share:
         return not lost
 
     def live(self) -> None:
-        """Show signs of life, from a thread, until the process ends."""
+        """Send heartbeats from a thread until the process ends."""
 
         def beat() -> None:
-            with suppress(StorageError):  # the thread that works will hear of it
+            with suppress(StorageError):  # the main thread gets the same error
                 while True:
                     self.count(f"alive/{self.rank}", 1)
                     time.sleep(_LIFE / 10)
@@ -156,13 +156,13 @@ class Share:
         assert self._store is not None
         try:
             return ask(self._store)
-        except RuntimeError as error:  # of torch.distributed: the store's host is gone
+        except RuntimeError as error:  # torch.distributed's error when the store's host is gone
             reason = str(error).partition("\n")[0]
-            raise StorageError(f"lost touch with the other processes of the run: {reason:.200}") from error
+            raise StorageError(f"lost the connection to the other processes of the run: {reason:.200}") from error
 
     @contextmanager
     def process_group(self, device: str) -> Iterator[None]:
-        """Open what `torch.distributed`'s collectives need, for training: NCCL on CUDA, Gloo elsewhere."""
+        """Open the process group of `torch.distributed` for training: NCCL on CUDA, Gloo elsewhere."""
         if self._store is None:
             yield
             return
@@ -180,20 +180,20 @@ class Share:
             dist.destroy_process_group()
 
     def any_restarted(self) -> bool:
-        """Say whether torchrun has started any of the processes again."""
+        """Say whether torchrun has restarted any of the processes."""
         if self._store is None:
             return False
         self.tell(f"restarts/{self.rank}", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         return any(self.ask(f"restarts/{rank}") != "0" for rank in range(self.size))
 
     def meet(self, *, patience: float = _PATIENCE) -> None:
-        """Wait until all processes of this start are here, and agree on its name with them.
+        """Wait until all processes of this start have called this, and agree with them on the name of the start.
 
-        What an earlier start left in the store cannot be taken for theirs: rank 0 answers to a word that each other
-        process has just made up, and that process confirms it under the new name.
+        Values of an earlier start may still be in the store. So each process sends a random word, rank 0 answers with
+        that word and the name of the start, and the process confirms under that name.
 
         Raises:
-            UsageError: if they do not come in so many seconds.
+            UsageError: if a process does not come within `patience` seconds.
         """
         word, deadline = secrets.token_hex(8), time.monotonic() + patience
         waiting = {self.rank} if self.rank else set(range(1, self.size))
@@ -218,10 +218,10 @@ class Share:
 
 
 def is_shared() -> bool:
-    """Say whether this is one of several processes.
+    """Say whether this process is one of several.
 
     Raises:
-        UsageError: if the environment says so, and does not say which one, or where they meet.
+        UsageError: if WORLD_SIZE says so, but RANK, MASTER_ADDR or MASTER_PORT is missing or out of range.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
@@ -236,10 +236,10 @@ def is_shared() -> bool:
 
 
 def join() -> Share:
-    """Meet the other processes, if there are any.
+    """Meet the other processes of the run; without torchrun, return the share of a single process.
 
     Raises:
-        UsageError: if the environment does not say how, or they do not come.
+        UsageError: if the environment is incomplete, or a process does not come.
     """
     if not is_shared():
         return Share()
@@ -257,7 +257,7 @@ def join() -> Share:
 
 
 def local_device(name: str) -> str:
-    """Return the device of this process: of several on a host, each has a CUDA device of its own."""
+    """Return the device of this process: processes on one host take different CUDA devices in turn."""
     if not is_shared() or name not in ("auto", "cuda"):
         return name
     import torch

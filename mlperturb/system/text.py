@@ -1,4 +1,4 @@
-"""Untrusted text (file names, label names, metadata), made harmless to show."""
+"""Make untrusted text (file names, label names, metadata) harmless to show."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """Return at most so many characters, the last one an ellipsis if some are missing."""
+    """Return at most `most` characters; the last is an ellipsis if the text is longer."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def file_stem(text: str, most: int = 200) -> str:
-    """Return a name for a file: letters, digits and dots of the text, at most so many bytes."""
+    """Return a file name of at most `most` bytes: the text with `-` for all but letters, digits, dots, `_` and `-`."""
     safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
     return safe.encode("utf-8", "ignore")[:most].decode("utf-8", "ignore").lstrip(".") or "-"

@@ -1,4 +1,4 @@
-"""Work ahead of a loop and behind it: what it needs is made ready meanwhile, what it made is put away meanwhile."""
+"""Threads ahead of a loop, which prepare its inputs, and a thread behind it, which stores its results."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Task = Callable[[], None]
 
 
 def count_workers() -> int:
-    """Return how many threads decode, and how many encode: Pillow works without the interpreter's lock."""
+    """Return how many threads to decode or encode with; Pillow releases the interpreter's lock."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores))
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], *, window: int) -> Iterator[R]:
-    """Apply a function to items in threads, at most `window` items ahead of the one that is taken; in order.
+    """Apply a function to items in threads, at most `window` items ahead of the result taken; in order.
 
-    Items are drawn in the thread that takes the results. What the function raises is raised when its turn comes.
+    Items are drawn in the thread that takes the results. An error of the function is raised in place of its result.
     """
     pool = ThreadPoolExecutor(count_workers(), "ahead")
     waiting: deque[Future[R]] = deque()
@@ -41,9 +41,9 @@ def ahead(function: Callable[[T], R], items: Iterable[T], *, window: int) -> Ite
 
 
 class Behind:
-    """A thread that carries out tasks in order; at most `depth` wait, besides the one in hand.
+    """A thread that runs tasks in order; at most `depth` tasks wait, besides the task that runs.
 
-    Once a task has raised, none after it is carried out. The thread does not keep the process alive: a second Ctrl-C
+    After a task has raised, no later task runs. The thread does not keep the process alive: a second Ctrl-C
     ends both.
     """
 
@@ -54,10 +54,10 @@ class Behind:
         self._thread.start()
 
     def submit(self, task: Task) -> None:
-        """Hand over a task; wait while too many wait.
+        """Add a task; block while `depth` tasks wait.
 
         Raises:
-            BaseException: what an earlier task raised.
+            BaseException: the error of an earlier task.
         """
         self._check()
         self._tasks.put(task)
@@ -66,7 +66,7 @@ class Behind:
         """Wait for all tasks, and end the thread.
 
         Raises:
-            BaseException: what a task raised.
+            BaseException: the error of a task.
         """
         if self._thread.is_alive():
             self._tasks.put(None)
@@ -78,7 +78,7 @@ class Behind:
             if self._error is None:
                 try:
                     task()
-                except BaseException as error:  # whatever it is, it belongs to the thread that handed the task over
+                except BaseException as error:  # any error is raised in the thread that added the task
                     self._error = error
 
     def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""The state of one training, an epoch at a time: learning rates, the moving average, mixed precision, resuming."""
+"""One training, epoch by epoch: learning rates, moving average, mixed precision, resuming."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from mlperturb.training.probe import find_head
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """The settings of a training.
 
     Attributes:
         architecture: a torchvision classification model, or `timm/NAME`.
         epochs: passes over the training set.
-        batch_size: photos a step, of all processes together; the paper's is 100.
-        learning_rate: AdamW's peak, after a warm-up, before a cosine decay to zero.
-        fresh_rate: how many times that rate the tensors get which the last initial file did not give: a new head must
-            move far, a backbone that knows the task little.
-        weight_decay: AdamW's.
+        batch_size: photos in a step, over all processes; the paper has 100.
+        learning_rate: AdamW's peak learning rate, after a warm-up and before a cosine decay to zero.
+        fresh_rate: factor of that rate for tensors that are not in the last initial file, such as a new head, which
+            must change more than a pretrained backbone.
+        weight_decay: AdamW's weight decay.
         instance_weight: lambda of Eq. 12, the weight of its instance-wise term.
         calibration_weight: weight of a binary cross-entropy beside Eq. 12, which alone is blind to a constant added
             to a label's logits; 0 is the paper's pure ranking loss.
@@ -50,18 +50,17 @@ class Recipe:
             head down; 1 for the same rate everywhere.
         freeze: patterns such as `blocks.0.*` of the names of parameters that stay as they are.
         norm_momentum: of the statistics of batch normalisation; 0 leaves them as they are; None: the architecture's.
-        amp: compute with 16 bits on the CPU too (bfloat16), as always on CUDA (float16).
-        mixup: parameter of the Beta distribution from which the share of a second photo is drawn that is laid over
-            each photo; 0 for none.
+        amp: compute with 16 bits on the CPU too (bfloat16); CUDA always does (float16).
+        mixup: each photo is mixed with a second photo, in a share drawn from Beta(mixup, mixup); 0 for no mixing.
         teacher_weight: share of the teachers' probabilities in the targets of the cross-entropy, in [0, 1].
         size: side of the square network input, stretched; 0 for the preprocessing of the architecture's own weights.
-        mean: subtracted from pixels in [0, 1], where `size` is given.
-        std: then divided by.
+        mean: subtracted from pixels in [0, 1], if `size` is given.
+        std: the pixels less `mean` are divided by it, if `size` is given.
         least_crop: the smallest share of a photo's area that a random crop keeps.
         train_size: side of the random crops trained on; 0 for that of the network input. A crop magnifies, so a
             smaller side shows objects at the size that whole photos will show them, and is cheaper.
-        average: decay a step of the exponential moving average of the weights that is kept; 0 for none.
-        seed: of shuffling and augmentation.
+        average: decay per step of the exponential moving average of the weights; 0 for no average.
+        seed: the seed of shuffling and augmentation.
         workers: processes that decode photos.
     """
 
@@ -94,7 +93,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Progress:
-    """What training tells its caller after a step."""
+    """The progress that training reports after a step."""
 
     epoch: int
     epochs: int
@@ -130,7 +129,9 @@ class Fitter:
 
     def __post_init__(self) -> None:
         if len(self.training) < self.recipe.batch_size:
-            raise DatasetError(f"{len(self.training)} training photos, expected a batch of {self.recipe.batch_size}")
+            raise DatasetError(
+                f"expected at least {self.recipe.batch_size} training photos, a batch, got {len(self.training)}"
+            )
         if self.recipe.batch_size % self.share.size:
             raise DatasetError(
                 f"expected a batch size that {self.share.size} processes can share, got {self.recipe.batch_size}"
@@ -170,7 +171,7 @@ class Fitter:
         self.epoch = epoch + 1
 
     def _choose_parameters(self) -> None:
-        """Leave the gradients of what is not to be trained uncomputed.
+        """Switch off the gradients of parameters that are not trained.
 
         Raises:
             CheckpointError: if a pattern of `freeze` fits no parameter, or all are frozen.
@@ -183,7 +184,7 @@ class Fitter:
             matched = [value for name, value in parameters.items() if fnmatchcase(name, pattern)]
             if not matched:
                 raise CheckpointError(
-                    f"no parameter to freeze is called {pattern}, expected such as {list(parameters)[0]}"
+                    f"no parameter to freeze is called {pattern}, expected such as {next(iter(parameters))}"
                 )
             for value in matched:
                 value.requires_grad_(False)
@@ -238,10 +239,10 @@ class Fitter:
         return loss
 
     def save(self, path: Path) -> None:
-        """Write everything that a resumed run needs.
+        """Write the state that a resumed run needs.
 
         Raises:
-            OutputError: if it cannot be written.
+            OutputError: if the file cannot be written.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,10 +263,10 @@ class Fitter:
         write_file(path, stream.getvalue())
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote, under the same recipe but for the number of epochs.
+        """Resume from the state that `save` wrote under the same recipe; epochs and workers may differ.
 
         Raises:
-            CheckpointError: if there is nothing to go on from, another recipe wrote it, or it has more epochs done.
+            CheckpointError: if the file cannot be read, has another recipe or data set, or has too many epochs.
         """
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)

@@ -1,4 +1,4 @@
-"""Photos of a data set as network input, and what a network says of them."""
+"""Photos of a data set as network input, and a network's logits of them."""
 
 from __future__ import annotations
 

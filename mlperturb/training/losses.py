@@ -1,4 +1,4 @@
-"""What training minimises (Eq. 12), and the calibration that ties its scores to decisions."""
+"""The training losses (Eq. 12 and cross-entropy), and the calibration of logits to thresholds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last layer alone, on what the layers below say of every photo: the start of a gentle fine-tuning.
+"""Fit the last layer alone, on the cached features of every photo, before fine-tuning.
 
 A layer fitted without regularisation separates the training photos perfectly and generalises badly, so its weight decay
 is chosen on validation photos. The objective is convex but for Eq. 12's term, and L-BFGS minimises it in seconds.
@@ -31,7 +31,7 @@ class Probe:
         weight: (L, F).
         bias: (L,).
         decay: the weight decay that was chosen.
-        mean_precision: of the validation photos: the mean average precision over labels; NaN without positives.
+        mean_precision: mean average precision over labels on the validation photos; NaN without positives.
     """
 
     weight: Tensor
@@ -48,7 +48,7 @@ def find_head(network: nn.Module) -> tuple[str, nn.Linear]:
     """
     linear = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise CheckpointError("the network's head is no linear layer: expected one, to calibrate or retrain it")
+        raise CheckpointError("expected a network whose head is a linear layer, got a network without linear layers")
     return linear[-1]
 
 
@@ -56,7 +56,7 @@ def find_head(network: nn.Module) -> tuple[str, nn.Linear]:
 def read_features(
     network: nn.Module, dataset: Dataset, preprocess: Preprocess, *, device: str, workers: int = 0, amp: bool = False
 ) -> Tensor:
-    """Return what the last layer gets for every photo, (N, F), on the CPU."""
+    """Return the input of the last layer for every photo, (N, F), on the CPU."""
     kept: list[Tensor] = []
     handle = find_head(network)[1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().cpu()))
     try:

@@ -1,4 +1,4 @@
-"""Train a multi-label classifier: where it starts, fitting, calibration, measuring (Section IV-B)."""
+"""Train a multi-label classifier: initial weights, fitting, calibration, measurement (Section IV-B)."""
 
 from __future__ import annotations
 
@@ -76,20 +76,20 @@ def train(
     Several processes share each step's photos (`DistributedDataParallel`); each must see the same files.
 
     Args:
-        recipe: how.
-        training: photos to fit.
-        validation: photos to calibrate on, and to watch.
-        tests: photos that nothing is tuned on, by name.
-        output: the `.safetensors` file; beside it a `.resume.pt` is written each epoch.
-        initial: weight files to start from, each overriding those before it.
+        recipe: the settings of the training.
+        training: photos to train on.
+        validation: photos to calibrate on, and to measure during training.
+        tests: photos to measure at the end, by name; nothing is tuned on them.
+        output: the `.safetensors` file; beside it a `.resume.pt` is written after each epoch.
+        initial: files of initial weights; a later file overrides earlier files.
         pretrained: start from torchvision's own weights, which it downloads.
         teachers: checkpoints of ours whose probabilities on the training photos, averaged over them, are targets too.
         half: write matrices in float16, as they are then calibrated and measured too.
-        device: where to train.
-        resume: go on from `.resume.pt`.
-        provenance: what to say in the checkpoint's metadata.
+        device: the device to train on.
+        resume: resume from `.resume.pt`.
+        provenance: the provenance for the checkpoint's metadata.
         report: called after every step.
-        share: what this process does of it; all if None.
+        share: the part of the training that this process does; None for the whole training.
 
     Returns:
         The checkpoint's metadata; None in a process that is not the first.
@@ -97,15 +97,30 @@ def train(
     Raises:
         DatasetError: if the data sets have different labels, a batch is larger than the training set, or cannot be
             shared out evenly among the processes.
-        CheckpointError: if the initial weights or the resumed state do not fit, or the head is no linear layer.
+        CheckpointError: if the initial weights or the resumed state do not fit, or the network has no linear layer.
         OutputError: if the checkpoint, or the state to resume from, cannot be written.
     """
     for dataset in (validation, *tests.values()):
         if dataset.labels != training.labels:
             raise DatasetError(f"expected the labels {training.labels}, got {dataset.labels}")
     share = share or Share()
+    network, given = _fill_network(recipe, len(training.labels), initial, pretrained, share)
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    start = _Start(recipe, training, choose_preprocess(recipe), device, share)
+    with share.process_group(device):
+        fitter, said = start.make_fitter(network, validation, teachers, given, output, resume)
+        _run_epochs(fitter, validation, output, report)
+    if not share.first:
+        return None
+    return _finish(fitter, validation, tests, {**(provenance or {}), **said}, output, half)
+
+
+def _fill_network(
+    recipe: Recipe, outputs: int, initial: Sequence[Path], pretrained: bool, share: Share
+) -> tuple[nn.Module, frozenset[str]]:
+    """Return the network that training starts from, and the names of the tensors that the last file gave."""
     torch.manual_seed(recipe.seed)
-    network = build_network(recipe.architecture, len(training.labels))
+    network = build_network(recipe.architecture, outputs)
     find_head(network)  # calibration needs it: better told now than after the last epoch
     if not share.first:
         share.agree("", "weights")  # rank 0 downloads them; the others find them on the disk
@@ -114,45 +129,11 @@ def train(
         share.agree("", "weights")
     for names in initialise(network, initial).values():
         given = names
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = Path(f"{output}.resume.pt")
-    provenance = dict(provenance or {})
-    with share.process_group(device):
-        restarted = share.any_restarted()
-        going_on = resume or restarted and state.exists()
-        start = _Start(recipe, training, choose_preprocess(recipe), device, share)
-        teacher = start.ask_teachers(teachers) if teachers else None
-        if recipe.probe and not going_on:
-            probe = start.fit_head(network, validation, teacher)
-            provenance["probe"] = {"decay": probe.decay, "validation map": round(probe.mean_precision, 4)}
-            given |= {f"{find_head(network)[0]}.{part}" for part in ("weight", "bias")}
-        fitter = Fitter(recipe, network, training, start.preprocess, device, given, share, teacher)
-        if going_on:
-            fitter.load(state)
-        elif share.size > 1 and share.first and state.exists():
-            state.replace(f"{output}.resume.old.pt")  # of an earlier training: a restart must not take it for its own
-        if recipe.head_only:
-            fitter.features = start.read_features(network, training)
-        for epoch in range(fitter.epoch, recipe.epochs):
-            fitter.run_epoch(epoch, report)
-            if share.first:
-                fitter.save(state)
-                if report and (epoch + 1) % 2 == 0 and epoch + 1 < recipe.epochs:
-                    report(_validate(fitter, epoch, validation))
-    if not share.first:
-        return None
-    if recipe.blend:
-        provenance["blend"] = _blend(fitter, validation)
-    if half:
-        for value in fitter.averaged.parameters():
-            if value.dim() > 1:
-                value.data = value.half().float()
-    metadata = _calibrate_and_measure(fitter, validation, tests, provenance)
-    tensors = fitter.averaged.state_dict()
-    if half:
-        tensors = {name: value.half() if value.dim() > 1 else value for name, value in tensors.items()}
-    save_checkpoint(output, tensors, metadata)
-    return metadata
+    return network, given
+
+
+def _resume_file(output: Path) -> Path:
+    return Path(f"{output}.resume.pt")
 
 
 def choose_preprocess(recipe: Recipe) -> Preprocess:
@@ -164,7 +145,7 @@ def choose_preprocess(recipe: Recipe) -> Preprocess:
 
 @dataclass(frozen=True)
 class _Start:
-    """What is done once, before the first epoch; several processes on CPUs share the photos out."""
+    """The work before the first epoch; processes on CPUs share out the photos."""
 
     recipe: Recipe
     training: Dataset
@@ -173,7 +154,7 @@ class _Start:
     share: Share
 
     def read_features(self, network: nn.Module, dataset: Dataset) -> Tensor:
-        """Return what the head gets for every photo, (N, F), on the CPU."""
+        """Return the input of the head for every photo, (N, F), on the CPU."""
         options: dict[str, Any] = {"device": self.device, "workers": self.recipe.workers, "amp": self.recipe.amp}
         return self._share_out(lambda part: read_features(network, part, self.preprocess, **options), dataset)
 
@@ -181,7 +162,7 @@ class _Start:
         """Return the logit of the teachers' mean probability of every label of every training photo, (N, L).
 
         Raises:
-            CheckpointError: if a teacher is no checkpoint of ours, or has other labels.
+            CheckpointError: if a teacher is not a checkpoint of mlperturb, or has other labels.
         """
         options: dict[str, Any] = {"device": self.device, "workers": self.recipe.workers, "amp": self.recipe.amp}
         total = torch.zeros(self.training.truth.shape)
@@ -219,6 +200,34 @@ class _Start:
             head.bias.copy_(probe.bias)
         return probe
 
+    def make_fitter(
+        self,
+        network: nn.Module,
+        validation: Dataset,
+        teachers: Sequence[Path],
+        given: frozenset[str],
+        output: Path,
+        resume: bool,
+    ) -> tuple[Fitter, dict[str, Any]]:
+        """Return the fitter before its next epoch, and what the checkpoint is to say about the start."""
+        recipe, share, state = self.recipe, self.share, _resume_file(output)
+        said: dict[str, Any] = {}
+        restarted = share.any_restarted()
+        going_on = resume or (restarted and state.exists())
+        teacher = self.ask_teachers(teachers) if teachers else None
+        if recipe.probe and not going_on:
+            probe = self.fit_head(network, validation, teacher)
+            said["probe"] = {"decay": probe.decay, "validation map": round(probe.mean_precision, 4)}
+            given |= {f"{find_head(network)[0]}.{part}" for part in ("weight", "bias")}
+        fitter = Fitter(recipe, network, self.training, self.preprocess, self.device, given, share, teacher)
+        if going_on:
+            fitter.load(state)
+        elif share.size > 1 and share.first and state.exists():
+            state.replace(f"{output}.resume.old.pt")  # of an earlier training: a restart must not take it for its own
+        if recipe.head_only:
+            fitter.features = self.read_features(network, self.training)
+        return fitter, said
+
     def _share_out(self, read: Callable[[Dataset], Tensor], dataset: Dataset) -> Tensor:
         """Read every photo of a data set, (N, ...), each process its part."""
         size, rank = self.share.size, self.share.rank
@@ -234,6 +243,40 @@ class _Start:
         for place, part in enumerate(parts[: len(dataset)]):
             whole[place::size] = part
         return whole
+
+
+def _run_epochs(fitter: Fitter, validation: Dataset, output: Path, report: Reporter | None) -> None:
+    """Run the epochs that are left; the first process saves the state, and measures, after them."""
+    epochs = fitter.recipe.epochs
+    for epoch in range(fitter.epoch, epochs):
+        fitter.run_epoch(epoch, report)
+        if fitter.share.first:
+            fitter.save(_resume_file(output))
+            if report and (epoch + 1) % 2 == 0 and epoch + 1 < epochs:
+                report(_validate(fitter, epoch, validation))
+
+
+def _finish(
+    fitter: Fitter,
+    validation: Dataset,
+    tests: dict[str, Dataset],
+    provenance: dict[str, Any],
+    output: Path,
+    half: bool,
+) -> Metadata:
+    """Blend, calibrate and measure the averaged network, and write the checkpoint; return its metadata."""
+    if fitter.recipe.blend:
+        provenance["blend"] = _blend(fitter, validation)
+    if half:
+        for value in fitter.averaged.parameters():
+            if value.dim() > 1:
+                value.data = value.half().float()
+    metadata = _calibrate_and_measure(fitter, validation, tests, provenance)
+    tensors = fitter.averaged.state_dict()
+    if half:
+        tensors = {name: value.half() if value.dim() > 1 else value for name, value in tensors.items()}
+    save_checkpoint(output, tensors, metadata)
+    return metadata
 
 
 def _blend(fitter: Fitter, validation: Dataset) -> dict[str, float]:

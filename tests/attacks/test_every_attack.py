@@ -32,7 +32,7 @@ def test_every_method_of_the_list_is_tested_here():
     assert {name.split()[0] for name in ATTACKS} == set(METHODS)
 
 
-# --- an image's result does not depend on who shares its batch
+# --- an image's result does not depend on the other images of its batch
 
 
 @every_attack
@@ -92,7 +92,8 @@ def test_pixels_stay_in_range_and_the_clean_photos_stay_untouched(name):
     copy = images.clone()
     outcome = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
     assert torch.equal(images, copy)
-    assert float(outcome.images.min()) >= 0 and float(outcome.images.max()) <= 1
+    assert float(outcome.images.min()) >= 0
+    assert float(outcome.images.max()) <= 1
     assert not outcome.images.requires_grad
     assert float((outcome.images - images).abs().max()) > 0
 
@@ -127,13 +128,13 @@ def test_a_photo_that_meets_the_goal_already_comes_back_unchanged(name):
     order = model(images).argsort(1)
     images, truth = images[:1], truth[:1]
     lowest, highest = order[0, 0], order[0, -1]
-    # Labelled against the model's decisions, so that flipping asks for what the model says.
+    # The labels are the reverse of the model's decisions, so that the photo meets a flip already.
     flip = torch.zeros(1, 3, dtype=torch.bool)
     flip[0, [lowest, highest]] = True
     logits = model(images)
     middle = (logits[0, lowest] + logits[0, highest]) / 2
     signs = torch.ones_like(truth)
-    signs[0, lowest], signs[0, highest] = 1.0, -1.0  # lowest is to go, highest to come
+    signs[0, lowest], signs[0, highest] = 1.0, -1.0  # lowest is to be removed, highest to be added
     targets = Targets(flip, mask(1, 3, []), signs, middle.expand(3))
     problem = Problem(model, images, ClassificationGoal(targets))
     outcome = ATTACKS[name](problem)
@@ -152,7 +153,7 @@ def test_nan_logits_are_never_met_and_do_not_spoil_other_images(name, kind):
     images, targets = ragged_targets(NET)
 
     class Broken:
-        """NaN for every image, for every image but the clean ones, or for the photo of that place alone."""
+        """Give NaN for every image, for every image but the clean photos, or only for the photo at a place."""
 
         def __init__(self, rows: Tensor) -> None:
             self.rows = rows
@@ -168,7 +169,8 @@ def test_nan_logits_are_never_met_and_do_not_spoil_other_images(name, kind):
 
     outcome = ATTACKS[name](Problem(Broken(torch.arange(9)), images, ClassificationGoal(targets)))
     assert bool(outcome.images.isfinite().all())
-    assert float(outcome.images.min()) >= 0 and float(outcome.images.max()) <= 1
+    assert float(outcome.images.min()) >= 0
+    assert float(outcome.images.max()) <= 1
     if kind != "one image":
         clean_met = outcome.goal.met(NET(images))
         assert not bool((outcome.met & ~clean_met).any())
@@ -220,7 +222,7 @@ def test_the_jacobian_of_one_pixel_is_its_finite_difference():
 def check_meter(problem: Problem, counted: Counting) -> None:
     meter, tally = problem.meter, counted.tally
     assert meter.forward.tolist() == tally.forward.tolist()
-    # An image whose gradient is zero, or that has fewer constraints than its neighbours, still rides along.
+    # An image with a zero gradient, or with fewer constraints than its neighbours, stays in the batch's pass.
     assert bool((tally.used <= meter.backward).all())
     assert bool((meter.backward <= tally.backward).all())
 
@@ -268,11 +270,12 @@ def test_no_image_spends_more_passes_than_its_limit(name, limit):
 def test_no_iterate_or_lattice_point_lies_beyond_the_cap(name, cap):
     images, targets = ragged_targets(NET)
     caps = torch.full((len(images),), cap, dtype=images.dtype)
-    caps[::2] *= 2  # an image's own
+    caps[::2] *= 2  # each image has its own cap
     problem = Problem(NET, images, ClassificationGoal(targets), cap=caps)
     outcome = ATTACKS[name](problem)
     moved = (outcome.images - images).flatten(1).norm(dim=1)
-    assert bool((moved <= caps).all()) and (name == "ml-dp pinv" or float(moved.max()) > 0)
+    assert bool((moved <= caps).all())
+    assert name == "ml-dp pinv" or float(moved.max()) > 0
     lattice = quantise(problem, outcome, scales=6, iterations=20)
     assert bool(((lattice.images - images).flatten(1).norm(dim=1) <= caps).all())
 
@@ -313,9 +316,11 @@ def test_a_generous_bound_changes_nothing(name):
 def test_a_problem_runs_short_once_any_of_its_images_has_spent_the_limit():
     images, targets = ragged_targets(NET)
     problem = Problem(NET, images, ClassificationGoal(targets), limit=5)
-    assert not problem.runs_short(5) and problem.runs_short(6)
+    assert not problem.runs_short(5)
+    assert problem.runs_short(6)
     problem.meter.forward[3] = 2
-    assert problem.runs_short(4) and problem.affordable(4).tolist() == [row != 3 for row in range(len(images))]
+    assert problem.runs_short(4)
+    assert problem.affordable(4).tolist() == [row != 3 for row in range(len(images))]
     others = (torch.arange(len(images)) != 3).nonzero().flatten()
     assert not problem.select(others).runs_short(5)
     assert not Problem(NET, images, ClassificationGoal(targets)).runs_short(10**9)
@@ -339,7 +344,8 @@ def test_images_that_are_finished_leave_the_batch(name):
     model = Counting(NET, 9)
     ATTACKS[name](Problem(model, images, ClassificationGoal(Targets(flip, keep, targets.truth, targets.boundary))))
     assert model.tally.batches[0] == 9
-    assert len(model.tally.batches) > 1 and max(model.tally.batches[1:]) <= 2
+    assert len(model.tally.batches) > 1
+    assert max(model.tally.batches[1:]) <= 2
 
 
 def test_ml_dp_narrows_the_batch_as_images_finish():
@@ -369,7 +375,7 @@ def test_best_keeps_the_highest_score_then_the_least_norm():
     best = Best(problem)
 
     class Scores:
-        """A goal whose score and success are written in the first two logits."""
+        """A goal whose score and success are the first two logits."""
 
         def __init__(self, targets):
             self.targets = targets
@@ -482,7 +488,8 @@ def test_every_budget_is_a_tuning_that_the_method_takes(name, budget):
     done = Targets(targets.flip & False, targets.keep & False, targets.truth, targets.boundary)
     outcome = find_method(name).load()(Problem(NET, images, ClassificationGoal(done)), **tuning)
     assert isinstance(outcome.goal, RankingGoal if name.startswith("rank") else ClassificationGoal)
-    assert bool(outcome.met.all()) and torch.equal(outcome.images, images)
+    assert bool(outcome.met.all())
+    assert torch.equal(outcome.images, images)
 
 
 def test_an_unknown_method_budget_or_option_is_refused():

@@ -20,7 +20,7 @@ from mlperturb.attacks.schedule import Schedule
 from mlperturb.targets import Targets, decide
 
 LONG = Schedule(1.0, 10, 200, 5e-3, final_rate=0.005, patience=0.0, precision=0.01)
-TINY = 1e-7  # with no overshoot at all the step may end on the boundary itself, where nothing is flipped yet
+TINY = 1e-7  # without overshoot the step may end on the boundary itself, where no label is flipped
 COUNTS = pytest.mark.parametrize("count", [1, 3, 8])
 
 
@@ -34,19 +34,19 @@ def make(count: int, labels: int, flip: list[int], keep: list[int], *, seed: int
 
 def moved(problem: Problem, images: Tensor) -> np.ndarray:
     """Return the L2 norm of each perturbation."""
-    assert float(images.min()) > 0.01 and float(images.max()) < 0.99, "a clipped pixel spoils the closed form"
+    assert 0.01 < float(images.min()) <= float(images.max()) < 0.99, "a clipped pixel spoils the closed form"
     return (images - problem.images).flatten(1).norm(dim=1).numpy()
 
 
 def nearest(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Return the least r with rows @ r <= q, by SLSQP on the primal, in the span of the rows."""
+    """Return the shortest r with rows @ r <= q, by SLSQP on the primal, in the span of the rows."""
     basis = np.linalg.qr(rows.T)[0]  # the answer lies in the span
     reduced = rows @ basis
     found = minimize(
         lambda u: u @ u / 2,
         np.linalg.lstsq(reduced, q, rcond=None)[0],
         jac=lambda u: u,
-        constraints={"type": "ineq", "fun": lambda u: q - reduced @ u, "jac": lambda u: -reduced},
+        constraints={"type": "ineq", "fun": lambda u: q - reduced @ u, "jac": lambda _: -reduced},
         method="SLSQP",
         options={"ftol": 1e-14, "maxiter": 500},
     )
@@ -55,7 +55,7 @@ def nearest(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def nearest_ldp(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Return the least r with rows @ r <= q, by Lawson and Hanson's Least Distance Programming."""
+    """Return the shortest r with rows @ r <= q, by Lawson and Hanson's Least Distance Programming."""
     stacked = np.vstack([-rows.T, -q[None]])
     target = np.zeros(len(stacked))
     target[-1] = 1
@@ -64,13 +64,13 @@ def nearest_ldp(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def nearest_within(rows: np.ndarray, q: np.ndarray, bound: float) -> np.ndarray:
-    """Return the least r with rows @ r <= q and no entry beyond the bound, by SLSQP."""
+    """Return the shortest r with rows @ r <= q and no entry beyond the bound, by SLSQP."""
     found = minimize(
         lambda r: r @ r / 2,
         np.clip(nearest(rows, q), -bound, bound),
         jac=lambda r: r,
         bounds=[(-bound, bound)] * rows.shape[1],
-        constraints={"type": "ineq", "fun": lambda r: q - rows @ r, "jac": lambda r: -rows},
+        constraints={"type": "ineq", "fun": lambda r: q - rows @ r, "jac": lambda _: -rows},
         method="SLSQP",
         options={"maxiter": 1000, "ftol": 1e-14},
     )
@@ -289,7 +289,8 @@ def test_solve_dual_is_optimal_by_the_kkt_conditions():
         gram = rows @ rows.T
         mu = solve_dual(gram, q, present)
         slack = q + gram @ mu  # q - P^T dr, dr = -P mu
-        assert np.all(mu >= 0) and np.all(mu[~present] == 0)
+        assert np.all(mu >= 0)
+        assert np.all(mu[~present] == 0)
         assert np.all(slack[present] >= -1e-6)
         assert np.abs(mu * slack).max() < 1e-6
 
@@ -337,7 +338,8 @@ def test_ml_cw_with_a_hinge_on_probabilities_finds_the_same_point():
 def test_ml_ddn_comes_close_to_the_nearest_point_of_the_polyhedron(count, flip, keep):
     model, problem, targets = make(count, 5, flip, keep, seed=4)
     outcome = ml_ddn(problem, rounding="after", iterations=200)
-    assert bool(outcome.met.all()) and not outcome.on_lattice
+    assert bool(outcome.met.all())
+    assert not outcome.on_lattice
     assert bool(targets.holds(model(outcome.images)).all())
     for row, distance in enumerate(moved(problem, outcome.images)):
         exact = np.linalg.norm(nearest(*constraints(model, problem, row)))
@@ -345,9 +347,10 @@ def test_ml_ddn_comes_close_to_the_nearest_point_of_the_polyhedron(count, flip, 
 
 
 def test_ml_ddn_meets_a_linear_goal_in_a_few_passes():
-    model, problem, targets = make(8, 5, [0, 3], [1, 2, 4], seed=4)
+    model, problem, _ = make(8, 5, [0, 3], [1, 2, 4], seed=4)
     outcome = ml_ddn(problem, rounding="after", iterations=10)
-    assert bool(outcome.met.all()) and int((problem.meter.forward + problem.meter.backward).max()) == 20
+    assert bool(outcome.met.all())
+    assert int((problem.meter.forward + problem.meter.backward).max()) == 20
     for row, distance in enumerate(moved(problem, outcome.images)):
         assert distance <= 1.5 * np.linalg.norm(nearest(*constraints(model, problem, row)))
 
@@ -356,7 +359,7 @@ def test_ml_ddn_holds_all_that_can_hold_where_one_label_is_out_of_reach():
     model, problem, targets = make(4, 5, [0, 1, 2, 3, 4], [], seed=4)
     logits = model(problem.images)
     boundary = targets.boundary.clone()
-    boundary[2] = 1e6  # absent, and never to be present
+    boundary[2] = 1e6  # absent, and out of reach
     targets = Targets(targets.flip, targets.keep, decide(logits, boundary), boundary)
     outcome = ml_ddn(Problem(model, problem.images, ClassificationGoal(targets)), rounding="after", iterations=60)
     assert not bool(outcome.met.any())
@@ -373,7 +376,8 @@ def test_under_a_bound_on_each_pixel_the_distance_is_that_of_the_quadratic_progr
         outcome = ml_ddn(bounded, rounding="after", iterations=300)
     else:
         outcome = ml_cw(bounded, schedule=Schedule(searches=8, iterations=200))
-    assert bool(outcome.met.all()) and float((outcome.images - problem.images).abs().max()) <= bound * (1 + 1e-9)
+    assert bool(outcome.met.all())
+    assert float((outcome.images - problem.images).abs().max()) <= bound * (1 + 1e-9)
     for row, distance in enumerate(moved(problem, outcome.images)):
         rows, q = constraints(model, problem, row)
         exact = np.linalg.norm(nearest_within(rows, q, bound))
@@ -383,7 +387,7 @@ def test_under_a_bound_on_each_pixel_the_distance_is_that_of_the_quadratic_progr
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_ml_ddn_holds_all_but_one_of_labels_that_exclude_each_other(seed):
-    # Eight directions that add up to nothing: z_i > 0 for all of them is impossible, for any seven it is possible.
+    # Eight directions whose sum is 0: z_i > 0 is impossible for all eight, and possible for any seven.
     generator = torch.Generator().manual_seed(seed)
     weight = torch.linalg.qr(torch.randn(48, 8, generator=generator, dtype=torch.double))[0].T
     weight = weight - weight.mean(0)

@@ -68,8 +68,8 @@ def gap_of(model, images, targets) -> float:
 
 def least_steps(model, images, targets) -> float:
     """Return the least sum of squared grey steps that flips label 0 of one photo on the lattice."""
-    # Least sum of n^2, n integer, with sum n |w| / 255 > gap: raise, again and again, the pixel whose next grey
-    # level gains the most for its cost, |w| / (2 n + 1). All n come out small, and the greedy sum close to the least.
+    # Least sum of n^2, n integer, with sum n |w| / 255 > gap: again and again, raise the pixel whose next grey level
+    # gains the most for its cost, |w| / (2 n + 1). All n are small, so that the greedy sum is close to the least.
     wanted = gap_of(model, images, targets)
     sizes = np.sort(model.weight[0].abs().numpy())[::-1] / 255
     gains = np.array([(size / (2 * n + 1), size, 2 * n + 1) for n in range(4) for size in sizes])
@@ -98,7 +98,9 @@ def test_for_one_label_the_distortion_comes_near_the_least_on_the_lattice(gap, s
 def test_ml_ddn_on_the_lattice_comes_near_the_least_for_one_label(gap, seed):
     model, images, targets = linear_case(1, 2, [0], [], gap=gap, seed=seed)
     outcome = ml_ddn(Problem(model, images, ClassificationGoal(targets)), iterations=48)
-    assert outcome.on_lattice and bool(outcome.met.all()) and on_lattice(outcome.images)
+    assert outcome.on_lattice
+    assert bool(outcome.met.all())
+    assert on_lattice(outcome.images)
     assert float((outcome.images - images).mul(255).square().sum()) <= 1.3 * least_steps(model, images, targets) + 1
 
 
@@ -108,7 +110,8 @@ def test_a_result_on_the_lattice_is_taken_as_it_is_at_no_cost():
     outcome = ml_ddn(problem)
     spent = problem.meter.forward.clone()
     lattice = quantise(problem, outcome)
-    assert torch.equal(lattice.images, outcome.images) and torch.equal(lattice.met, outcome.met)
+    assert torch.equal(lattice.images, outcome.images)
+    assert torch.equal(lattice.met, outcome.met)
     assert torch.equal(problem.meter.forward, spent)
 
 
@@ -137,7 +140,8 @@ def test_on_a_network_on_which_plain_rounding_fails_the_goal_is_met_on_the_latti
     assert bool(outcome.met.all())
     assert not bool(outcome.goal.met(NET(to_lattice(outcome.images))).any())
     lattice = quantise(problem, outcome, iterations=100)
-    assert bool(lattice.met.all()) and on_lattice(lattice.images)
+    assert bool(lattice.met.all())
+    assert on_lattice(lattice.images)
     assert bool(targets.holds(NET(lattice.images)).all())
 
 
@@ -173,7 +177,7 @@ def test_a_coarse_result_is_not_made_worse():
     model, images, targets = linear_case(2, 4, [0], [1, 2], gap=0.3)
     problem = Problem(model, images, ClassificationGoal(targets))
     outcome = ml_dp(problem)
-    further = (images + 3 * (outcome.images - images)).clamp(0, 1)  # wide of the boundary
+    further = (images + 3 * (outcome.images - images)).clamp(0, 1)  # far beyond the boundary
     goal = outcome.goal
     lattice = quantise(problem, Outcome(further, goal.met(model(further)), goal))
     plain = to_lattice(further)
@@ -212,20 +216,22 @@ def test_no_iterations_leave_the_search_for_a_scale_alone():
     before = problem.meter.backward.clone()
     lattice = quantise(problem, outcome, scales=6, iterations=0)
     assert torch.equal(problem.meter.backward, before)
-    assert on_lattice(lattice.images) and bool(lattice.met.all())
+    assert on_lattice(lattice.images)
+    assert bool(lattice.met.all())
 
 
 def test_a_first_step_is_as_long_as_rounding_needs():
     generator = torch.Generator().manual_seed(3)
-    gradient = torch.randn(4, 3, 40, 40, generator=generator) ** 3  # heavy tails, as photos' gradients have
+    gradient = torch.randn(4, 3, 40, 40, generator=generator) ** 3  # heavy tails, as in gradients of photos
     latent = -gradient * torch.tensor([1e-4, 1e-3, 1e-2, 1.0]).view(-1, 1, 1, 1) / 255
     needed = -(latent * gradient).flatten(1).sum(1)
     scale = lattice_scale(latent, gradient, needed)
     effect = -((scale.view(-1, 1, 1, 1) * latent * 255).round() / 255 * gradient).flatten(1).sum(1)
-    assert bool((effect >= needed).all()) and bool((scale >= 1).all())
+    assert bool((effect >= needed).all())
+    assert bool((scale >= 1).all())
     shorter = (0.9 * scale).clamp(min=1).view(-1, 1, 1, 1)
     less = -((shorter * latent * 255).round() / 255 * gradient).flatten(1).sum(1)
-    assert bool((less < needed)[:3].all())  # it is no longer than that
+    assert bool((less < needed)[:3].all())  # it is not longer than needed
 
 
 @pytest.mark.parametrize("gap", [1e-3, 0.05, 0.2, 1.0])
@@ -234,5 +240,6 @@ def test_ml_ddn_flips_one_label_in_30_passes_however_little_it_needs(gap, seed):
     model, images, targets = linear_case(1, 2, [0], [], gap=gap, seed=seed)
     problem = Problem(model, images, ClassificationGoal(targets), limit=30)
     outcome = ml_ddn(problem, iterations=500)
-    assert bool(outcome.met.all()) and int(problem.meter.forward + problem.meter.backward) <= 30
+    assert bool(outcome.met.all())
+    assert int(problem.meter.forward + problem.meter.backward) <= 30
     assert float((outcome.images - images).mul(255).square().sum()) <= 1.5 * least_steps(model, images, targets) + 2

@@ -17,7 +17,7 @@ COMBINATIONS = list(itertools.product((False, True), repeat=6))
 
 
 def every_combination(seed: int, *, margin: float = 0.0) -> tuple[torch.Tensor, Targets]:
-    """Return logits and targets, an image for each combination of empty sets; labels in random places."""
+    """Return logits and targets: an image for each combination of empty sets, labels in random places."""
     rng = np.random.default_rng(seed)
     flip, keep, truth = (np.zeros((64, 12), dtype=kind) for kind in (bool, bool, float))
     for row, filled in enumerate(COMBINATIONS):
@@ -28,7 +28,7 @@ def every_combination(seed: int, *, margin: float = 0.0) -> tuple[torch.Tensor, 
     boundary = torch.from_numpy(rng.normal(0, 0.5, 12))
     targets = Targets(torch.from_numpy(flip), torch.from_numpy(keep), torch.from_numpy(truth), boundary, margin)
     logits = torch.from_numpy(rng.normal(0, 2, (64, 12)))
-    # Half of the images are ordered as the goal would have it.
+    # Half of the images are in the order of the goal.
     for row in range(64):
         if row % 4 in (1, 2):
             continue
@@ -38,7 +38,7 @@ def every_combination(seed: int, *, margin: float = 0.0) -> tuple[torch.Tensor, 
 
 
 def pairs_of_sets(targets: Targets, row: int, between: str, separate: bool) -> list[tuple[list[int], list[int]]]:
-    """Return the pairs of Eq. 9, then Eq. 10, literally: (labels to be lower, labels to be higher)."""
+    """Return the pairs of Eq. 9, then of Eq. 10, as printed: (labels to be lower, labels to be higher)."""
     kinds: dict[str, list[int]] = {name: [] for name in ("A1", "A-1", "B1", "B-1", "C1", "C-1")}
     for label in range(targets.truth.shape[1]):
         letter = "A" if targets.flip[row, label] else "B" if targets.keep[row, label] else "C"

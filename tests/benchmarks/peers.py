@@ -93,7 +93,7 @@ def torchattacks_cw(network: TwoClasses, images: Tensor, classes: Tensor, passes
     return found
 
 
-def art_deepfool(network: TwoClasses, images: Tensor, classes: Tensor, passes: int) -> Tensor:
+def art_deepfool(network: TwoClasses, images: Tensor, _classes: Tensor, passes: int) -> Tensor:
     from art.attacks.evasion import DeepFool
     from art.estimators.classification import PyTorchClassifier
 

@@ -17,9 +17,9 @@ KILL = "kill -9: "  # a command so marked is killed once its journal has a batch
 _ASK = "--flip person --keep rest --json"
 _FAST = f"attack few {_ASK} --budget fast --out out"
 _CHEAP = f"attack few {_ASK} --method fgs --passes 20 --out out"
-_RESUME = "attack photos --flip person --keep rest --budget fast --batch-size 1 --max-linf 3 --out"
+_RESUME = f"attack photos {_ASK} --budget fast --batch-size 1 --max-linf 3 --out"
 _EVALUATE = "evaluate --voc voc --year 2012 --split val --images 3 --budget fast"
-_AGAIN = f"{_EVALUATE} --cases person --methods fg,ml-ddn --max-linf 4 --passes 40 --batch-size 1 --out"
+_AGAIN = f"{_EVALUATE} --cases person --methods fg,ml-ddn --max-linf 4 --passes 40 --batch-size 1 --keep-images --out"
 
 CASES: dict[str, tuple[str, ...]] = {
     "method.ml-ddn": (f"attack photos {_ASK} --out out",),

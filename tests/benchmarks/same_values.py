@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -156,7 +155,8 @@ def _text(old: bytes, new: bytes) -> str:
     lines = [data.splitlines() for data in (old, new)]
     for number, (one, other) in enumerate(zip(*lines, strict=False), 1):
         if one != other:
-            start = len(os.path.commonprefix([one, other]))
-            start = max(0, start - 40)
+            pairs = enumerate(zip(one, other, strict=False))
+            first = next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
+            start = max(0, first - 40)
             return f"line {number}: {one[start : start + 120]!r} -> {other[start : start + 120]!r}"
     return f"{len(old)} -> {len(new)} bytes"

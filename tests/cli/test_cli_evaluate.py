@@ -20,7 +20,7 @@ QUICK = ("--budget", "fast", "--passes", 20, "--images", 2, "--methods", "fgs,ml
 
 @pytest.fixture
 def table(tmp_path, tiny) -> Path:
-    """Write six photos and a table of what the classifier sees in them."""
+    """Write six photos and a table of the classifier's decisions on them."""
     rng = np.random.default_rng(4)
     paths = [tmp_path / "photos" / f"{number}.png" for number in range(6)]
     paths[0].parent.mkdir()
@@ -47,7 +47,9 @@ def evaluate(cli, table, tiny):
 def test_tables_are_printed_and_written(evaluate, table):
     code, stdout, stderr = evaluate(*QUICK)
     assert (code, stderr) == (0, "")
-    assert "8-bit PNG" in stdout and "float result" in stdout and "random, 2" in stdout
+    assert "8-bit PNG" in stdout
+    assert "float result" in stdout
+    assert "random, 2" in stdout
     rows = json.loads((table.parent / "out" / "tables.json").read_text())
     assert [(row["case"], row["method"]) for row in rows] == [
         (case, method) for case in ("random", "extreme") for method in ("fgs", "ml-cw")
@@ -69,10 +71,13 @@ def test_the_same_command_goes_on_and_another_one_is_refused(evaluate, table):
     evaluate(*QUICK)
     first, journal = (out / "tables.json").read_bytes(), (out / "records.jsonl").read_bytes()
     code, stdout, stderr = evaluate(*QUICK, "--json")
-    assert code == 0 and stderr == "mlperturb: going on: 8 of 8 attacks are done already\n"
+    assert code == 0
+    assert stderr == "mlperturb: going on: 8 of 8 attacks are done already\n"
     assert (out / "tables.json").read_bytes() == first == stdout.encode()
     code, stdout, stderr = evaluate(*QUICK, "--seed", 1)
-    assert (code, stdout) == (2, "") and "written with another seed" in stderr and stderr.count("\n") == 1
+    assert (code, stdout) == (2, "")
+    assert "written with another seed" in stderr
+    assert stderr.count("\n") == 1
     assert (out / "records.jsonl").read_bytes() == journal
     assert evaluate(*QUICK[:-1], "random", "--reduce", "dog", "--passes", 3, "--overwrite")[0] == 2
     assert (out / "records.jsonl").read_bytes() == journal
@@ -82,16 +87,21 @@ def test_the_same_command_goes_on_and_another_one_is_refused(evaluate, table):
 
 def test_clean_measures_the_classifier_itself(evaluate, table):
     code, stdout, stderr = evaluate("--clean")
-    assert (code, stderr) == (0, "") and "Table III" in stdout
+    assert (code, stderr) == (0, "")
+    assert "Table III" in stdout
     figures = json.loads((table.parent / "out" / "table3.json").read_text())["labels.csv"]
-    assert figures["images"] == 6 and figures["hamming"] == 0 and figures["micro_f1"] == 1
+    assert figures["images"] == 6
+    assert figures["hamming"] == 0
+    assert figures["micro_f1"] == 1
     assert set(figures["per_label"]) == set(LABELS)
 
 
 def test_a_photo_that_cannot_be_read_is_left_out_and_said(evaluate, table):
     (table.parent / "photos" / "3.png").write_bytes(b"\x89PNG")
     code, _, stderr = evaluate("--clean")
-    assert code == 1 and "3.png: could not be read" in stderr and stderr.count("\n") == 1
+    assert code == 1
+    assert "3.png: could not be read" in stderr
+    assert stderr.count("\n") == 1
     assert json.loads((table.parent / "out" / "table3.json").read_text())["labels.csv"]["images"] == 5
 
 
@@ -108,31 +118,35 @@ def test_a_photo_that_cannot_be_read_is_left_out_and_said(evaluate, table):
         (("--passes", "3", "--cases", "random"), "--passes of at least"),
         (("--max-rmsd", "inf", "--cases", "random"), "--max-rmsd above 0"),
         (("--max-linf", "0", "--cases", "random"), "--max-linf from 1 to 255 grey levels, got 0"),
-        (("--split", "test"), "--split goes with --voc"),
-        (("--year", "2007"), "--year and --voc go together"),
-        (("--clean", "--cases", "random"), "--clean attacks nothing"),
+        (("--split", "test"), "expected --split with --voc"),
+        (("--year", "2007"), "expected both --year and --voc"),
+        (("--clean", "--cases", "random"), "expected --clean without --cases"),
         (("--voc", "x"), "either --voc with --year, or --photos with --csv"),
     ],
 )
 def test_bad_arguments_get_one_line_and_leave_nothing(evaluate, table, arguments, message):
     code, stdout, stderr = evaluate(*arguments)
-    assert (code, stdout) == (2, "") and message in stderr and stderr.count("\n") == 1
+    assert (code, stdout) == (2, "")
+    assert message in stderr
+    assert stderr.count("\n") == 1
     assert not (table.parent / "out").exists()
 
 
 def test_labels_that_are_not_the_classifiers_are_refused(evaluate, table):
     table.write_text(table.read_text().replace("hen", "cow"))
     code, _, stderr = evaluate(*QUICK)
-    assert code == 2 and "'hen' is not in both" in stderr
+    assert code == 2
+    assert "'hen' is not in both" in stderr
 
 
-def test_an_interrupted_run_says_how_to_go_on(evaluate, table, monkeypatch):
+def test_an_interrupted_run_says_how_to_go_on(evaluate, monkeypatch):
     def interrupt(*_: object, **__: object):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mlperturb.experiment.evaluate.run", interrupt)
     code, stdout, stderr = evaluate(*QUICK)
-    assert (code, stdout) == (130, "") and "the same command goes on" in stderr
+    assert (code, stdout) == (130, "")
+    assert "the same command goes on" in stderr
 
 
 def test_overwriting_drops_the_images_of_the_run_replaced_and_no_other_file(evaluate, table):
@@ -143,7 +157,8 @@ def test_overwriting_drops_the_images_of_the_run_replaced_and_no_other_file(eval
     assert any(name.startswith("random/ml-cw/") for name in first)
     assert evaluate(*QUICK, "--keep-images", "--overwrite", "--methods", "fgs", "--seed", 3)[0] == 0
     second = {path.relative_to(images).as_posix() for path in images.rglob("*.png")}
-    assert "mine.png" in second and {name.split("/")[1] for name in second if "/" in name} <= {"fgs", "ml-cw"}
+    assert "mine.png" in second
+    assert {name.split("/")[1] for name in second if "/" in name} <= {"fgs", "ml-cw"}
     records = [json.loads(line) for line in (table.parent / "out" / "records.jsonl").read_text().splitlines()]
     named = {name for entry in records for one in entry.get("records", ()) for name in one["files"].values() if name}
     assert {name.split("/")[-1] for name in second} - {"mine.png"} == named
@@ -155,7 +170,8 @@ def test_two_processes_come_to_the_tables_of_one(evaluate, table, tiny):
     both = table.parent / "both"
     data = ["--photos", table.parent / "photos", "--csv", table, "--checkpoint", tiny, "--device", "cpu"]
     code, stdout, stderr = finish(launch(["evaluate", *data, *QUICK, "--batch-size", 1, "--out", both]))
-    assert code == 0 and stdout.count("tables in") == 1, stderr
+    assert code == 0, stderr
+    assert stdout.count("tables in") == 1
     tables = [json.loads((table.parent / name / "tables.json").read_text()) for name in ("out", "both")]
     names = [(row["case"], row["method"], row["images"], row["success_rate"]) for row in tables[0]]
     assert names == [(row["case"], row["method"], row["images"], row["success_rate"]) for row in tables[1]]
@@ -179,5 +195,6 @@ def test_an_evaluation_may_lie_at_a_url(cli, evaluate, table, tiny):
     assert store.cat_file("/bucket/out/tables.json") == (table.parent / "out" / "tables.json").read_bytes()
     assert not [name for name in store.find("/bucket/out") if name.endswith(".png")]
     code, _, err = cli("evaluate", *data, *QUICK, "--out", "memory://bucket/out", "--overwrite", "--seed", 4)
-    assert code == 0 and "already" not in err
+    assert code == 0
+    assert "already" not in err
     assert not [name for name in store.find("/bucket/out") if ".old" in name]

@@ -1,4 +1,4 @@
-"""`mlperturb train` as its user calls it, on tiny data sets made here."""
+"""`mlperturb train` from the command line, on tiny data sets."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_folder_with_a_table_is_trained_on_and_a_tenth_held_out(tmp_path, monk
     ("arguments", "message"),
     [
         (["--out", "x.safetensors"], "expected either --voc"),
-        (["--out", "x.safetensors", "--voc", "."], "--year and --voc go together"),
+        (["--out", "x.safetensors", "--voc", "."], "expected both --year and --voc"),
         (["--out", "x.pt", "--voc", ".", "--year", "2007"], "to end in .safetensors"),
         (["--out", "x.safetensors", "--voc", ".", "--year", "1999"], "VOC1999"),
         (["--out", "x.safetensors", "--voc", ".", "--year", "2007", "--train-split", "2012:train"], "2012"),

@@ -63,7 +63,8 @@ def test_the_draw_depends_on_the_seed_and_the_case_alone():
     assert drawn == choose(one, DATA, rows, protocol(other, one, images=9))
     assert list(drawn) == list(choose(one, DATA, rows, protocol(one, images=40)))[:9]
     assert list(drawn) != list(choose(one, DATA, rows, protocol(one, images=9, seed=1)))
-    assert set(drawn) <= set(rows) and len(drawn) == 9
+    assert set(drawn) <= set(rows)
+    assert len(drawn) == 9
 
 
 def test_only_photos_that_the_classifier_gets_right_are_drawn():
@@ -106,7 +107,8 @@ def test_methods_are_read_with_their_options():
 
 def test_a_data_set_is_put_in_the_classifiers_order_of_labels():
     aligned = align(DATA, ("dog", "cat", "sheep", "person"))
-    assert np.array_equal(aligned.truth, TRUTH[:, ::-1]) and aligned.labels == ("dog", "cat", "sheep", "person")
+    assert np.array_equal(aligned.truth, TRUTH[:, ::-1])
+    assert aligned.labels == ("dog", "cat", "sheep", "person")
     with pytest.raises(UsageError, match="'hen' is not in both"):
         align(DATA, ("dog", "cat", "sheep", "hen"))
     with pytest.raises(UsageError, match="'dog' is not in both"):

@@ -59,7 +59,8 @@ def test_counts_are_those_of_predicting_each_picture_by_itself(attacked, tiny):
             damaged, kept = damaged + int((held & (after != before)).sum()), kept + int(held.sum())
             restored += bool(gone.any() and (after == before).all())
             broken += int((control != before).sum())
-        assert row["images"] == 3 and total == 3
+        assert row["images"] == 3
+        assert total == 3
         assert row["recovered"] == {"labels": recovered, "total": total}
         assert row["damaged"] == {"labels": damaged, "total": kept}
         assert row["restored_images"] == restored
@@ -71,7 +72,8 @@ def test_counts_are_those_of_predicting_each_picture_by_itself(attacked, tiny):
 def test_jpeg_defend_writes_its_table_and_figure_3(cli, attacked):
     code, text, err = cli("jpeg-defend", attacked, "--quality", "30,95", "--device", "cpu")
     assert (code, err) == (0, "")
-    assert "jpeg 30" in text and "best" in text
+    assert "jpeg 30" in text
+    assert "best" in text
     result = json.loads((attacked / "jpeg-defence.json").read_text())
     keys = {"defence", "quality", "images", "recovered", "damaged", "restored_images", "clean_damaged"}
     assert [(row["defence"], row["quality"]) for row in result["qualities"]] == [("jpeg", 30), ("jpeg", 95)]
@@ -84,9 +86,11 @@ def test_jpeg_defend_writes_its_table_and_figure_3(cli, attacked):
     for name in ("jpeg-histogram.png", "jpeg-curve.png"):
         assert read_photo(attacked / name).rgb.shape[1] > 600
     code, _, err = cli("jpeg-defend", attacked, "--device", "cpu")
-    assert code == 2 and "--overwrite" in err
+    assert code == 2
+    assert "--overwrite" in err
     code, text, _ = cli("jpeg-defend", attacked, "--overwrite", "--json", "--device", "cpu")
-    assert code == 0 and len(json.loads(text)["qualities"]) == 6
+    assert code == 0
+    assert len(json.loads(text)["qualities"]) == 6
 
 
 def test_pngs_alone_are_defended_with_what_was_asked_by_hand(cli, attacked, tiny, tmp_path):
@@ -97,7 +101,8 @@ def test_pngs_alone_are_defended_with_what_was_asked_by_hand(cli, attacked, tiny
     by_hand = json.loads(text)["qualities"]
     code, text, _ = cli("jpeg-defend", attacked, "--json", "--device", "cpu", "--out", tmp_path / "report")
     for mine, other in zip(by_hand, json.loads(text)["qualities"], strict=True):
-        assert mine["recovered"] == other["recovered"] and mine["damaged"] == other["damaged"]
+        assert mine["recovered"] == other["recovered"]
+        assert mine["damaged"] == other["damaged"]
         assert mine["clean_damaged"] == {"labels": 0, "total": 0}
 
 
@@ -106,7 +111,8 @@ def test_a_png_that_is_gone_or_a_photo_that_changed_is_named_and_the_rest_goes_o
     Image.fromarray(TINY_PIXELS).save(tmp_path / "photos" / "1.png")
     code, _, err = cli("jpeg-defend", attacked, "--device", "cpu")
     assert code == 1
-    assert "0.adv.png" in err and "the photos of 1 of 3 PNGs are not at hand, or changed" in err
+    assert "0.adv.png" in err
+    assert "the photos of 1 of 3 PNGs are missing or changed" in err
     row = json.loads((attacked / "jpeg-defence.json").read_text())["qualities"][0]
     assert (row["images"], row["clean_images"]) == (2, 1)
 
@@ -114,8 +120,9 @@ def test_a_png_that_is_gone_or_a_photo_that_changed_is_named_and_the_rest_goes_o
 def test_without_the_photos_there_is_no_control_and_that_is_said(cli, attacked, tmp_path):
     for path in (tmp_path / "photos").iterdir():
         path.unlink()
-    code, text, err = cli("jpeg-defend", attacked, "--device", "cpu")
-    assert code == 0 and "3 of 3 PNGs" in err
+    code, _, err = cli("jpeg-defend", attacked, "--device", "cpu")
+    assert code == 0
+    assert "3 of 3 PNGs" in err
     assert json.loads((attacked / "jpeg-defence.json").read_text())["qualities"][0]["clean_images"] == 0
 
 
@@ -132,12 +139,14 @@ def test_without_the_photos_there_is_no_control_and_that_is_said(cli, attacked, 
         (["{out}/0.adv.png", "--flip", "cow", "--checkpoint", "{tiny}"], "cow"),
     ],
 )
-def test_what_cannot_be_defended_is_refused_in_a_line(cli, attacked, tiny, tmp_path, arguments, message):
+def test_what_cannot_be_defended_is_refused_in_a_line(cli, attacked, tiny, arguments, message):
     from mlperturb.model.checkpoints import bundled_checkpoint
 
     names = {"out": attacked, "tiny": tiny, "other": bundled_checkpoint()}
     code, _, err = cli("jpeg-defend", *(text.format(**names) for text in arguments), "--device", "cpu")
-    assert code == 2 and message in err and err.count("\n") == 1
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_a_report_names_no_file_elsewhere(cli, attacked):
@@ -147,14 +156,15 @@ def test_a_report_names_no_file_elsewhere(cli, attacked):
     path.write_text(json.dumps(report))
     for command in (("jpeg-defend", attacked, "--device", "cpu"), ("figures", attacked), ("gallery", attacked)):
         code, _, err = cli(*command)
-        assert code in (1, 2) and "is not the name of a file beside its report" in err
+        assert code in (1, 2)
+        assert "is not the name of a file beside its report" in err
     path.write_text("{}")
     with pytest.raises(UsageError, match="expected a file of schema"):
         read_report(attacked)
 
 
-def test_photos_are_found_where_they_lie_now_and_by_their_content(cli, attacked, tmp_path, monkeypatch):
-    """Started elsewhere; moved beside the report; named with --photos, by hand too; another photo of that name."""
+def test_photos_are_found_where_they_lie_now_and_by_their_content(cli, attacked, tmp_path):
+    """Find photos after a start elsewhere, beside the report, and with --photos; not another photo of the same name."""
 
     def control(*more: object) -> int:
         code, _, err = cli("jpeg-defend", attacked, "--quality", 50, "--device", "cpu", "--overwrite", *more)
@@ -183,7 +193,8 @@ def test_a_report_elsewhere_still_finds_its_pngs(cli, attacked, tmp_path):
     start = ("attack", photo, "--flip", "cat", "--budget", "fast", "--checkpoint", checkpoint, "--device", "cpu")
     assert cli(*start, "--out", tmp_path / "o", "--report", report)[0] == 0
     assert cli("jpeg-defend", report, "--quality", 50, "--device", "cpu")[0] == 0
-    assert cli("gallery", report)[0] == 0 and "adversarial PNG" in (report.parent / "index.html").read_text()
+    assert cli("gallery", report)[0] == 0
+    assert "adversarial PNG" in (report.parent / "index.html").read_text()
     assert cli("figures", report, "--kind", "case")[0] == 0
 
 
@@ -191,10 +202,12 @@ def test_folders_given_by_hand_count_adversarial_pngs_alone_and_each_once(cli, a
     assert cli("jpeg-defend", attacked, "--quality", 50, "--device", "cpu")[0] == 0  # leaves figures there
     code, text, _ = cli("jpeg-defend", attacked, attacked, "--flip", "cat", "--checkpoint", tiny, "--json", "--device",
                         "cpu", "--out", tmp_path / "hand")  # fmt: skip
-    assert code == 0 and json.loads(text)["qualities"][0]["images"] == 3
+    assert code == 0
+    assert json.loads(text)["qualities"][0]["images"] == 3
     code, text, _ = cli("jpeg-defend", attacked, attacked, "--json", "--device", "cpu", "--out", tmp_path / "twice")
     result = json.loads(text)
-    assert result["qualities"][0]["images"] == 3 and "clean photos" in result["best"]["criterion"]
+    assert result["qualities"][0]["images"] == 3
+    assert "clean photos" in result["best"]["criterion"]
 
 
 def test_settings_that_score_the_same_are_named(cli, attacked):
@@ -207,7 +220,8 @@ def test_settings_that_score_the_same_are_named(cli, attacked):
 def test_outputs_are_not_replaced_without_being_asked(cli, attacked):
     (attacked / "jpeg-curve.png").write_bytes(b"mine")
     code, _, err = cli("jpeg-defend", attacked, "--device", "cpu")
-    assert code == 2 and "jpeg-curve.png exists already" in err
+    assert code == 2
+    assert "jpeg-curve.png exists already" in err
     assert (attacked / "jpeg-curve.png").read_bytes() == b"mine"
 
 
@@ -233,7 +247,8 @@ def test_a_report_edited_by_hand_never_ends_in_a_traceback(cli, attacked, damage
     path.write_text(json.dumps(report))
     for command in (("jpeg-defend", attacked, "--device", "cpu"), ("figures", attacked), ("gallery", attacked)):
         code, _, err = cli(*command)
-        assert code in (0, 1, 2) and "Traceback" not in err
+        assert code in (0, 1, 2)
+        assert "Traceback" not in err
         assert code == 0 or err.startswith("mlperturb: ")
 
 
@@ -242,4 +257,5 @@ def test_what_is_no_report_is_refused(cli, tmp_path, text):
     (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
     for command in ("jpeg-defend", "figures", "gallery"):
         code, _, err = cli(command, tmp_path)
-        assert code == 2 and err.count("\n") == 1
+        assert code == 2
+        assert err.count("\n") == 1

@@ -95,7 +95,8 @@ def test_every_metric_agrees_with_scikit_learn_and_scipy(records):
 def test_a_row_averages_what_is_known_and_leaves_the_rest_out(records):
     figures = measure(records, LABELS, BOUNDARY)
     row = make_row("extreme", "x", [measure(records[:7], LABELS, BOUNDARY), measure(records[7:], LABELS, BOUNDARY)])
-    assert row["images"] == 40 and row["ranked_images"] == int((~np.isnan(figures["saved.auc"])).sum()) < 40
+    assert row["images"] == 40
+    assert row["ranked_images"] == int((~np.isnan(figures["saved.auc"])).sum()) < 40
     assert row["success_rate"] == np.mean([record["status"] == "success" for record in records])
     assert row["passes"] == np.mean([3 + record["cost"]["backward"] for record in records])
     for which in ("float", "saved"):
@@ -108,10 +109,12 @@ def test_a_row_averages_what_is_known_and_leaves_the_rest_out(records):
 def test_an_empty_b_and_an_error_are_not_available_rather_than_zero(records):
     extreme = [{**record, "flip": list(LABELS), "keep": []} for record in records]
     row = make_row("extreme", "x", [measure(extreme, LABELS, BOUNDARY)])
-    assert row["saved"]["hamming_b"] is None and row["intervals"]["saved"]["hamming_b"] is None
+    assert row["saved"]["hamming_b"] is None
+    assert row["intervals"]["saved"]["hamming_b"] is None
     broken = {**records[0], "probabilities": None, "distortion": None, "distortion_float": None, "error": {"type": "x"}}
     row = make_row("random", "x", [measure([broken], LABELS, BOUNDARY)])
-    assert row["errors"] == 1 and set(row["saved"].values()) == set(row["float"].values()) == {None}
+    assert row["errors"] == 1
+    assert set(row["saved"].values()) == set(row["float"].values()) == {None}
 
 
 def test_the_bootstrap_interval_covers_a_known_mean():
@@ -120,7 +123,7 @@ def test_the_bootstrap_interval_covers_a_known_mean():
     for _ in range(60):
         low, high = statistics._mean(rng.exponential(2.0, 80))[1]
         inside += low < 2.0 < high
-    assert inside >= 51  # 95% less what chance and the skew take
+    assert inside >= 51  # 95% of the intervals, less a margin for chance and skew
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +155,7 @@ def make_protocol(**more) -> Protocol:
 
 
 def strip(entries: list[dict]) -> list[dict]:
-    """Drop what differs from run to run: seconds."""
+    """Drop the seconds, which differ from run to run."""
     for entry in entries:
         for record in entry.get("records", ()):
             del record["cost"]["seconds"]
@@ -163,7 +166,8 @@ def test_photos_are_decided_on_at_their_own_sizes_and_bad_ones_left_out(classifi
     (tmp_path / "5.png").write_bytes(b"nonsense")
     paths = tuple(tmp_path / "5.png" if row == 5 else path for row, path in enumerate(data.paths))
     logits = predict_photos(classifier, replace(data, paths=paths))
-    assert logits[5].isnan().all() and logits.isfinite().all(1).sum() == 13
+    assert logits[5].isnan().all()
+    assert logits.isfinite().all(1).sum() == 13
     for row in (0, 13):
         alone = classifier([torch.from_numpy(read_photo(data.paths[row]).rgb).permute(2, 0, 1) / 255])[0]
         torch.testing.assert_close(logits[row], alone, atol=1e-3, rtol=1e-4)
@@ -186,14 +190,15 @@ def test_an_evaluation_attacks_what_the_classifier_gets_right_and_counts_it(data
     wrong = {str(data.paths[3]), str(data.paths[8])}
     for row in rows:
         mine = [r for e in batches if (e["case"], e["method"]) == (row["case"], row["method"]) for r in e["records"]]
-        assert len(mine) == row["images"] <= 3 and not {record["source"] for record in mine} & wrong
+        assert len(mine) == row["images"] <= 3
+        assert not {record["source"] for record in mine} & wrong
         assert row["success_rate"] == sum(record["status"] == "success" for record in mine) / len(mine)
         assert row["saved"]["rmsd"] == pytest.approx(np.mean([record["distortion"]["rmsd"] for record in mine]))
         assert all(record["cost"]["forward"] + record["cost"]["backward"] <= 20 for record in mine)
     assert not (folder / "images").exists()
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -207,9 +212,9 @@ def test_a_stopped_evaluation_goes_on_to_the_identical_tables(classifier, data, 
         nonlocal count
         count += 1
         if count > batches:
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop), Journal(tmp_path / "j.jsonl", {}) as journal:
+    with pytest.raises(StopError), Journal(tmp_path / "j.jsonl", {}) as journal:
         run(classifier, data, protocol, journal, done=stop)
     with (tmp_path / "j.jsonl").open("ab") as stream:
         stream.write(b'{"case": "random", "rec')  # as a killed process leaves it
@@ -217,7 +222,8 @@ def test_a_stopped_evaluation_goes_on_to_the_identical_tables(classifier, data, 
     with Journal(tmp_path / "j.jsonl", {}) as again:
         rows = run(classifier, data, protocol, again, planned=lambda total, had: left.append(total - had))
         found = list(again.entries())
-    assert again.torn and rows == expected
+    assert again.torn
+    assert rows == expected
     assert strip(found) == entries
     sources = [(e["case"], e["method"], record["source"]) for e in found if "records" in e for record in e["records"]]
     assert len(set(sources)) == len(sources)
@@ -289,7 +295,8 @@ def test_a_photo_that_failed_is_attacked_again_and_its_last_attempt_counts(class
             broken.append(True)
 
         rows = run(classifier, own, protocol, journal, planned=damage)
-        assert broken and all(row["errors"] == row["images"] for row in rows)
+        assert broken
+        assert all(row["errors"] == row["images"] for row in rows)
         assert len(failures(journal)) == sum(row["images"] for row in rows)
         for path, content in kept.items():
             path.write_bytes(content)
@@ -341,7 +348,8 @@ def test_the_files_hold_the_figures_and_mark_the_best_of_each_case(rows):
     for text, line in zip(csv.DictReader(io.StringIO(to_csv(rows))), range(6), strict=True):
         source = rows[line // 2]
         which = ("float", "saved")[line % 2]
-        assert text["result"] == which and float(text["map"]) == source[which]["map"]
+        assert text["result"] == which
+        assert float(text["map"]) == source[which]["map"]
         rate = "success_rate" if which == "saved" else "success_rate_float"
         assert float(text["success_rate_high"]) == source["intervals"][rate][1]
         assert float(text["auc_low"]) == source["intervals"][which]["auc"][0]
@@ -351,8 +359,13 @@ def test_the_files_hold_the_figures_and_mark_the_best_of_each_case(rows):
 def test_untrusted_names_are_harmless_in_markdown_and_latex(rows):
     grid = evaluation_grid(rows, "float")
     markdown, latex = to_markdown([grid]), to_latex([grid])
-    assert "\\<i\\>" in markdown and "c\\|d" in markdown and "a\\_b" in markdown
-    assert r"a\_b" in latex and r"<i>\&" in latex and "\x1b" not in markdown + latex
+    assert "\\<i\\>" in markdown
+    assert "c\\|d" in markdown
+    assert "a\\_b" in markdown
+    assert r"a\_b" in latex
+    assert r"<i>\&" in latex
+    assert "\x1b" not in markdown + latex
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in lines} == {len(grid.columns) + 1}
-    assert latex.count(r"\\") == 4 and latex.count("&") - latex.count(r"\&") == 4 * (len(grid.columns) - 1)
+    assert latex.count(r"\\") == 4
+    assert latex.count("&") - latex.count(r"\&") == 4 * (len(grid.columns) - 1)

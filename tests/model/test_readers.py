@@ -27,7 +27,7 @@ KERNELS = pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
 
 
 def _sizes(count: int = 50) -> list[tuple[int, int]]:
-    """Return (height, width) of every kind: odd, long and thin, tiny, of one side as long as the result's."""
+    """Return (height, width) of every kind: odd, long and thin, tiny, or with one side of the result's length."""
     generator = np.random.default_rng(14)
     sizes = [(1, 1), (1, 9), (700, 3), (3, 700), (56, 56), (56, 91), (133, 56), (57, 55), (320, 240), (240, 320)]
     while len(sizes) < count:
@@ -36,7 +36,7 @@ def _sizes(count: int = 50) -> list[tuple[int, int]]:
 
 
 def _photos(sizes) -> list[torch.Tensor]:
-    """Return 8-bit photos, (3, H, W); every third is black and white alone, which overshoots in cubic filters."""
+    """Return 8-bit photos, (3, H, W); every third has only black and white, so that cubic filters overshoot."""
     generator = np.random.default_rng(3)
     photos = [generator.integers(0, 256, (3, *size), dtype=np.uint8) for size in sizes]
     return [torch.from_numpy(np.where(n % 3 == 2, photo // 128 * 255, photo)) for n, photo in enumerate(photos)]
@@ -47,7 +47,7 @@ def _pil(photo: torch.Tensor) -> Image.Image:
 
 
 def _library(reader: Reader, photo: torch.Tensor, size: tuple[int, int], kernel: str) -> torch.Tensor:
-    """Return what the library itself makes of an 8-bit photo, (3, h, w)."""
+    """Return the library's own result for an 8-bit photo, (3, h, w)."""
     kernel = reader.filter or kernel
     if reader.engine == "opencv":
         import cv2
@@ -155,7 +155,7 @@ def test_the_result_of_a_photo_and_its_gradient_do_not_depend_on_its_batch(name)
 
 @ALL
 def test_the_backward_pass_is_the_librarys_own_map_without_rounding(name):
-    """On photos whose rounding errors average out, the linear map predicts the 8-bit result to a grey level."""
+    """The linear map predicts the 8-bit result to a grey level where rounding errors average out."""
     reader, size = parse_reader(name), (90, 71)
     bound = reader.bind(Preprocess((31, 24), None, (0, 0, 0), (1, 1, 1)), [size], "cpu")
     resizer = getattr(bound, "resizer", bound)

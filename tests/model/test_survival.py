@@ -36,11 +36,12 @@ def test_compressed_views_are_those_of_the_codec_and_padding_stays_zero():
         rgb = (images[row, :, :height, :width] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         expected = Purification("jpeg", 60).apply(rgb)[0]
         assert np.array_equal((views[row, :, :height, :width] * 255).round().permute(1, 2, 0).numpy(), expected)
-        assert not views[row, :, height:].any() and not views[row, :, :, width:].any()
+        assert not views[row, :, height:].any()
+        assert not views[row, :, :, width:].any()
 
 
 def test_the_linear_parts_are_jpeg_s(monkeypatch):
-    """With the rounding put back, they give the codec's own pixels, but for how chroma is enlarged."""
+    """With the rounding put back, they give the codec's own pixels, except for the enlargement of chroma."""
     images, sizes = photos()
     monkeypatch.setattr(survival, "_sensitivity", lambda c: torch.where(c.abs() > 1e-9, c.round() / c, 0.0))
     real = compress(images, sizes, Purification("jpeg", 50))
@@ -57,7 +58,10 @@ def test_the_linear_parts_are_jpeg_s(monkeypatch):
 def test_where_rounding_is_deaf_little_gradient_passes():
     values = torch.tensor([0.0, 3.0, 0.5, 2.5, 0.25])
     slopes = survival._sensitivity(values)
-    assert slopes[0] < 0.1 and slopes[1] < 0.1 and slopes[2] > 1.5 and slopes[3] > 1.5
+    assert slopes[0] < 0.1
+    assert slopes[1] < 0.1
+    assert slopes[2] > 1.5
+    assert slopes[3] > 1.5
     spread = survival._sensitivity(torch.linspace(0, 1, 1001))
     assert float(spread[:-1].mean()) == pytest.approx(1.0, abs=0.01)  # on average, rounding has the slope 1
 
@@ -78,12 +82,14 @@ def test_every_view_is_a_set_of_constraints_and_costs_its_passes():
     assert torch.allclose(both.select(rows)(images[rows]), logits[rows])
     ones = torch.ones(3, 2)
     targets = repeat_targets(Targets(ones.bool(), ~ones.bool(), ones, torch.tensor([0.1, 0.2])), 3)
-    assert targets.flip.shape == (3, 6) and targets.boundary.tolist() == pytest.approx([0.1, 0.2] * 3)
+    assert targets.flip.shape == (3, 6)
+    assert targets.boundary.tolist() == pytest.approx([0.1, 0.2] * 3)
     problem = Problem(both, images, ClassificationGoal(targets), limit=10)
     variable = images.clone().requires_grad_()
     problem.gradient(problem.logits(variable).sum(1), variable)
     assert problem.meter.forward.tolist() == problem.meter.backward.tolist() == [3, 3, 3]
-    assert problem.affordable(1).all() and not problem.affordable(2).any()
+    assert problem.affordable(1).all()
+    assert not problem.affordable(2).any()
 
 
 @pytest.mark.parametrize("method", ["ml-ddn", "ml-cw", "rank-2"])
@@ -97,7 +103,8 @@ def test_attacks_survive_the_quality_they_saw(cli, tiny, tmp_path, method):
     )
     assert code == 0, err
     record = json.loads((out / "report.json").read_text())["images"][0]
-    assert record["status"] == "success" and "holds after jpeg:75" in text
+    assert record["status"] == "success"
+    assert "holds after jpeg:75" in text
     assert record["survival"] == {"jpeg:75": {"held": 4, "total": 4, "violated": []}}
     cost = record["cost"]
     assert cost["forward"] > cost["backward"] > 0
@@ -117,4 +124,5 @@ def test_a_limit_on_passes_counts_every_view_and_check(cli, tiny, tmp_path):
     assert record["cost"]["forward"] + record["cost"]["backward"] <= 90
     assert len(record["survival"]) == 10
     code, _, err = cli(*arguments, "--overwrite", "--survive", "jpeg:60-69", "--passes", 30)
-    assert code == 2 and "--passes" in err
+    assert code == 2
+    assert "--passes" in err

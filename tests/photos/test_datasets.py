@@ -11,7 +11,7 @@ from mlperturb.photos.datasets import VOC_LABELS, Dataset, read_csv, read_voc
 
 @pytest.fixture
 def devkit(tmp_path) -> Path:
-    """Make a VOCdevkit of three photos and two labels; the photos are empty files, for they are not opened here."""
+    """Make a VOCdevkit of three photos and two labels; the photos are empty files, which no test here opens."""
     sets = tmp_path / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
     photos = tmp_path / "VOCdevkit" / "VOC2007" / "JPEGImages"
     sets.mkdir(parents=True)
@@ -66,7 +66,7 @@ def test_a_line_that_is_not_a_known_name_and_a_sign_is_shown(devkit, line):
 
 def test_a_split_without_label_files_is_a_dataset_error(devkit):
     (devkit / "VOC2007" / "ImageSets" / "Main" / "dog_val.txt").unlink()
-    with pytest.raises(DatasetError, match="expected LABEL_val.txt"):
+    with pytest.raises(DatasetError, match=r"expected files LABEL_val\.txt"):
         read_voc(devkit, "2007", "val")
 
 
@@ -153,11 +153,11 @@ def test_data_sets_of_other_labels_cannot_be_joined():
 def test_a_photo_named_twice_is_refused(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "table.csv").write_text("image,cat\na.jpg,1\na.jpg,0\n")
-    with pytest.raises(DatasetError, match="names a.jpg twice"):
+    with pytest.raises(DatasetError, match=r"names a\.jpg twice"):
         read_csv(tmp_path, tmp_path / "table.csv")
 
 
 def test_a_table_that_is_none_is_refused(tmp_path):
     (tmp_path / "table.csv").write_text('image,cat\n"' + "x\n" * 200_000)
-    with pytest.raises(DatasetError, match="no table of comma-separated values"):
+    with pytest.raises(DatasetError, match="not a table of comma-separated values"):
         read_csv(tmp_path, tmp_path / "table.csv")

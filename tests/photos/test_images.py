@@ -158,7 +158,8 @@ def test_a_photo_of_two_views_is_its_first_view(save_photo):
 def test_the_pixels_of_a_photo_can_be_written_to(save_photo):
     for image in (Image.fromarray(RGB), Image.fromarray(GREY), Image.fromarray(np.dstack([RGB, GREY]))):
         photo = read_photo(save_photo("x.png", image))
-        assert photo.rgb.flags.writeable and photo.rgb.flags.c_contiguous
+        assert photo.rgb.flags.writeable
+        assert photo.rgb.flags.c_contiguous
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.gif", "x.tif", "x.bmp"])
@@ -185,7 +186,8 @@ def test_damaged_bytes_give_a_photo_or_an_image_error(save_photo, seed):
     except ImageError as error:
         assert str(path) in str(error)
     else:
-        assert rgb.dtype == np.uint8 and rgb.shape[2] == 3
+        assert rgb.dtype == np.uint8
+        assert rgb.shape[2] == 3
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_a_folder_given_as_a_photo_is_an_image_error(tmp_path):
 
 def test_a_pipe_given_as_a_photo_is_an_image_error_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(ImageError, match="no regular file"):
+    with pytest.raises(ImageError, match="not a regular file"):
         read_photo(tmp_path / "x.png")
 
 
@@ -256,7 +258,7 @@ def test_files_are_taken_as_named_and_once(folder):
 
 
 def test_a_missing_path_is_a_usage_error_even_beside_good_ones(folder):
-    with pytest.raises(UsageError, match="no such file or folder: .*none"):
+    with pytest.raises(UsageError, match=r"no such file or folder: .*none"):
         find_photos([folder, folder / "none"])
 
 
@@ -286,7 +288,7 @@ def test_a_png_that_cannot_be_written_is_an_output_error_and_leaves_nothing(tmp_
     for path in (tmp_path / "file" / "x.png", tmp_path / "folder.png", tmp_path / "none" / "x.png"):
         with pytest.raises(OutputError, match="cannot write"):
             write_png(path, RGB)
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
 def test_the_map_is_magnified_to_its_largest_change_over_all_channels():

@@ -180,10 +180,10 @@ def test_the_png_has_the_photos_size_and_alpha_and_the_map_shows_the_difference(
 @pytest.mark.parametrize("passes", [MIN_PASSES, 17, 40])
 def test_no_photo_costs_more_passes_than_asked_for(classifier, photos, method, passes):
     calls = []
-    classifier.network.register_forward_hook(lambda _, inputs, output: calls.append(len(output)))
+    classifier.network.register_forward_hook(lambda _, __, output: calls.append(len(output)))
     for flip in ("cat", "all", "any"):
         calls.clear()
-        records, out = attack(classifier, photos, method=method, flip=[flip], keep=[], limits=Limits(passes))
+        records, _ = attack(classifier, photos, method=method, flip=[flip], keep=[], limits=Limits(passes))
         for record in records.values():
             assert 0 < record.cost["forward"] + record.cost["backward"] <= passes
         assert sum(calls) == sum(record.cost["forward"] for record in records.values())
@@ -192,7 +192,7 @@ def test_no_photo_costs_more_passes_than_asked_for(classifier, photos, method, p
 @pytest.mark.parametrize("budget", ["fast", "balanced"])
 def test_the_forward_passes_reported_are_those_the_network_made(classifier, photos, budget):
     calls = []
-    classifier.network.register_forward_hook(lambda _, inputs, output: calls.append(len(output)))
+    classifier.network.register_forward_hook(lambda _, __, output: calls.append(len(output)))
     records, _ = attack(classifier, photos, method="ml-cw", budget=budget)
     assert sum(calls) == sum(record.cost["forward"] for record in records.values())
 
@@ -220,11 +220,12 @@ def test_an_unreadable_photo_is_recorded_and_the_others_are_done(classifier, pho
     (photos / "0.jpg").write_bytes(b"")
     (photos / "b2.png").write_bytes((photos / "b.png").read_bytes()[:60])
     (photos / "z.gif").write_text("no image at all")
-    records, out = attack(classifier, photos)
+    records, _ = attack(classifier, photos)
     unreadable = [name for name, record in records.items() if record.status == "unreadable"]
     assert sorted(unreadable) == ["0.jpg", "b2.png", "z.gif"]
     for name in unreadable:
-        assert records[name].error.type == "ImageError" and name in records[name].error.message
+        assert records[name].error.type == "ImageError"
+        assert name in records[name].error.message
         assert records[name].files == {"adversarial": None, "map": None}
     assert [records[name].status for name in ("a.png", "b.png", "c.bmp")] == ["success"] * 3
     assert exit_code(list(records.values())) == 1
@@ -252,10 +253,12 @@ def test_a_network_that_gives_nan_is_an_error_of_that_photo(classifier, photos, 
         if always or name == "b-dark.png":
             assert record.status == "failed"
             assert record.error == Failure("NumericalError", "the network's outputs are not finite")
-            assert record.files["adversarial"] is None and record.probabilities is None
+            assert record.files["adversarial"] is None
+            assert record.probabilities is None
             assert not (out / f"{Path(name).stem}.adv.png").exists()
         else:
-            assert record.status == "success" and record.error is None
+            assert record.status == "success"
+            assert record.error is None
     assert exit_code(list(records.values())) == 1
     check_schema(records.values())
 
@@ -276,9 +279,11 @@ def test_a_failed_attack_leaves_no_file_and_is_no_error(photos, method):
     (out / "a.adv.png").write_bytes(b"of an earlier run")
     records, _ = attack(classifier, photos, method=method, limits=Limits(passes=20))
     for record in records.values():
-        assert record.status == "failed" and record.error is None
+        assert record.status == "failed"
+        assert record.error is None
         assert record.files == {"adversarial": None, "map": None}
-        assert record.probabilities["after"] is None and record.distortion is None
+        assert record.probabilities["after"] is None
+        assert record.distortion is None
         assert record.success_float is False
         assert "cat" in record.constraints["violated"]
     assert list(out.iterdir()) == []
@@ -299,7 +304,8 @@ def test_nothing_left_to_change_is_a_success_that_costs_nothing(classifier, phot
     request = parse_request(LABELS, add=present)
     run_attack(classifier, plan_outputs([photos / "a.png"]), out, Settings("ml-cw", "fast", request), records.extend)
     assert records[0].status == "success"
-    assert records[0].flip == [] and records[0].keep == present
+    assert records[0].flip == []
+    assert records[0].keep == present
     assert records[0].distortion.l2 == 0
     assert np.array_equal(read_photo(out / "a.adv.png").rgb, rgb["a.png"])
     assert read_photo(out / "a.map.png").rgb.max() == 0
@@ -309,16 +315,19 @@ def test_nothing_left_to_change_is_a_success_that_costs_nothing(classifier, phot
 def test_flip_any_flips_one_label_and_holds_what_is_named(classifier, photos):
     records, _ = attack(classifier, photos, flip=["any"], keep=["cat", "dog"])
     for record in records.values():
-        assert len(record.flip) == 1 and record.flip[0] in ("cow", "hen")
+        assert len(record.flip) == 1
+        assert record.flip[0] in ("cow", "hen")
         assert record.keep == ["cat", "dog"]
         assert record.status == "success"
     free, _ = attack(classifier, photos, flip=["any"], keep=[])
     for name, record in free.items():
-        assert len(record.flip) == 1 and record.keep == []
+        assert len(record.flip) == 1
+        assert record.keep == []
         assert record.distortion.l2 <= records[name].distortion.l2 * 1.2
     rest, _ = attack(classifier, photos, flip=["any"], keep=["rest"])
     for record in rest.values():
-        assert len(record.flip) == 1 and sorted([*record.flip, *record.keep]) == sorted(LABELS)
+        assert len(record.flip) == 1
+        assert sorted([*record.flip, *record.keep]) == sorted(LABELS)
 
 
 @pytest.mark.parametrize("which", ["write_png", "magnified"])
@@ -359,7 +368,8 @@ def test_photos_of_one_name_get_numbered_outputs():
     paths = [Path(name) for name in ("x/a.png", "y/a.jpg", "y/A.gif", "z/a-2.png", "b.png")]
     jobs = plan_outputs(paths)
     names = [job.adversarial for job in jobs]
-    assert names[:2] == ["a.adv.png", "a-2.adv.png"] and names[-1] == "b.adv.png"
+    assert names[:2] == ["a.adv.png", "a-2.adv.png"]
+    assert names[-1] == "b.adv.png"
     assert len({name.casefold() for name in names}) == len(names)
     assert [job.map for job in jobs] == [name.replace(".adv.", ".map.") for name in names]
     assert [job.source for job in jobs] == paths
@@ -386,7 +396,8 @@ def test_a_limit_out_of_its_range_is_refused_by_its_name(limits, message):
 def test_settings_say_in_a_report_what_was_asked_for_as_it_was_written():
     words = Words(flip=["cat,dog"], survive=["jpeg:70-72"], region="0,0,9,9")
     settings = read_settings(words, LABELS, limits=Limits(100, linf=4), options={"space": "logit", "solver": None})
-    assert settings.request.flip == (0, 1) and len(settings.survive[1]) == 3
+    assert settings.request.flip == (0, 1)
+    assert len(settings.survive[1]) == 3
     assert list(settings.describe(seed=3, device="cpu").items()) == [
         ("method", "ml-ddn"),
         ("budget", "balanced"),
@@ -476,7 +487,8 @@ def test_json_holds_no_nan_and_no_raw_control_character():
     with pytest.raises(ValueError, match="not JSON compliant"):
         to_json({"x": float("nan")})
     text = to_json({"x": "a\x1b[31m\u202e\n"})
-    assert text.isascii() and "\x1b" not in text
+    assert text.isascii()
+    assert "\x1b" not in text
     assert json.loads(text) == {"x": "a\x1b[31m\u202e\n"}
 
 

@@ -22,11 +22,13 @@ from mlperturb.system.journal import Journal
 
 
 def test_a_run_that_is_done_is_not_done_again(cli, command, tmp_path, monkeypatch):
-    assert cli(*command(tmp_path / "out"))[0] == 1  # one file is no photo
+    assert cli(*command(tmp_path / "out"))[0] == 1  # one file is not a photo
     before = contents(tmp_path / "out")
     monkeypatch.setattr(mlperturb.run.search, "search", None)  # would fail if it were called
     code, text, err = cli(*command(tmp_path / "out"))
-    assert code == 1 and "going on: 9 of 10" in err and "9" in text
+    assert code == 1
+    assert "going on: 9 of 10" in err
+    assert "9" in text
     assert contents(tmp_path / "out") == before
     assert len(attacked(tmp_path / "out")) == 9
 
@@ -40,13 +42,15 @@ def test_what_changed_is_done_again_and_nothing_else(cli, command, photos, tmp_p
     Image.fromarray(TINY_PIXELS[::-1].copy()).save(photos / "7.png")
     Image.fromarray(TINY_PIXELS).save(photos / "broken.png")
     code, _, err = cli(*command(out))
-    assert code == 0 and "going on: 9 of 10" in err
+    assert code == 0
+    assert "going on: 9 of 10" in err
     again = [Path(name).name for name in attacked(out)[9:]]
     assert again == ["1.png", "4.png", "7.png", "broken.png"]
     files, records = contents(out)
     same = {name for name in whole[0] if not name.startswith("7.")}
     assert {name: files[name] for name in same} == {name: whole[0][name] for name in same}
-    assert len(records) == 10 and all(record["status"] == "success" for record in records)
+    assert len(records) == 10
+    assert all(record["status"] == "success" for record in records)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +60,9 @@ def test_other_settings_never_mix_into_a_run(cli, command, tmp_path, more):
     cli(*command(tmp_path / "out"))
     before = contents(tmp_path / "out")
     code, _, err = cli(*command(tmp_path / "out", *more))
-    assert code == 2 and "was written with another" in err and "--overwrite" in err
+    assert code == 2
+    assert "was written with another" in err
+    assert "--overwrite" in err
     assert contents(tmp_path / "out") == before
     assert cli(*command(tmp_path / "out", *more, "--overwrite"))[0] == 1
     assert len(attacked(tmp_path / "out")) == 9
@@ -69,7 +75,9 @@ def test_a_torn_last_line_is_dropped_and_said(cli, command, tmp_path):
     journal = out / "journal.jsonl"
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1])[:-40])  # the last has no photo
     code, _, err = cli(*command(out))
-    assert code == 1 and "cut short" in err and "going on: 6 of 10" in err
+    assert code == 1
+    assert "cut short" in err
+    assert "going on: 6 of 10" in err
     assert contents(out) == before
 
 
@@ -80,11 +88,14 @@ def test_a_damaged_journal_stops_with_a_line(cli, command, tmp_path, line):
     with (out / "journal.jsonl").open("a") as stream:
         stream.write(line + "\n")
     code, _, err = cli(*command(out))
-    assert code in (2, 3) and "damaged" in err and "--overwrite" in err and "Traceback" not in err
+    assert code in (2, 3)
+    assert "damaged" in err
+    assert "--overwrite" in err
+    assert "Traceback" not in err
 
 
 def kill_until_done(arguments: list[str], kills: int, number: signal.Signals, seed: int) -> None:
-    """Start the command again and again, each time killed at a random moment, and let the last one finish."""
+    """Start the command several times, kill it each time at a random moment, and let the last start finish."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-m", "mlperturb", *arguments]
     rng = random.Random(seed)
@@ -100,7 +111,8 @@ def kill_until_done(arguments: list[str], kills: int, number: signal.Signals, se
             process.send_signal(number)
             assert process.wait(60) in (-number, 1, 130)
     done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -119,9 +131,10 @@ def test_killed_at_any_moment_a_run_comes_to_the_files_and_records_of_an_undistu
     kill_until_done(command(tmp_path / "out", *more), kills, number, seed=kills)
     files, records = contents(tmp_path / "out")
     expected, wanted = contents(tmp_path / "whole")
-    assert files == expected and records == wanted
+    assert files == expected
+    assert records == wanted
     sources = attacked(tmp_path / "out")
-    assert len(sources) == len(set(sources)) == 9  # nothing that the journal had was attacked again
+    assert len(sources) == len(set(sources)) == 9  # no photo in the journal was attacked again
 
 
 @pytest.mark.parametrize(
@@ -155,7 +168,8 @@ run()
     )
     started = [sys.executable, "-m", program.stem]
     done = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_signal_while_a_library_loads_ends_the_process_without_an_exception_inside_of_it(command, tmp_path):
@@ -183,17 +197,26 @@ run()
 
 def test_a_first_signal_waits_for_what_is_held_and_a_second_does_not():
     reached = []
-    with Interrupts() as interrupts:
-        with pytest.raises(KeyboardInterrupt), interrupts.hold():
+
+    def signal_once(interrupts: Interrupts) -> None:
+        with interrupts.hold():
             os.kill(os.getpid(), signal.SIGTERM)
             reached.append(1)
+
+    def signal_twice(interrupts: Interrupts) -> None:
+        with interrupts.hold():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(2)
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(3)
+
+    with Interrupts() as interrupts:
+        with pytest.raises(KeyboardInterrupt):
+            signal_once(interrupts)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt), interrupts.hold():
-        os.kill(os.getpid(), signal.SIGINT)
-        reached.append(2)
-        os.kill(os.getpid(), signal.SIGINT)
-        reached.append(3)
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+        signal_twice(interrupts)
     assert reached == [1, 2]
 
 
@@ -220,7 +243,8 @@ def test_out_of_memory_halves_the_batch_is_said_once_and_every_photo_comes_out(c
 
     monkeypatch.setattr(mlperturb.run.search, "search", short_of_memory)
     code, _, err = cli(*command(tmp_path / "out", "--batch-size", 8))
-    assert code == 1 and err.count("ran out of memory") == 1
+    assert code == 1
+    assert err.count("ran out of memory") == 1
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
     records, wanted = contents(tmp_path / "out")[1], contents(tmp_path / "whole")[1]
     assert [record["status"] for record in records] == [record["status"] for record in wanted]
@@ -237,9 +261,10 @@ def test_a_photo_too_large_by_itself_fails_and_the_rest_goes_on(cli, command, ph
     monkeypatch.setattr(mlperturb.run.search, "search", short_of_memory)
     code, _, err = cli(*command(tmp_path / "out"))
     records = contents(tmp_path / "out")[1]
-    assert code == 1 and "4.png: too large" in err
+    assert code == 1
+    assert "4.png: too large" in err
     assert [record["status"] for record in records].count("success") == 8
-    assert "4.png" not in [Path(name).name for name in attacked(tmp_path / "out")]  # it is tried again
+    assert "4.png" not in [Path(name).name for name in attacked(tmp_path / "out")]  # the photo is attacked again
 
 
 @pytest.mark.slow
@@ -269,15 +294,18 @@ def test_another_photo_of_the_same_name_does_not_replace_what_is_done(cli, comma
     Image.fromarray(TINY_PIXELS[::-1].copy()).save(other / "4.png")
     arguments = command(out)
     code, _, err = cli(*["attack", other, *arguments[2:]])
-    assert code == 2 and "4.adv.png exists already and was not made of" in err and err.count("\n") == 1
+    assert code == 2
+    assert "4.adv.png exists already and was not made of" in err
+    assert err.count("\n") == 1
     assert contents(out) == whole
     (out / "new.adv.png").write_bytes(b"precious")
     Image.fromarray(TINY_PIXELS).save(photos / "new.png")
     code, _, err = cli(*arguments)
-    assert code == 2 and "new.adv.png exists already" in err
+    assert code == 2
+    assert "new.adv.png exists already" in err
     assert (out / "new.adv.png").read_bytes() == b"precious"
     (out / "new.adv.png").unlink()
-    assert cli(*arguments)[0] == 1  # one more photo in the folder is no other run
+    assert cli(*arguments)[0] == 1  # one more photo in the folder does not make another run
     assert len(attacked(out)) == 10
 
 
@@ -287,8 +315,10 @@ def test_a_run_that_is_going_on_is_not_overwritten(cli, command, tmp_path, whole
     journal = (out / "journal.jsonl").read_bytes()
     with Journal(out / "journal.jsonl", json.loads(journal.partition(b"\n")[0])["key"]):
         code, _, err = cli(*command(out, "--overwrite"))
-        assert code == 2 and "another run is writing" in err
-    assert (out / "journal.jsonl").read_bytes() == journal and contents(out) == whole
+        assert code == 2
+        assert "another run is writing" in err
+    assert (out / "journal.jsonl").read_bytes() == journal
+    assert contents(out) == whole
 
 
 def test_what_a_killed_run_left_half_written_goes(cli, command, tmp_path):
@@ -303,7 +333,7 @@ def test_what_a_killed_run_left_half_written_goes(cli, command, tmp_path):
 def test_a_photo_for_which_there_is_no_memory_is_an_error_of_its_own(cli, command, tmp_path, monkeypatch, error):
     if error is None:
         free = 36 * 30 * 200 - 1  # the largest photos need more
-        monkeypatch.setattr(mlperturb.run.search, "free_memory", lambda device: free)
+        monkeypatch.setattr(mlperturb.run.search, "free_memory", lambda _: free)
     else:
         search = mlperturb.run.search.search
 
@@ -316,5 +346,7 @@ def test_a_photo_for_which_there_is_no_memory_is_an_error_of_its_own(cli, comman
     code, _, err = cli(*command(tmp_path / "out"))
     records = contents(tmp_path / "out")[1]
     failed = [Path(record["source"]).name for record in records if record["status"] == "failed"]
-    assert code == 1 and "too large for the device's memory" in err
-    assert failed == ["0.png", "6.png"] and [record["status"] for record in records].count("success") == 7
+    assert code == 1
+    assert "too large for the device's memory" in err
+    assert failed == ["0.png", "6.png"]
+    assert [record["status"] for record in records].count("success") == 7

@@ -1,4 +1,4 @@
-"""Storage that fails under a run."""
+"""Storage that fails during a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.runs import contents, said
 
 @pytest.fixture
 def mount() -> Iterator[Callable[..., None]]:
-    """Mount something on a folder until the test ends; skip where that is not allowed."""
+    """Mount a file system on a folder until the test ends; skip the test if mounting is not allowed."""
     mounted: list[Path] = []
 
     def run(folder: Path, *arguments: object) -> None:
@@ -35,7 +35,7 @@ def mount() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def from_call(monkeypatch) -> Callable[..., None]:
-    """Let something happen right before the n-th call of a function of `os`, or before every one from there on."""
+    """Call a function right before the n-th call of a function of `os`, or before each call from the n-th on."""
 
     def arrange(name: str, number: int, happen: Callable[[], None], *, once: bool) -> None:
         calls, function = count(1), getattr(os, name)
@@ -70,8 +70,10 @@ def test_a_disk_full_at_any_write_stops_the_run_with_a_line_and_the_same_command
     from_call(name, number, no_space, once=False)
     code, _, err = cli(*command(out))
     monkeypatch.undo()
-    assert code == 3 and len(said(err)) == 1
-    assert said(err)[0].startswith(f"mlperturb: error: cannot write {out}") and "No space left" in said(err)[0]
+    assert code == 3
+    assert len(said(err)) == 1
+    assert said(err)[0].startswith(f"mlperturb: error: cannot write {out}")
+    assert "No space left" in said(err)[0]
     assert not [path for path in out.iterdir() if path.name.endswith(".tmp")]
     assert cli(*command(out))[0] == 1
     assert contents(out) == whole
@@ -81,7 +83,8 @@ def test_one_write_that_fails_stops_the_run_and_what_was_done_is_reported(cli, c
     out = tmp_path / "out"
     from_call("replace", 12, no_space, once=True)
     code, _, err = cli(*command(out))
-    assert code == 3 and len(said(err)) == 1
+    assert code == 3
+    assert len(said(err)) == 1
     files, records = contents(out)
     assert 0 < len([record for record in records if record["status"] == "success"]) < 9
     assert {name: data for name, data in files.items() if name in whole[0]} == files
@@ -94,7 +97,9 @@ def test_a_file_system_without_room_stops_the_run_and_with_room_it_goes_on(cli, 
     out = tmp_path / "out"
     mount(out, "-t", "tmpfs", "-o", f"size={pages * os.sysconf('SC_PAGE_SIZE')}", "tmpfs")
     code, _, err = cli(*command(out))
-    assert code == 3 and len(said(err)) == 1 and "No space left" in said(err)[0]
+    assert code == 3
+    assert len(said(err)) == 1
+    assert "No space left" in said(err)[0]
     subprocess.run(["mount", "-o", "remount,size=9m", out], check=True)
     assert cli(*command(out))[0] == 1
     assert contents(out) == whole
@@ -107,7 +112,9 @@ def test_a_limit_on_the_size_of_files_stops_the_run_with_a_line(cli, command, tm
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500)),
     )  # fmt: skip
-    assert done.returncode == 3 and len(said(done.stderr)) == 1 and "File too large" in said(done.stderr)[0]
+    assert done.returncode == 3
+    assert len(said(done.stderr)) == 1
+    assert "File too large" in said(done.stderr)[0]
     assert cli(*command(out))[0] == 1
     assert contents(out) == whole
 
@@ -125,7 +132,9 @@ def test_a_folder_that_becomes_read_only_stops_the_run(cli, command, tmp_path, m
     mount(seen, "--bind", out)
     from_call("replace", 6, lambda: mount(seen, "-o", "ro", "--bind", out), once=True)
     code, _, err = cli(*command(seen))
-    assert code == 3 and len(said(err)) == 1 and "Read-only file system" in said(err)[0]
+    assert code == 3
+    assert len(said(err)) == 1
+    assert "Read-only file system" in said(err)[0]
     assert cli(*command(out))[0] == 1
     assert contents(out) == whole
 
@@ -135,8 +144,10 @@ def test_a_folder_that_vanishes_stops_the_run_with_a_line(cli, command, tmp_path
     out = tmp_path / "out"
     from_call("replace", number, lambda: vanish(out), once=True)
     code, _, err = cli(*command(out))
-    assert code == 3 and len(said(err)) == 1 and "No such file or directory" in said(err)[0]
-    assert not out.exists()  # nor is it made again behind its owner's back
+    assert code == 3
+    assert len(said(err)) == 1
+    assert "No such file or directory" in said(err)[0]
+    assert not out.exists()  # the run does not make the deleted folder again
     assert cli(*command(out))[0] == 1
     assert contents(out) == whole
 
@@ -151,10 +162,14 @@ def test_a_folder_that_becomes_a_file_stops_the_run_with_a_line(cli, command, tm
 
     from_call("replace", number, replace, once=True)
     code, _, err = cli(*command(out))
-    assert code == 3 and len(said(err)) == 1
+    assert code == 3
+    assert len(said(err)) == 1
     assert out.read_text() == "mine"
     code, text, err = cli(*command(out))
-    assert code == 2 and not text and len(said(err)) == 1 and "cannot make the output folder" in err
+    assert code == 2
+    assert not text
+    assert len(said(err)) == 1
+    assert "cannot make the output folder" in err
     out.unlink()
     assert cli(*command(out))[0] == 1
     assert contents(out) == whole

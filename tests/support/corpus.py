@@ -1,4 +1,4 @@
-"""Corpora of bad image files and bad checkpoints: what a folder from elsewhere may hold."""
+"""Corpora of bad image files and bad checkpoints, as a folder from elsewhere may have them."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def good(form: str, size: tuple[int, int] = (36, 30)) -> bytes:
 
 
 def chunk(kind: bytes, data: bytes, *, crc: int | None = None, length: int | None = None) -> bytes:
-    """Return a PNG chunk, its checksum or length a lie if given."""
+    """Return a PNG chunk; a checksum or length that is given may be wrong."""
     checksum = zlib.crc32(kind + data) if crc is None else crc
     return struct.pack(">I", len(data) if length is None else length) + kind + data + struct.pack(">I", checksum)
 
 
 def png(width: int, height: int, *, bits: int = 8, colour: int = 2, data: bytes = b"", interlace: int = 0) -> bytes:
-    """Return a PNG whose header says what is given, whatever its data."""
+    """Return a PNG with the header that is given, whatever its data."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlace)
     body = chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
@@ -154,7 +154,7 @@ class Call:
 
 
 def tensors_file(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
-    """Return a safetensors file of a header, as JSON unless it is bytes, whose length is a lie if given."""
+    """Return a safetensors file of a header, JSON or raw bytes; a header length that is given may be wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -166,7 +166,7 @@ def _torch_file(value: object, *, archive: bool = True) -> bytes:
 
 
 def _archive(path: Path, change: Callable[[str, bytes], bytes], *, method: int = zipfile.ZIP_STORED) -> bytes:
-    """Return a copy of the archive that torch.save wrote, its members changed."""
+    """Return a copy of an archive of torch.save with changed members."""
     stream = io.BytesIO()
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(stream, "w", method) as target:
         for member in source.namelist():
@@ -175,9 +175,9 @@ def _archive(path: Path, change: Callable[[str, bytes], bytes], *, method: int =
 
 
 def build_checkpoints(folder: Path, good: Path, victim: Path) -> dict[str, Bad]:
-    """Write bad checkpoints, all made of a good one of ours; return what is wrong with each file.
+    """Write bad checkpoints, made from a good checkpoint of ours; return the damage of each file.
 
-    Those that hold code would make the file `victim` if they were ever executed.
+    Checkpoints with code would create the file `victim` if the code were executed.
     """
     whole = good.read_bytes()
     start = 8 + struct.unpack("<Q", whole[:8])[0]
@@ -271,7 +271,7 @@ def _bad_headers() -> dict[str, tuple[str, dict[str, object]]]:
 
 
 def _bad_metadata(count: int) -> dict[str, tuple[Bad, dict[str, str | None]]]:
-    """Return metadata that takes the place of the good one's; a field that is None is missing."""
+    """Return metadata to replace good metadata; a field that is None is missing."""
     names = [f"label {number}" for number in range(count)]
     million = {"labels": json.dumps([f"{n}" for n in range(10**6)]), "thresholds": json.dumps([0.5] * 10**6)}
     preprocess = {"resize": [40, 40], "crop": None, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
@@ -378,7 +378,7 @@ def _bad_pickles(folder: Path, state: dict[str, torch.Tensor], victim: Path) -> 
     looped["state_dict"] = looped
     packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # both are deprecated
+        warnings.simplefilter("ignore")  # both formats are deprecated
         quantised = torch.quantize_per_tensor(head, 0.1, 0, torch.qint8)
         stream = io.BytesIO()
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), stream)
@@ -410,7 +410,7 @@ def _bad_pickles(folder: Path, state: dict[str, torch.Tensor], victim: Path) -> 
         "text.pt": ("another format", b"weights\n" * 20),
         "photo.pt": ("another format", good("PNG")),
         "end-alone.pt": ("another format", b"PK\x05\x06" + bytes(18)),
-        "hollow.pt": ("members missing", _archive(scratch, lambda member, old: b"")),
+        "hollow.pt": ("members missing", _archive(scratch, lambda *_: b"")),
         "short.pt": ("members missing", _archive(scratch, lambda name, old: old[: 9 if "/data/" in name else None])),
         "bomb.pt": ("bomb", swap("data/0", bytes(700_000_000), zipfile.ZIP_DEFLATED)),
         "bomb-pickle.pt": ("bomb", swap("data.pkl", bytes(700_000_000), zipfile.ZIP_DEFLATED)),

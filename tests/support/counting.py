@@ -1,4 +1,4 @@
-"""A model that counts its passes by itself."""
+"""A model that counts its own passes, apart from the `Meter`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class _Count(torch.autograd.Function):
 
 @dataclass
 class Tally:
-    """What a counting model has seen.
+    """The passes of a counting model.
 
     Attributes:
         forward: forward passes of each image.
         backward: backward passes that each image was part of.
-        used: those in which it had a gradient of its own.
+        used: backward passes in which the image had a gradient of its own.
         batches: the sizes of the batches.
     """
 
@@ -41,7 +41,7 @@ class Tally:
 
 
 class Counting:
-    """A model that counts, by itself, what each image of a batch costs."""
+    """A model that counts the passes of each image of a batch."""
 
     def __init__(self, model: Callable[[Tensor], Tensor], rows: int | Tensor, tally: Tally | None = None) -> None:
         self.model = model

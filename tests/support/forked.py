@@ -1,6 +1,6 @@
-"""Run many commands, each in a process of its own with limits of its own, and load the libraries once for all.
+"""Run many commands, each in its own process with its own limits, and load the libraries only once.
 
-`python tests/support/forked.py COMMANDS RESULTS`: a JSON list of argument lists in, a JSON line each out.
+`python tests/support/forked.py COMMANDS RESULTS`: read a JSON list of argument lists, write a JSON line for each.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 
 from mlperturb.cli.main import main
 
-SECONDS, MEMORY = 60, 8 * 2**30  # of the clock; of address space, of which the libraries take a part
+SECONDS, MEMORY = 60, 8 * 2**30  # of the clock; bytes of address space, the libraries included
 
 
 def limited(arguments: list[str], out: int, err: int) -> None:
-    """Become the command; never come back."""
+    """Turn this process into the command; never return."""
     code = 70
     try:
         os.dup2(out, 1)
@@ -46,7 +46,7 @@ def limited(arguments: list[str], out: int, err: int) -> None:
 
 
 def run(arguments: list[str]) -> dict[str, object]:
-    """Return the exit code, minus the signal's number if one ended it, what was printed and the peak of memory."""
+    """Return the exit code (minus the number of a signal that ended it), the output and the peak of memory."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
@@ -71,7 +71,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     commands, results = map(Path, sys.argv[1:])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        sys.argv = ["mlperturb", "labels"]  # loads what is loaded late
+        sys.argv = ["mlperturb", "labels"]  # loads the modules that load late
         main()
     gc.collect()
     gc.freeze()

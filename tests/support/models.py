@@ -1,4 +1,4 @@
-"""Models with known answers, ragged targets, every attack tuned to be quick."""
+"""Models with known answers, targets with empty sets, and every attack with a quick tuning."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mlperturb.attacks.ranking import rank_1, rank_2
 from mlperturb.attacks.schedule import FAST
 from mlperturb.targets import Targets, decide
 
-# Of the fixture `tiny`, and a photo of which it says cat and potted plant.
+# Labels of the fixture `tiny`, and a photo in which it finds cat and potted plant.
 TINY_LABELS = ("cat", "dog", "potted plant", "hen")
 TINY_PIXELS = np.random.default_rng(1).integers(0, 256, (30, 36, 3), dtype=np.uint8)
 
-# Every method, in every variant that takes another way through the code, tuned to be quick.
+# Every method, in every variant that runs other code, with a quick tuning.
 ATTACKS: dict[str, Callable] = {
     "ml-ddn": lambda problem: ml_ddn(problem, iterations=20),
     "ml-ddn after": lambda problem: ml_ddn(problem, rounding="after", iterations=20),
@@ -51,7 +51,7 @@ class Linear:
 def linear_problem(
     count: int, labels: int, *, size: tuple[int, int] = (4, 4), seed: int = 0, scale: float = 1.0, dtype=torch.double
 ) -> tuple[Linear, Tensor, Tensor]:
-    """Return a linear model, mid-grey photos and their labels; every margin is one that a small step crosses."""
+    """Return a linear model, mid-grey photos and their labels; a small step crosses every margin."""
     generator = torch.Generator().manual_seed(seed)
     images = 0.5 + 0.01 * torch.randn(count, 3, *size, generator=generator, dtype=dtype)
     weight = scale * torch.randn(labels, images[0].numel(), generator=generator, dtype=dtype)
@@ -62,7 +62,7 @@ def linear_problem(
 
 
 def mask(count: int, labels: int, chosen: list[int]) -> Tensor:
-    """Return the mask of these labels, the same for every image."""
+    """Return a mask of these labels, the same for every image."""
     result = torch.zeros(count, labels, dtype=torch.bool)
     result[:, chosen] = True
     return result

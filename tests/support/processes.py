@@ -13,7 +13,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds p
 
 
 def launch(arguments: list[object], *, restarts: int = 0, processes: int = 2, mark: str = "") -> subprocess.Popen[str]:
-    """Start a command of ours under torchrun."""
+    """Start an mlperturb command under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [f"--max-restarts={restarts}", "-m", "mlperturb", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLPERTURB_TEST": mark}
@@ -21,13 +21,13 @@ def launch(arguments: list[object], *, restarts: int = 0, processes: int = 2, ma
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for it; return exit code, stdout and stderr."""
+    """Wait for the process; return its exit code, stdout and stderr."""
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
 
 def find_rank(rank: int, mark: str) -> int:
-    """Return the process id of a rank of the run of this mark."""
+    """Return the process id of a rank of the run with this mark."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             environment = path.read_bytes().split(b"\0")

@@ -1,4 +1,4 @@
-"""Photos for a run, and what it wrote."""
+"""Photos for a run, and the run's outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.models import TINY_PIXELS
 
 
 def write_photos(folder: Path, count: int) -> Path:
-    """Write photos of several sizes, named by number, and a file that is none."""
+    """Write photos of several sizes, named by number, and a file that is not a photo."""
     folder.mkdir()
     for number in range(count):
         pixels = np.roll(TINY_PIXELS, number, 1)[: 30 - number % 3, : 36 - number % 2]
@@ -30,12 +30,12 @@ def contents(out: Path) -> tuple[dict[str, bytes], list[dict]]:
 
 
 def attacked(out: Path) -> list[str]:
-    """Return the photos of every attack that came to an end, in the order of the journal."""
+    """Return the photos of every finished attack, in the order of the journal."""
     entries = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
     return [r["source"] for entry in entries for r in entry.get("records", ()) if r["error"] is None]
 
 
 def said(err: str) -> list[str]:
-    """Return the lines on stderr, but for that of the file that is no photo."""
+    """Return the lines on stderr, without the line for the file that is not a photo."""
     assert "Traceback" not in err
     return [line for line in err.splitlines() if "broken.png" not in line]

@@ -12,11 +12,13 @@ KEY = {"version": "1", "seed": 0}
 
 def test_a_journal_gives_back_what_was_appended_and_goes_on(tmp_path):
     with Journal(tmp_path / "j.jsonl", KEY) as first:
-        assert not first.resumed and list(first.entries()) == []
+        assert not first.resumed
+        assert list(first.entries()) == []
         first.append({"a": 1})
     with Journal(tmp_path / "j.jsonl", KEY) as second:
         second.append({"a": "\u202e\n"})
-        assert second.resumed and not second.torn
+        assert second.resumed
+        assert not second.torn
         assert list(second.entries()) == [{"a": 1}, {"a": "\u202e\n"}]
 
 
@@ -36,7 +38,8 @@ def test_a_torn_last_line_is_dropped(tmp_path, cut):
         journal.append({"number": 2})
     path.write_bytes(path.read_bytes()[:-cut])
     with Journal(path, KEY) as again:
-        assert again.torn and list(again.entries()) == [{"number": 1}]
+        assert again.torn
+        assert list(again.entries()) == [{"number": 1}]
         assert path.read_bytes() == whole
 
 
@@ -52,7 +55,7 @@ def test_another_key_is_refused_and_named(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"photo", b"[1]\n", b'{"key": 5}\n', b'{"key": 3', b"\x89PNG\r\n\x1a\n"])
 def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path, content):
     (tmp_path / "j.jsonl").write_bytes(content)
-    with pytest.raises(UsageError, match="no journal"):
+    with pytest.raises(UsageError, match="not the journal of a run"):
         Journal(tmp_path / "j.jsonl", KEY)
     assert (tmp_path / "j.jsonl").read_bytes() == content
 

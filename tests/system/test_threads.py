@@ -26,8 +26,10 @@ def test_no_more_is_read_ahead_than_the_window_allows():
             yield number
 
     results = ahead(lambda number: number, items(), window=5)
-    assert next(results) == 0 and len(drawn) == 6
-    assert next(results) == 1 and len(drawn) == 7
+    assert next(results) == 0
+    assert len(drawn) == 6
+    assert next(results) == 1
+    assert len(drawn) == 7
     results.close()
     assert len(drawn) == 7
 
@@ -66,7 +68,7 @@ def test_who_is_too_far_ahead_waits():
     go, third = threading.Event(), threading.Event()
     behind = Behind(depth=1)
     behind.submit(lambda: go.wait(10) and None)
-    behind.submit(lambda: None)  # the first is in hand now, the second waits
+    behind.submit(lambda: None)  # the first runs now, the second waits
 
     def hand_over() -> None:
         behind.submit(lambda: None)
@@ -88,11 +90,14 @@ def test_after_an_error_no_task_is_carried_out_and_the_caller_hears_of_it():
     def fail() -> None:
         raise OSError("disk full")
 
-    behind.submit(fail)
-    with pytest.raises(OSError, match="disk full"):
+    def submit_more() -> None:
         for _ in range(200):
             behind.submit(lambda: done.append(1))
             time.sleep(0.005)
+
+    behind.submit(fail)
+    with pytest.raises(OSError, match="disk full"):
+        submit_more()
     behind.finish()
     assert done == []
 

@@ -9,7 +9,7 @@ from mlperturb.training.losses import calibrate, eq12_loss
 
 
 def _truth() -> torch.Tensor:
-    """Return labels with difficult ones, images and labels of one sign alone, and some wholly difficult."""
+    """Return labels, some of them difficult; some images and labels have one sign only, or are wholly difficult."""
     truth = torch.randint(-1, 2, (7, 5))
     truth[0], truth[1], truth[2] = -1, 1, 0
     truth[:, 0], truth[:, 1] = -1, 1

@@ -156,7 +156,7 @@ def test_the_calibrating_bias_is_added_to_the_head_and_to_nothing_else(data, sta
     assert all(torch.equal(moved[name], value) for name, value in plain.items())
 
 
-class _Interrupted(Exception):
+class _InterruptedError(Exception):
     pass
 
 
@@ -165,9 +165,9 @@ def _interrupt(recipe: Recipe, data: Dataset, output: Path, **options) -> None:
 
     def stop(progress: Progress) -> None:
         if (progress.epoch, progress.step) == (2, 2):
-            raise _Interrupted
+            raise _InterruptedError
 
-    with pytest.raises(_Interrupted):
+    with pytest.raises(_InterruptedError):
         _train(recipe, data, output, report=stop, **options)
     assert not output.exists()
 

@@ -1,7 +1,7 @@
-"""A report -> one self-contained page to look at the results: `index.html`, no network, no framework.
+"""Write a report as one self-contained page, `index.html`, without network and framework.
 
-File and label names are untrusted text: the template escapes everything, and the page's own Content-Security-Policy
-lets no script run but the one that stands in it, by its hash.
+File and label names are untrusted text: the template escapes everything, and the page's Content-Security-Policy allows
+only the page's own script, by its hash.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _BARS = 8  # labels of B, or of neither set, that a card shows beside those of A
 
 
 def write_gallery(
-    report: dict[str, Any], folder: Path, path: Path, done: Callable[[str | None], None] = lambda missing: None
+    report: dict[str, Any], folder: Path, path: Path, done: Callable[[str | None], None] = lambda _: None
 ) -> None:
     """Write the page of a report whose files lie in `folder`.
 
     Args:
-        report: of `attack`.
-        folder: where its PNGs lie.
-        path: of the page.
-        done: told after each image, with what is wrong with a picture of it, if anything is.
+        report: a report of `attack`.
+        folder: the folder of its PNGs.
+        path: the file of the page.
+        done: called after each image, with the error if a picture of it cannot be read, else with None.
 
     Raises:
-        OutputError: if it cannot be written.
-        ValueError, LookupError, TypeError: if the report is not as its schema says.
+        OutputError: if the page cannot be written.
+        ValueError, LookupError, TypeError: if the report does not follow its schema.
     """
     environment = Environment(
         loader=PackageLoader("mlperturb.show", "gallery"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -76,7 +76,7 @@ def _asset(environment: Environment, name: str) -> Any:
 def _cards(
     report: dict[str, Any], folder: Path, page: Path, done: Callable[[str | None], None]
 ) -> Iterator[dict[str, Any]]:
-    """Yield what the template needs of each image."""
+    """Yield the values of each image for the template."""
     thresholds = thresholds_of(report["classifier"])
     for number, image in enumerate(report["images"]):
         pictures = {"photo": find_photo(image, folder, report["settings"])}
@@ -106,10 +106,10 @@ def _cards(
 
 
 def _thumbnail(path: Path, *, sparse: bool) -> str:
-    """Return a small WebP as a data URI; of a sparse picture, single bright pixels stay bright.
+    """Return a small WebP as a data URI; in a `sparse` picture, single bright pixels stay bright.
 
     Raises:
-        ImageError: if the picture is gone or unreadable.
+        ImageError: if the picture does not exist or cannot be read.
     """
     image = Image.fromarray(read_photo(path).rgb)
     shrink = max(image.size) // _SIDE
