@@ -46,8 +46,13 @@ class Meter:
 def observe(model: Model | Viewed, images: Tensor) -> tuple[Tensor, Meter]:
     """Return the clean photos' logits in each of V views, (N, V, L), and the meter that counted the passes."""
     meter, count = Meter.of(len(images)), views_of(model)
-    meter.forward.add_(count)
+    meter.forward.add_(count * passes_of(model))
     return torch.stack([call(model, images, view) for view in range(count)], dim=1), meter
+
+
+def passes_of(model: Model | Viewed) -> int:
+    """Return how many passes of the network a call of the model costs for each image."""
+    return int(getattr(model, "passes", 1))
 
 
 def views_of(model: Model | Viewed) -> int:
@@ -114,6 +119,11 @@ class Problem:
         return self.goal.targets
 
     @property
+    def cost(self) -> int:
+        """Passes of the network for one call of the model."""
+        return passes_of(self.model)
+
+    @property
     def views(self) -> int:
         """In how many views the goal must hold; an attack that knows no views sees the first."""
         return views_of(self.model)
@@ -142,12 +152,12 @@ class Problem:
 
     def logits(self, images: Tensor, view: int = 0) -> Tensor:
         """Return z in one view, (n, L): one forward pass for each image."""
-        self.meter.forward[self.rows] += 1
+        self.meter.forward[self.rows] += self.cost
         return call(self.model, images, view)
 
     def look(self, images: Tensor, views: Tensor) -> Tensor:
         """Return z of each image in a view of its own, (n,); (n, L): one forward pass for each image."""
-        self.meter.forward[self.rows] += 1
+        self.meter.forward[self.rows] += self.cost
         return self.model(images) if self.views == 1 else cast(Viewed, self.model).look(images, views)
 
     @torch.no_grad()
@@ -159,7 +169,7 @@ class Problem:
 
     def gradient(self, losses: Tensor, images: Tensor) -> Tensor:
         """Return the gradient of each image's own loss, (n,), as (n, 3, H, W): one backward pass for each image."""
-        self.meter.backward[self.rows] += 1
+        self.meter.backward[self.rows] += self.cost
         return self.within_region(torch.autograd.grad(losses.sum(), images)[0])
 
     def jacobian(self, outputs: Tensor, images: Tensor, present: Tensor) -> Tensor:
@@ -168,7 +178,7 @@ class Problem:
         A backward pass is counted for each output present. On CUDA the passes run as one batched pass; on the CPU one
         after the other, which is faster there.
         """
-        self.meter.backward[self.rows] += present.sum(1).cpu()
+        self.meter.backward[self.rows] += self.cost * present.sum(1).cpu()
         slots = int(present.sum(1).max())
         order = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
         seeds = torch.zeros(slots, *outputs.shape, dtype=outputs.dtype, device=outputs.device)
@@ -207,22 +217,22 @@ class Problem:
         return self.images + spread(share) * difference
 
     def affordable(self, passes: int | Tensor) -> Tensor:
-        """Return which images may spend so many more passes, (n,), on the images' device."""
+        """Return which images may spend so many more calls of the model, (n,), on the images' device."""
         return self._affordable(passes).to(self.images.device)
 
     def runs_short(self, passes: int) -> bool:
-        """Say whether an image may not spend so many more passes; unlike `affordable`, does not wait for the device."""
+        """Say whether an image may not spend so many more calls; unlike `affordable`, does not wait for the device."""
         return not bool(self._affordable(passes).all())
 
     def _affordable(self, passes: int | Tensor) -> Tensor:
         limit = torch.iinfo(torch.long).max if self.limit is None else self.limit
-        return self.spent + passes <= limit
+        return self.spent + self.cost * passes <= limit
 
     def iterations_left(self, iterations: int) -> Tensor:
-        """Return how many iterations of two passes each image can afford, at most `iterations`, (n,)."""
+        """Return how many iterations of two calls each image can afford, at most `iterations`, (n,)."""
         if self.limit is None:
             return torch.full((len(self),), float(iterations), device=self.images.device)
-        return ((self.limit - self.spent) // 2).clamp(1, max(iterations, 1)).to(self.images)
+        return ((self.limit - self.spent) // (2 * self.cost)).clamp(1, max(iterations, 1)).to(self.images)
 
 
 def norms(images: Tensor) -> Tensor:

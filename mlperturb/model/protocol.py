@@ -11,7 +11,8 @@ class Model(Protocol):
     """A function from images in [0, 1], (N, 3, H, W), to logits, (N, L).
 
     If the logits depend on the place of an image in the batch (as in a batch of mixed photo sizes), the model has a
-    method `select(rows)` that returns the model of these images. A call costs one pass for each image.
+    method `select(rows)` that returns the model of these images. A call costs one pass for each image, or the number
+    of passes in the model's attribute `passes`.
     """
 
     def __call__(self, images: Tensor, /) -> Tensor:
@@ -22,7 +23,7 @@ class Model(Protocol):
 class Viewed(Model, Protocol):
     """A model of several views of each image; what holds must hold in all of them, see `mlperturb.model.views`.
 
-    A call costs a pass for each image and view.
+    A call gives the logits of one view.
     """
 
     @property

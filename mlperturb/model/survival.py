@@ -8,10 +8,9 @@ coefficients: it is small where small changes do not change the rounded value, a
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
@@ -19,34 +18,77 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlperturb.model.preprocess import Size
+from mlperturb.photos.images import Pixels
 from mlperturb.photos.purify import Purification
 
 _DITHER = 0.15  # standard deviation of the average over nearby coefficients, in quantisation steps
 
 
 def compress(images: Tensor, sizes: Sequence[Size], purification: Purification) -> Tensor:
-    """Return photos after JPEG compression, (N, 3, H, W) in [0, 1], padded with zeros; differentiable.
+    """Return purified photos, (N, 3, H, W) in [0, 1], padded with zeros; differentiable.
+
+    The forward pass is the purification's own code on 8-bit pixels; the backward pass is that of a map nearby.
 
     Args:
-        images: in [0, 1], padded at the bottom and right; rounded to 8 bits before they are encoded.
+        images: in [0, 1], padded at the bottom and right; rounded to 8 bits before they are purified.
         sizes: (height, width) of each photo.
-        purification: a JPEG quality.
+        purification: what the photos go through.
     """
     result = torch.zeros_like(images)
     for row, (height, width) in enumerate(sizes):
         image = images[row, :, :height, :width]
         pixels = (image.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-        data = purification.encode(pixels)
-        assert data is not None
-        with Image.open(io.BytesIO(data)) as opened:
-            assert isinstance(opened, JpegImageFile)
-            tables = [opened.quantization[number] for number in (0, 1)]  # luma and chroma, in natural order
-            real = torch.from_numpy(np.array(opened.convert("RGB"))).to(images).permute(2, 0, 1) / 255
-        if images.requires_grad:
-            near = _linear_jpeg(image, tables, halve=purification.subsampling == "4:2:0")
+        real = torch.from_numpy(purification.apply(pixels)[0]).to(images).permute(2, 0, 1) / 255
+        if images.requires_grad and torch.is_grad_enabled():
+            near = _NEARBY[purification.kind](image, pixels, purification)
             real = near + (real - near).detach()
         result[row, :, :height, :width] = real
     return result
+
+
+def _near_jpeg(image: Tensor, pixels: Pixels, purification: Purification) -> Tensor:
+    """Return a photo, (3, h, w), after the linear parts of JPEG, with the quantisation tables of its own file.
+
+    WebP's lossy format has the same parts (half the chroma, a block transform, quantisation); JPEG's tables of the same
+    quality stand for WebP's own.
+    """
+    jpeg = Purification("jpeg", max(purification.setting, 1), purification.subsampling)
+    data = jpeg.encode(pixels)
+    assert data is not None
+    with Image.open(io.BytesIO(data)) as opened:
+        assert isinstance(opened, JpegImageFile)
+        tables = [opened.quantization[number] for number in (0, 1)]  # luma and chroma, in natural order
+    return _linear_jpeg(image, tables, halve=purification.subsampling == "4:2:0")
+
+
+def _near_median(image: Tensor, pixels: Pixels, purification: Purification) -> Tensor:  # noqa: ARG001
+    """Return the median of each window, (3, h, w): the gradient goes to the pixel that is the median."""
+    width = purification.setting
+    padded = functional.pad(image[None], (width // 2,) * 4, mode="replicate")
+    windows = padded.unfold(2, width, 1).unfold(3, width, 1).flatten(4)[0]
+    return windows.median(dim=3).values
+
+
+def _near_bits(image: Tensor, pixels: Pixels, purification: Purification) -> Tensor:  # noqa: ARG001
+    """Return the photo itself, (3, h, w): the gradient passes straight through the coarser rounding."""
+    return image
+
+
+def _near_resize(image: Tensor, pixels: Pixels, purification: Purification) -> Tensor:  # noqa: ARG001
+    """Return the photo, (3, h, w), resized down and up in floats, with Pillow's bicubic filter."""
+    size = (int(image.shape[1]), int(image.shape[2]))
+    smaller = [max(1, round(side * purification.setting / 100)) for side in size]
+    down = functional.interpolate(image[None], smaller, mode="bicubic", antialias=True)
+    return functional.interpolate(down, size, mode="bicubic", antialias=True)[0]
+
+
+_NEARBY: dict[str, Callable[[Tensor, Pixels, Purification], Tensor]] = {
+    "jpeg": _near_jpeg,
+    "webp": _near_jpeg,
+    "median": _near_median,
+    "bits": _near_bits,
+    "resize": _near_resize,
+}
 
 
 def _linear_jpeg(image: Tensor, tables: Sequence[Sequence[int]], *, halve: bool) -> Tensor:

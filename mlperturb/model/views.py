@@ -1,13 +1,13 @@
-"""Views: the ways in which programs see a photo. A result must hold in all of them.
+"""Views: each view is the photo as one reader reads it; a result must hold in all of them.
 
-A view is a reader (how a program turns pixels into network input), and before it, perhaps, a compression that the photo
-goes through on its way. `ViewedModel` answers for each view; a pass of the network is one view of one image.
+A photo may go through a compression before it is read, and a compressed photo is opened by the same programs. So a call
+of `ViewedModel` gives the logits of the photo itself and of each compressed photo, all in one view.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,25 +19,7 @@ from mlperturb.model.readers import Reader
 from mlperturb.model.survival import compress
 from mlperturb.photos.images import Pixels
 from mlperturb.photos.purify import Purification
-
-
-@dataclass(frozen=True)
-class View:
-    """One way in which a program sees a photo.
-
-    Attributes:
-        reader: how the program turns pixels into network input.
-        purification: what the photo goes through before; None for the photo as it is.
-    """
-
-    reader: Reader
-    purification: Purification | None = None
-
-
-def make_views(readers: Iterable[Reader], purifications: Iterable[Purification] = ()) -> tuple[View, ...]:
-    """Return every reader's view of the photo itself, then of each purified photo."""
-    readers = tuple(readers)
-    return tuple(View(reader, one) for one in (None, *purifications) for reader in readers)
+from mlperturb.targets import Targets
 
 
 @torch.no_grad()
@@ -51,58 +33,75 @@ def read_logits(classifier: Classifier, rgb: Pixels, reader: Reader) -> Tensor:
 
 @dataclass(frozen=True)
 class ViewedModel:
-    """A classifier of a batch, in several views.
+    """A classifier of a batch, in V views, that sees each photo as it is and after each of Q compressions.
 
     Attributes:
-        classifier: whose network all views share.
+        classifier: the classifier; all views share its network.
         sizes: (height, width) of the photos.
-        maps: from padded photos in [0, 1], (N, 3, H, W), to network input, of each view.
-        purifications: what the photos go through before, of each view.
+        maps: for each view, the map from padded photos in [0, 1], (N, 3, H, W), to network input.
+        purifications: Q compressions.
     """
 
     classifier: Classifier
     sizes: tuple[Size, ...]
     maps: tuple[Resizer | BoundReader, ...]
-    purifications: tuple[Purification | None, ...]
+    purifications: tuple[Purification, ...] = ()
 
     @classmethod
-    def bind(cls, classifier: Classifier, views: Sequence[View], sizes: Sequence[Size]) -> ViewedModel:
+    def bind(
+        cls,
+        classifier: Classifier,
+        readers: Iterable[Reader],
+        sizes: Sequence[Size],
+        purifications: Iterable[Purification] = (),
+    ) -> ViewedModel:
         """Return the model of a batch of photos of these (height, width)."""
         device, dtype = classifier.device, classifier.boundary.dtype
-        made = {view.reader: view.reader.bind(classifier.preprocess, sizes, device, dtype) for view in views}
-        maps = tuple(made[view.reader] for view in views)
-        return cls(classifier, tuple(sizes), maps, tuple(view.purification for view in views))
+        maps = tuple(reader.bind(classifier.preprocess, sizes, device, dtype) for reader in readers)
+        return cls(classifier, tuple(sizes), maps, tuple(purifications))
 
     @property
     def views(self) -> int:
-        """How many views there are."""
+        """The number of views, V."""
         return len(self.maps)
 
+    @property
+    def passes(self) -> int:
+        """Passes of the network for one call, 1 + Q."""
+        return 1 + len(self.purifications)
+
     def __call__(self, images: Tensor, view: int = 0) -> Tensor:
-        """Map padded photos in [0, 1], (N, 3, H, W), to the logits of one view, (N, L)."""
-        return self.classifier.network_logits(self._prepare(images, view))
+        """Map padded photos in [0, 1], (N, 3, H, W), to logits in one view, (N, (1 + Q) L)."""
+        return self._logits(images, lambda seen: self.maps[view](seen))
 
     def look(self, images: Tensor, views: Tensor) -> Tensor:
-        """Map photos to logits, (N, L), each photo in a view of its own, (N,), in one call of the network."""
-        inputs: Tensor | None = None
-        for view in sorted(set(views.tolist())):
-            rows = (views == view).nonzero().flatten()
-            seen = self.select(rows)._prepare(images[rows], view)
-            if inputs is None:
-                inputs = seen.new_empty(len(images), *seen.shape[1:])
-            inputs[rows] = seen
-        assert inputs is not None
-        return self.classifier.network_logits(inputs)
+        """Map photos to logits, (N, (1 + Q) L), each photo in its own view, (N,)."""
+
+        def prepare(seen: Tensor) -> Tensor:
+            inputs: Tensor | None = None
+            for view in sorted(set(views.tolist())):
+                rows = (views == view).nonzero().flatten()
+                part = self.maps[view].select(rows)(seen[rows])
+                if inputs is None:
+                    inputs = part.new_empty(len(seen), *part.shape[1:])
+                inputs[rows] = part
+            assert inputs is not None
+            return inputs
+
+        return self._logits(images, prepare)
 
     def select(self, rows: Tensor) -> ViewedModel:
         """Return the model of some photos of the batch."""
-        made = {id(one): one.select(rows) for one in self.maps}
-        maps = tuple(made[id(one)] for one in self.maps)
-        return ViewedModel(self.classifier, tuple(self.sizes[row] for row in rows.tolist()), maps, self.purifications)
+        sizes = tuple(self.sizes[row] for row in rows.tolist())
+        return ViewedModel(self.classifier, sizes, tuple(one.select(rows) for one in self.maps), self.purifications)
 
-    def _prepare(self, images: Tensor, view: int) -> Tensor:
-        """Return network input, (N, 3, h, w)."""
-        purification = self.purifications[view]
-        if purification is not None:
-            images = compress(images, self.sizes, purification)
-        return self.maps[view](images)
+    def _logits(self, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the logits of the photos, then of each compression of the photos, (N, (1 + Q) L)."""
+        seen = [images, *(compress(images, self.sizes, one) for one in self.purifications)]
+        return torch.cat([self.classifier.network_logits(prepare(one)) for one in seen], dim=1)
+
+
+def repeat_targets(targets: Targets, times: int) -> Targets:
+    """Repeat the targets of the photo for every compression: (N, L) becomes (N, times L)."""
+    flip, keep, truth = (mask.repeat(1, times) for mask in (targets.flip, targets.keep, targets.truth))
+    return replace(targets, flip=flip, keep=keep, truth=truth, boundary=targets.boundary.repeat(times))

@@ -125,24 +125,30 @@ def parse_qualities(values: Iterable[str]) -> tuple[int, ...]:
 
 
 def parse_survival(values: Iterable[str]) -> tuple[tuple[Purification, ...], tuple[Purification, ...]]:
-    """Read `jpeg:75` or `jpeg:60-95`: the compressions that an attack is to survive.
+    """Read the purifications that an attack is to survive: `jpeg:75`, `jpeg:60-95`, `webp:80`, `resize:50`, `median:3`.
 
     Returns:
-        The compressions that the attack uses, at most four of a range; and all of them, for the check of the result.
+        The purifications that the attack sees, at most four of a range, and all purifications at which the result is
+        checked.
 
     Raises:
-        UsageError: if a value has another form.
+        UsageError: if a value is not KIND:SETTING or KIND:LOW-HIGH, or a setting is out of the range of its kind.
     """
     seen: dict[Purification, None] = {}
     checked: dict[Purification, None] = {}
     for name in split_names(values):
-        match = re.fullmatch(r"jpeg:(\d{1,3})(?:-(\d{1,3}))?", name)
-        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= low <= high <= 100:
-            raise UsageError(f"expected `survive` jpeg:QUALITY or jpeg:LOW-HIGH, 1 to 100, got {name!r}")
-        steps = min(4, high - low + 1)
+        match = re.fullmatch(r"([a-z]+):(\d{1,3})(?:-(\d{1,3}))?", name)
+        if match is None or match[1] not in KINDS:
+            kinds = ", ".join(KINDS)
+            raise UsageError(f"expected `survive` KIND:SETTING or KIND:LOW-HIGH of {kinds}, got {name!r}")
+        kind, low, high = match[1], int(match[2]), int(match[3] or match[2])
+        _, allowed, words = KINDS[kind]
+        settings = [setting for setting in range(low, high + 1) if allowed(setting)]
+        if not settings or not allowed(low) or not allowed(high):
+            raise UsageError(f"expected {words} for `survive` {kind}, got {name!r}")
+        steps = min(4, len(settings))
         for number in range(steps):
-            quality = round(low + (high - low) * number / max(steps - 1, 1))
-            seen.setdefault(Purification("jpeg", quality))
-        checked |= dict.fromkeys(Purification("jpeg", quality) for quality in range(low, high + 1))
+            place = round((len(settings) - 1) * number / max(steps - 1, 1))
+            seen.setdefault(Purification(kind, settings[place]))
+        checked |= dict.fromkeys(Purification(kind, setting) for setting in settings)
     return tuple(seen), tuple(checked)

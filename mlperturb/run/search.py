@@ -19,7 +19,7 @@ from mlperturb.labels import Request
 from mlperturb.metrics import Distortion, distortion
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Size, pad_batch, to_tensor
-from mlperturb.model.views import ViewedModel, make_views
+from mlperturb.model.views import ViewedModel, repeat_targets
 from mlperturb.photos.images import Photo, Pixels
 from mlperturb.photos.regions import Region
 from mlperturb.run.settings import Settings
@@ -78,7 +78,7 @@ def search(
     """
     started = time.perf_counter()
     images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
-    model = ViewedModel.bind(classifier, make_views(settings.readers, settings.survive[0]), sizes)
+    model = ViewedModel.bind(classifier, settings.readers, sizes, settings.survive[0])
     before, meter = observe(model, images)
     rows = before.isfinite().all(2).all(1).nonzero().flatten()
     found: list[Found | None] = [None] * len(photos)
@@ -86,10 +86,11 @@ def search(
         return found
     usable = rows.tolist()
     asked, sizes = [requests[row] for row in usable], [sizes[row] for row in usable]
-    truth = decide(before[rows, 0], classifier.boundary)
+    labels = len(classifier.labels)
+    truth = decide(before[rows, 0, :labels], classifier.boundary)
     limits = settings.limits
     problem = Problem(
-        model.select(rows),
+        replace(model.select(rows), purifications=()),
         images[rows],
         ClassificationGoal(make_targets(asked, truth, classifier.boundary, margin=settings.margin)),
         limit=None if limits.passes is None else limits.passes - settings.looks,
@@ -98,9 +99,13 @@ def search(
         region=None if settings.region is None else _region_of(settings.region, sizes, images[rows]),
         meter=meter,
         rows=rows.cpu(),
-        clean=before[rows],
+        clean=before[rows, :, :labels],
     )
-    results = _search(problem, sizes, asked, settings)
+    if any(request.any_label for request in asked):
+        problem = problem.aim(_resolve_any(problem, asked))
+    repeated = ClassificationGoal(repeat_targets(problem.targets, model.passes))
+    whole = replace(problem, model=model.select(rows), goal=repeated, clean=before[rows])
+    results = _search(problem, whole, sizes, settings)
     share = (time.perf_counter() - started) / len(rows)
     for row, result in zip(usable, results, strict=True):
         found[row] = replace(result, seconds=share)
@@ -197,38 +202,44 @@ def _region_of(region: Region, sizes: Sequence[Size], images: Tensor) -> Tensor:
     return allowed
 
 
-def _search(problem: Problem, sizes: Sequence[Size], requests: Sequence[Request], settings: Settings) -> list[Found]:
-    """Attack the photos that are not as asked already; no image spends more than the limit of passes."""
-    if any(request.any_label for request in requests):
-        problem = problem.aim(_resolve_any(problem, requests))
-    clean = problem.look_at_clean()
-    bare = problem.goal.aimed_at(replace(problem.targets, margin=0.0))
-    touched = ~(each_view(bare.met, clean).all(1) & ~problem.targets.flip.any(1))
-    rows = touched.nonzero().flatten()
+def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: Settings) -> list[Found]:
+    """Attack the photos that are not as asked already; no image spends more than the limit of passes.
+
+    Args:
+        problem: the photos themselves, in every reader.
+        whole: the same problem with the compressions to survive, whose constraints are repeated.
+        sizes: (height, width) of the photos.
+        settings: see `search`.
+    """
+    bare = whole.goal.aimed_at(replace(whole.targets, margin=0.0))
+    asked = each_view(bare.met, whole.look_at_clean()).all(1) & ~problem.targets.flip.any(1)
+    rows = (~asked).nonzero().flatten()
     images, outcome, logits = problem.images.clone(), None, None
     if len(rows):
-        outcome, images[rows], logits = _attack(problem.select(rows), settings)
+        outcome, images[rows], logits = _attack(whole.select(rows), settings)
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    goal = bare if outcome is None else outcome.goal
-    place = {int(row): number for number, row in enumerate(rows)}
+    targets = replace(problem.targets, margin=0.0).cpu()
+    goal = problem.goal if outcome is None else outcome.goal
+    place = {row: number for number, row in enumerate(rows.tolist())}
     found = []
     for row, (height, width) in enumerate(sizes):
         number = place.get(row)
         exact = problem.images[row] if outcome is None or number is None else outcome.images[number]
-        targets = bare.targets.select(torch.tensor([row], device=rows.device)).cpu()
-        known = None if logits is None or number is None else logits[number].cpu()
-        one = Found(
-            pixels[row, :height, :width],
-            goal.aimed_at(targets),
-            clean[row, : len(settings.readers)].cpu(),
-            known,
-            None if known is None else bool(targets.holds(known[None]).all()),
-            distortion((exact * 255 - problem.images[row] * 255)[:, :height, :width]),
-            int(problem.meter.forward[problem.rows[row]]),
-            int(problem.meter.backward[problem.rows[row]]),
-            0.0,
+        one = targets.select(torch.tensor([row]))
+        known = None if logits is None or number is None else logits[number, : one.truth.shape[1]].cpu()
+        found.append(
+            Found(
+                pixels[row, :height, :width],
+                goal.aimed_at(one),
+                problem.look_at_clean()[row].cpu(),
+                known,
+                None if known is None else bool(one.holds(known[None]).all()),
+                distortion((exact * 255 - problem.images[row] * 255)[:, :height, :width]),
+                int(problem.meter.forward[problem.rows[row]]),
+                int(problem.meter.backward[problem.rows[row]]),
+                0.0,
+            )
         )
-        found.append(one)
     return found
 
 
@@ -236,8 +247,8 @@ def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Tensor, Tens
     """Attack a batch, then bring it to 8 bits.
 
     Returns:
-        The attack's own outcome; the 8-bit images, (n, 3, H, W); the logits of the outcome, (n, L), in the first
-        view, None where it is on the lattice.
+        The attack's own outcome; the 8-bit images, (n, 3, H, W); the logits of the outcome, (n, (1 + Q) L), in
+        the first view, None if it is a lattice point.
     """
     method = find_method(settings.method)
     tuning = method.tuning(settings.budget, **settings.options)
@@ -246,9 +257,9 @@ def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Tensor, Tens
         outcome = method.load()(problem, **tuning)
         return outcome, outcome.images, None
     short = problem
-    if problem.limit is not None:  # some passes are kept for the 8-bit search, and one for the float result
-        reserved = min(problem.views * (scales + 2 * iterations + 1), problem.limit // 3)
-        short = replace(problem, limit=problem.limit - 1 - reserved)
+    if problem.limit is not None:  # some passes are kept for the 8-bit search, and a call for the float result
+        reserved = min(problem.cost * (scales + 2 * iterations + 1), problem.limit // 3)
+        short = replace(problem, limit=problem.limit - problem.cost - reserved)
     outcome = method.load()(short, **tuning)
     with torch.no_grad():
         logits = problem.logits(outcome.images)

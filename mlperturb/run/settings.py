@@ -76,7 +76,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         find_method(self.method).tuning(self.budget, **self.options)
-        passes, least = self.limits.passes, self.looks + len(self.readers) * (1 + len(self.survive[0])) + 4
+        seen = 1 + len(self.survive[0])  # views of the attack: the photo, and each compressed photo
+        passes, least = self.limits.passes, self.looks + len(self.readers) * seen + 4 * seen
         if passes is not None and passes < least:
             raise UsageError(
                 f"expected at least {least} `passes`, got {passes}: each reader and each compression needs its own"
