@@ -3,8 +3,8 @@
     python tests/benchmarks/constants.py --voc ../shared/voc --case random --images 24 --passes 60
 
 Every variant attacks the same photos, squeezed to 224 pixels, in a single view. The ratio is the mean over the photos
-of the RMSD of the variant over the RMSD with the constants as they are, where both meet the goal; its standard error says what
-is noise.
+of the RMSD of the variant over the RMSD with the constants as they are, where both meet the goal; its standard error
+says what is noise.
 """
 
 from __future__ import annotations
