@@ -79,7 +79,8 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
        mu_j, and the other constraints the weight 0.
     9. If the problem has several views of each photo (`mlperturb.model.views`), step 2 computes one of them. The logits
        of the others are expected to differ from it by as much as they last did (`attacks.panel`), and v_j is the
-       largest of all views. In the second half, an iterate that may be the best so far is computed in every view.
+       largest of all views. An iterate that may be the first to hold everywhere, or late on the way the best so far, is
+       computed in every view.
     10. Steps 2 to 9 are repeated `iterations` times. Of the points with the most constraints met in every view, the
         nearest is kept.
 
@@ -245,8 +246,7 @@ def _look(
     if lattice and not walk.fresh:
         perturbed = to_lattice(perturbed)
     images = perturbed.requires_grad_()
-    late = 1 - decay >= LATE
-    view = None if panel is None else panel.choose(problem, step, late)
+    view = None if panel is None else panel.choose(problem, step, 1 - decay >= LATE)
     logits = problem.logits(images) if view is None else problem.look(images, view)
     violations = problem.goal.violations(logits)
     present = violations.isfinite()
@@ -254,7 +254,8 @@ def _look(
     known, computed = logits.detach(), None
     if panel is not None and view is not None:
         standing = walk.radius == 0  # at the clean photos, with which the panel began
-        known, computed = verify(problem, best, panel, images.detach(), known, view, late & ~standing)
+        way = torch.where(standing, -1.0, 1 - decay)  # a clean photo is not verified
+        known, computed = verify(problem, best, panel, images.detach(), known, view, way)
         computed = computed | standing
         largest = each_view(problem.goal.violations, known).amax(1).masked_fill(~present, 0.0)
         violations = violations + (largest - violations.detach())  # with the gradient of the view computed
