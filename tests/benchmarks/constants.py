@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from photos import add_options, load_batches
+from batches import add_options, load_batches
 from torch import Tensor
 
 from mlperturb.attacks import ddn

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 
-def load(path: Path) -> tuple[torch.nn.Module, dict]:
+def load(path: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Return the network and the metadata of a checkpoint."""
     with safe_open(path, framework="pt") as opened:
         metadata = opened.metadata()
@@ -35,7 +37,7 @@ def load(path: Path) -> tuple[torch.nn.Module, dict]:
     return network.eval(), facts
 
 
-def readers(preprocess: dict) -> dict:
+def readers(preprocess: dict[str, Any]) -> dict[str, Callable[[Image.Image], torch.Tensor]]:
     """Return functions from a PIL image to network input, (3, h, w), by name."""
     resize, crop, kernel = preprocess["resize"], preprocess["crop"], preprocess["interpolation"]
     mode = InterpolationMode(kernel)
@@ -53,7 +55,8 @@ def readers(preprocess: dict) -> dict:
             image = image.resize((size[1], image.height), Image.Resampling[kernel.upper()])
         small = image.resize((size[1], size[0]), Image.Resampling[kernel.upper()])
         values = torch.from_numpy(np.asarray(small).astype(np.float32) / 255).permute(2, 0, 1)
-        return normalise(centre(values))
+        shown: torch.Tensor = normalise(centre(values))
+        return shown
 
     return {
         "float": lambda image: normalise(centre(transform(scale(functional.pil_to_tensor(image))))),
@@ -65,7 +68,7 @@ def readers(preprocess: dict) -> dict:
 
 
 @torch.inference_mode()
-def judge(path: Path, network: torch.nn.Module, facts: dict, *, every: bool) -> dict[str, list[bool]]:
+def judge(path: Path, network: torch.nn.Module, facts: dict[str, Any], *, every: bool) -> dict[str, list[bool]]:
     """Say for every file of a report, and every reader, whether each decision is as asked."""
     report = json.loads(path.read_text())
     out = report.get("settings", {}).get("out", ".")

@@ -30,6 +30,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,7 +204,9 @@ def bind(classifier: Classifier, case: str, chosen: list[tuple[Path, Request]]) 
 
 
 @torch.inference_mode()
-def read_all(classifier: Classifier, batch: Batch, images: Tensor, targets: Targets, others: bool) -> dict[str, list]:
+def read_all(
+    classifier: Classifier, batch: Batch, images: Tensor, targets: Targets, others: bool
+) -> dict[str, list[bool]]:
     """Say which photos hold in which reader."""
     model = batch.model
     found = {name: model(images, view) for view, name in enumerate(DEFAULT_READERS)}
@@ -218,7 +221,7 @@ def read_all(classifier: Classifier, batch: Batch, images: Tensor, targets: Targ
 
 def attack(
     arguments: argparse.Namespace, classifier: Classifier, batch: Batch, way: str, passes: int, margin: float
-) -> dict:
+) -> dict[str, Any]:
     """Attack a batch one way; write its PNGs; return a row for each photo."""
     targets, made = batch.targets(classifier.boundary, margin), []
     started = time.perf_counter()
@@ -255,7 +258,7 @@ def attack(
     }
 
 
-def write_report(folder: Path, rows: list[dict], labels: tuple[str, ...]) -> None:
+def write_report(folder: Path, rows: list[dict[str, Any]], labels: tuple[str, ...]) -> None:
     """Write what `judge_readers.py` needs, in the words of `mlperturb attack`."""
     images = []
     for row in rows:
@@ -278,7 +281,7 @@ def write_report(folder: Path, rows: list[dict], labels: tuple[str, ...]) -> Non
     (folder / "report.json").write_text(json.dumps({"images": images}, indent=1) + "\n")
 
 
-def table(rows: list[dict], passes: list[int], ways: list[str], margin: float = MARGIN) -> str:
+def table(rows: list[dict[str, Any]], passes: list[int], ways: list[str], margin: float = MARGIN) -> str:
     """Compare the ways, by case and limit on passes."""
     lines = [
         "| photos | passes | way | float | pillow | torchvision | all three | RMSD | to float's | to float's at 100 |",
@@ -312,7 +315,7 @@ def table(rows: list[dict], passes: list[int], ways: list[str], margin: float = 
     return "\n".join(lines)
 
 
-def margin_table(rows: list[dict], way: str, passes: int, margins: list[float]) -> str:
+def margin_table(rows: list[dict[str, Any]], way: str, passes: int, margins: list[float]) -> str:
     """Say how success in readers not attacked grows with the margin."""
     names = [*DEFAULT_READERS, *OTHERS, SHIFTED]
     lines = ["| margin | RMSD | " + " | ".join(names) + " |", "|---:|---:|" + "---:|" * len(names)]
