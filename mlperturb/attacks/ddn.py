@@ -100,8 +100,11 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
         iterations: the number of iterations, a forward and a backward pass each, and the passes of step 9.
     """
     problem, inside = problem.aim(ClassificationGoal(problem.targets, space)), rounding == "inside"
-    best = Best(problem)
-    descend(problem, best, iterations, lattice=inside)
+    best, part = Best(problem), problem
+    if problem.clean is None and problem.views > 1:  # a panel begins with a look at the clean photos in every view
+        part = problem.select(problem.affordable(problem.views).nonzero().flatten())
+    if len(part):
+        descend(part, best, iterations, lattice=inside)
     return best.outcome(problem.goal, on_lattice=inside)
 
 

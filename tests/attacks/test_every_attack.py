@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.counting import Counting
-from support.models import ATTACKS, linear_problem, make_net, mask, ragged_targets
+from support.models import ATTACKS, Views, linear_problem, make_net, mask, ragged_targets
 from torch import Tensor
 
 from mlperturb.attacks.best import Best
@@ -22,6 +22,9 @@ from mlperturb.targets import Targets
 
 every_attack = pytest.mark.parametrize("name", list(ATTACKS))
 NET = make_net()
+OFFSETS = torch.tensor([[0.0] * 6, [0.05, -0.05] * 3, [-0.04, 0.0, 0.06] * 2], dtype=torch.double)
+VIEWED = Views(NET, OFFSETS, fade=0.01)
+every_model = pytest.mark.parametrize("net", [pytest.param(NET, id="one view"), pytest.param(VIEWED, id="views")])
 
 
 def row(targets: Targets, number: int) -> Targets:
@@ -35,26 +38,28 @@ def test_every_method_of_the_list_is_tested_here():
 # --- an image's result does not depend on the other images of its batch
 
 
+@every_model
 @every_attack
-def test_a_batch_equals_its_images_one_at_a_time(name):
+def test_a_batch_equals_its_images_one_at_a_time(name, net):
     images, targets = ragged_targets(NET)
-    whole = ATTACKS[name](Problem(NET, images, ClassificationGoal(targets)))
+    whole = ATTACKS[name](Problem(net, images, ClassificationGoal(targets)))
     assert float((whole.images - images).abs().max()) > 0
     for number in range(len(images)):
-        alone = ATTACKS[name](Problem(NET, images[number : number + 1], ClassificationGoal(row(targets, number))))
+        alone = ATTACKS[name](Problem(net, images[number : number + 1], ClassificationGoal(row(targets, number))))
         assert bool(alone.met[0]) == bool(whole.met[number])
         assert float((alone.images[0] - whole.images[number]).abs().max()) < 1e-6
 
 
+@every_model
 @pytest.mark.parametrize("name", ["fgs", "ml-dp nnls", "rank-2"])
-def test_quantising_a_batch_equals_its_images_one_at_a_time(name):
+def test_quantising_a_batch_equals_its_images_one_at_a_time(name, net):
     images, targets = ragged_targets(NET, margin=0.01)
     images = (images * 255).round() / 255
-    problem = Problem(NET, images, ClassificationGoal(targets))
+    problem = Problem(net, images, ClassificationGoal(targets))
     outcome = ATTACKS[name](problem)
     whole = quantise(problem, outcome, scales=4, iterations=6)
     for number in range(len(images)):
-        part = Problem(NET, images[number : number + 1], ClassificationGoal(row(targets, number)))
+        part = Problem(net, images[number : number + 1], ClassificationGoal(row(targets, number)))
         goal = outcome.goal.select(torch.tensor([number]))
         alone = quantise(
             part, type(outcome)(outcome.images[[number]], outcome.met[[number]], goal), scales=4, iterations=6
@@ -227,10 +232,11 @@ def check_meter(problem: Problem, counted: Counting) -> None:
     assert bool((meter.backward <= tally.backward).all())
 
 
+@every_model
 @every_attack
-def test_the_meter_counts_what_the_model_counts(name):
+def test_the_meter_counts_what_the_model_counts(name, net):
     images, targets = ragged_targets(NET)
-    model = Counting(NET, 9)
+    model = Counting(net, 9)
     problem = Problem(model, images, ClassificationGoal(targets))
     outcome = ATTACKS[name](problem)
     check_meter(problem, model)
@@ -250,11 +256,12 @@ def test_the_meter_counts_each_constraint_of_a_jacobian():
     assert problem.meter.backward.tolist() == model.tally.used.tolist()
 
 
+@every_model
 @pytest.mark.parametrize("limit", [2, 3, 5, 9, 14, 33])
 @every_attack
-def test_no_image_spends_more_passes_than_its_limit(name, limit):
+def test_no_image_spends_more_passes_than_its_limit(name, limit, net):
     images, targets = ragged_targets(NET)
-    model = Counting(NET, 9)
+    model = Counting(net, 9)
     problem = Problem(model, images, ClassificationGoal(targets), limit=limit)
     outcome = ATTACKS[name](problem)
     check_meter(problem, model)

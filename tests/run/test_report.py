@@ -36,6 +36,7 @@ SETTINGS = {
     "remove": [],
     "seed": 0,
     "device": "cpu",
+    "readers": ["float", "pillow", "torchvision"],
 }
 DESCRIBED = {
     "checkpoint": "x",
@@ -293,7 +294,7 @@ def test_a_failed_attack_leaves_no_file_and_is_no_error(photos, method):
     check_schema(records.values())
 
 
-def test_nothing_left_to_change_is_a_success_that_costs_nothing(classifier, photos):
+def test_a_photo_that_is_as_asked_is_unchanged_at_the_cost_of_a_look_before_and_after(classifier, photos):
     rgb = {path.name: read_photo(path).rgb for path in photos.iterdir()}
     for name in rgb:
         if name != "a.png":
@@ -305,12 +306,14 @@ def test_nothing_left_to_change_is_a_success_that_costs_nothing(classifier, phot
     records: list[Record] = []
     request = parse_request(LABELS, add=present)
     run_attack(classifier, plan_outputs([photos / "a.png"]), out, Settings("ml-cw", "fast", request), records.extend)
-    assert records[0].status == "success"
+    assert records[0].status == "unchanged"
     assert records[0].flip == []
     assert records[0].keep == present
     assert records[0].distortion.l2 == 0
     assert np.array_equal(read_photo(out / "a.adv.png").rgb, rgb["a.png"])
     assert read_photo(out / "a.map.png").rgb.max() == 0
+    assert records[0].cost["forward"] == 2 * len(records[0].readers)
+    assert records[0].cost["backward"] == 0
     check_schema(records)
 
 
@@ -416,6 +419,7 @@ def test_settings_say_in_a_report_what_was_asked_for_as_it_was_written():
         ("region", "0,0,9,9"),
         ("batch_size", "auto"),
         ("margin", 0.01),
+        ("readers", ["float", "pillow", "torchvision"]),
         ("space", "logit"),
     ]
 
@@ -432,7 +436,7 @@ def test_a_record_comes_back_from_its_json_whole_or_not_at_all(classifier, photo
 
 def test_settings_that_cannot_be_carried_out_are_refused():
     request = parse_request(LABELS, flip=["cat"])
-    with pytest.raises(UsageError, match="expected more `passes` than 10"):
+    with pytest.raises(UsageError, match="expected at least 40 `passes`, got 10: each reader"):
         read_settings(Words(flip=["cat"], survive=["jpeg:70-72"]), LABELS, limits=Limits(10))
     with pytest.raises(UsageError, match="unknown method"):
         Settings("nothing", "fast", request)
@@ -454,19 +458,21 @@ def record(status: Status, rmsd: float | None = None, *, forward: int = 3, error
 
 def test_the_summary_counts_statuses_and_averages_the_successes():
     records = [record("success", 1.0), record("success", 2.0), record("success", 6.0), record("partial", 50.0)]
-    records += [record("failed"), record("unreadable", forward=0, error=True)]
+    records += [record("failed"), record("unchanged", 0.0), record("unreadable", forward=0, error=True)]
     summary = summarise(records, 12.3456)
     assert summary == {
-        "images": 6,
+        "images": 7,
         "success": 3,
+        "unchanged": 1,
         "partial": 1,
         "failed": 1,
         "unreadable": 1,
         "success_rate": 0.6,
         "rmsd": {"mean": 3.0, "median": 2.0},
-        "forward": 15,
-        "backward": 12,
+        "forward": 18,
+        "backward": 14,
         "seconds": 12.346,
+        "readers": {},
     }
 
 

@@ -46,18 +46,29 @@ def _start_tally(count: int) -> Tally:
 
 
 class Counting:
-    """A model that counts the passes of each image of a batch."""
+    """A model, of one view or several, that counts the passes of each image of a batch."""
 
     def __init__(self, model: Callable[[Tensor], Tensor], rows: int | Tensor, tally: Tally | None = None) -> None:
         self.model = model
         self.rows = torch.arange(rows) if isinstance(rows, int) else rows
         self.tally = tally or _start_tally(len(self.rows))
 
-    def __call__(self, images: Tensor) -> Tensor:
+    @property
+    def views(self) -> int:
+        """The number of views of the model."""
+        return getattr(self.model, "views", 1)
+
+    def __call__(self, images: Tensor, view: int = 0) -> Tensor:
+        return self._count(images, self.model(images) if self.views == 1 else self.model(images, view))
+
+    def look(self, images: Tensor, views: Tensor) -> Tensor:
+        return self._count(images, self.model.look(images, views))
+
+    def _count(self, images: Tensor, logits: Tensor) -> Tensor:
         assert len(images) == len(self.rows), "the model was not narrowed to the images it is called with"
         self.tally.forward[self.rows] += 1
         self.tally.batches.append(len(images))
-        return _Count.apply(self.model(images), self)
+        return _Count.apply(logits, self)
 
     def select(self, rows: Tensor) -> Counting:
         return Counting(self.model, self.rows[rows], self.tally)

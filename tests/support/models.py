@@ -48,6 +48,27 @@ class Linear:
         return images.flatten(1) @ self.weight.T + self.bias
 
 
+@dataclass(frozen=True)
+class Views:
+    """A network in V views: view v sees v times `fade` less contrast, and adds row v of `offsets` to the logits."""
+
+    net: Callable[[Tensor], Tensor]
+    offsets: Tensor  # (V, L)
+    fade: float = 0.0
+
+    @property
+    def views(self) -> int:
+        """The number of views, V."""
+        return len(self.offsets)
+
+    def __call__(self, images: Tensor, view: int = 0) -> Tensor:
+        return self.look(images, torch.full((len(images),), view))
+
+    def look(self, images: Tensor, views: Tensor) -> Tensor:
+        contrast = (1 - self.fade * views).to(images).view(-1, 1, 1, 1)
+        return self.net((images - 0.5) * contrast + 0.5) + self.offsets[views]
+
+
 def linear_problem(
     count: int, labels: int, *, size: tuple[int, int] = (4, 4), seed: int = 0, scale: float = 1.0, dtype=torch.double
 ) -> tuple[Linear, Tensor, Tensor]:
