@@ -234,7 +234,7 @@ def attack(
     best = made[0]
     seconds = time.perf_counter() - started
     bare = replace(targets, margin=0.0)
-    holds = read_all(classifier, batch, best.images, bare, arguments.margins is not None)
+    holds = read_all(classifier, batch, best.images, bare, others=arguments.margins is not None)
     numbers = torch.tensor([3.0 * height * width for height, width in batch.sizes], device=best.images.device)
     rmsd = 255 * norms(best.images - batch.images) / numbers.sqrt()
     folder = arguments.out / f"{batch.case}-{way}-{passes}-{margin:g}"
