@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,10 @@ def jpeg_defend(
     photos: Annotated[
         Path | None, typer.Option(**ANYWHERE, help="Folder of the clean photos, if they have moved.")
     ] = None,
+    adaptive: Annotated[
+        bool,
+        typer.Option("--adaptive", help="Attack the photos again for each defence, so that the result survives it."),
+    ] = False,
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
@@ -102,31 +107,37 @@ def jpeg_defend(
             f"the photos of {missing} of {len(attacked)} PNGs are missing or changed, so these have no control: "
             "give the folder of the photos as --photos"
         )
-    raise typer.Exit(_run(source, attacked, purifications, folder, paths, device=device, json=json, quiet=quiet))
+    task = _Defence(source, attacked, purifications, folder, paths, adaptive)
+    raise typer.Exit(_run(task, device=device, json=json, quiet=quiet))
 
 
-def _run(
-    source: Source,
-    attacked: list[Attacked],
-    purifications: tuple[Purification, ...],
-    folder: Path,
-    paths: list[Path],
-    *,
-    device: str,
-    json: bool,
-    quiet: bool,
-) -> int:
+@dataclass(frozen=True)
+class _Defence:
+    """What to try: the classifier, the PNGs, the purifications, and where the results go."""
+
+    source: Source
+    attacked: list[Attacked]
+    purifications: tuple[Purification, ...]
+    folder: Path
+    paths: list[Path]
+    adaptive: bool
+
+
+def _run(defence: _Defence, *, device: str, json: bool, quiet: bool) -> int:
     """Try every purification, write the results, print; return the exit code."""
+    from mlperturb.experiment.adaptive import adapt
     from mlperturb.experiment.defence import sweep
+    from mlperturb.model.readers import parse_readers
     from mlperturb.run.report import reading, to_json
     from mlperturb.show.figures import draw_curve, draw_jpeg_histogram, save_figure
-    from mlperturb.show.tables import defence_table
+    from mlperturb.show.tables import adaptive_table, defence_table
     from mlperturb.system.devices import prepare
     from mlperturb.system.files import write_file
 
-    classifier, description = source.load(prepare(device, 0))
+    folder, paths, purifications = defence.folder, defence.paths, defence.purifications
+    classifier, description = defence.source.load(prepare(device, 0))
     bar = make_bar(quiet=quiet)
-    task = bar.add_task("compressing", total=len(attacked))
+    task = bar.add_task("compressing", total=len(defence.attacked))
 
     def done(error: str | None) -> None:
         bar.update(task, advance=1)
@@ -134,7 +145,15 @@ def _run(
             print_error(error)
 
     with bar, reading(paths[0]):
-        result = sweep(classifier, attacked, purifications, done)
+        result = sweep(classifier, defence.attacked, purifications, done)
+        if defence.adaptive:
+            bar.reset(task, description="attacking", total=len(defence.attacked) * len(purifications))
+            readers = parse_readers(defence.source.readers)
+            again = adapt(
+                classifier, defence.attacked, purifications, readers, done=lambda count: bar.update(task, advance=count)
+            )
+            for row, adapted in zip(result["qualities"], again, strict=True):
+                row["adaptive"] = adapted
     settings = {"inputs": list(map(str, paths)), "subsampling": purifications[0].subsampling}
     result = {**result, "settings": settings, "classifier": description}
     save_figure(draw_jpeg_histogram(result), folder / OUTPUTS[1])
@@ -144,6 +163,8 @@ def _run(
         print(to_json(result))
     elif not quiet:
         stdout.print(defence_table(result))
+        if defence.adaptive:
+            stdout.print(adaptive_table(result))
         best = result["best"]
         if best["score"] is not None:
             equals = f"; equal: {', '.join(best['equals'])}" if best["equals"] else ""

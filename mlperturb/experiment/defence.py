@@ -143,7 +143,7 @@ class _Tally:
 
     def __init__(self, purification: Purification, labels: int) -> None:
         self.purification = purification
-        self.images = self.restored = self.controls = 0
+        self.images = self.restored = self.controls = self.asked = self.survived = 0
         self.recovered, self.damaged, self.clean = [0, 0], [0, 0], [0, 0]
         self.shift = torch.zeros(labels, dtype=torch.double)
         self.bytes: list[int] = []
@@ -159,6 +159,8 @@ class _Tally:
         for pair, these, among in ((self.recovered, back, flipped), (self.damaged, ~back, held)):
             pair[0] += int((these & among).sum())
             pair[1] += int(among.sum())
+        self.asked += bool(flip.any())
+        self.survived += bool(flip.any()) and bool((~flip | ~back).all()) and bool((~keep | back).all())
         self.restored += bool(flipped.any()) and bool((back | ~(flip | keep)).all())
         self.shift += torch.sigmoid(defended.double()) - torch.sigmoid(views.adversarial.double())
         if views.control is not None:
@@ -182,6 +184,7 @@ class _Tally:
             "recovered": _count(self.recovered),
             "damaged": _count(self.damaged),
             "restored_images": self.restored,
+            "plain": {"images": self.asked, "successes": self.survived},
             "clean_images": self.controls,
             "clean_damaged": _count(self.clean),
             "score": score,

@@ -111,6 +111,16 @@ def defence_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def adaptive_table(result: dict[str, Any]) -> Table:
+    """Show the share of files that hold after each defence, of the plain and of the adaptive attack, and its RMSD."""
+    table = _table("defence", "plain attack holds", "adaptive attack holds", "RMSD")
+    for row in result["qualities"]:
+        shares = [_share(row[which]["successes"], row[which]["images"]) for which in ("plain", "adaptive")]
+        rmsd = row["adaptive"]["rmsd"]
+        table.add_row(f"{row['defence']} {row['quality']}", *shares, "-" if rmsd is None else f"{rmsd:.3f}")
+    return table
+
+
 def _share(count: int, total: int) -> str:
     return f"{count}/{total} {count / total:4.0%}" if total else "-"
 
