@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def _seeded() -> None:
 def save_photo(tmp_path: Path) -> Callable[..., Path]:
     """Save a random photo, or the PIL image given, under `tmp_path`."""
 
-    def save(name: str = "photo.png", image: Image.Image | None = None, **options: object) -> Path:
+    def save(name: str = "photo.png", image: Image.Image | None = None, **options: Any) -> Path:
         if image is None:
             pixels = np.random.default_rng(len(name)).integers(0, 256, (7, 9, 3), dtype=np.uint8)
             image = Image.fromarray(pixels)
@@ -71,9 +72,11 @@ def tiny(tmp_path_factory) -> Path:
     with torch.no_grad():
         for _ in range(20):
             net.train()(probe)  # gives batch normalisation its statistics
-        net.eval().fc.weight.mul_(700)
+        head = net.eval().get_submodule("fc")
+        assert isinstance(head, torch.nn.Linear)
+        head.weight.mul_(700)
         seen = Classifier(net, TINY_LABELS, None, preprocess)([torch.from_numpy(TINY_PIXELS).permute(2, 0, 1) / 255])[0]
-        net.fc.bias.sub_(seen - torch.tensor([0.3, -0.3, 0.2, -0.2]))
+        head.bias.sub_(seen - torch.tensor([0.3, -0.3, 0.2, -0.2]))
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
     metadata = Metadata("shufflenet_v2_x0_5", TINY_LABELS, (0.5,) * 4, preprocess.to_dict())
     save_checkpoint(path, net.state_dict(), metadata)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import atheris
 import torch
@@ -53,20 +54,23 @@ def fuzz_checkpoints(folder: Path) -> Callable[[bytes], None]:
     def read(data: bytes) -> None:
         for name in ("x.safetensors", "x.pt"):
             (folder / name).write_bytes(data)
-            given = {} if name == "x.safetensors" else {"architecture": "resnet18", "labels": ("a", "b", "c", "d")}
+            given: dict[str, Any] = (
+                {} if name == "x.safetensors" else {"architecture": "resnet18", "labels": ("a", "b", "c", "d")}
+            )
             try:
                 classifier, metadata = checkpoints.load_checkpoint(folder / name, **given)
             except CheckpointError as error:
                 assert str(error)
             else:
                 assert len(classifier.labels) == len(classifier.thresholds) == len(metadata.labels)
-                classifier.network["fc"](torch.zeros(1, 8))
+                classifier.network.get_submodule("fc")(torch.zeros(1, 8))
 
     return read
 
 
-def small_network(_architecture: str, outputs: int, **_: object) -> torch.nn.Module:
-    """Return a network that is quickly filled."""
+def small_network(architecture: str, outputs: int, *, meta: bool = False) -> torch.nn.Module:
+    """Return a network that is quickly filled, whatever the architecture."""
+    del architecture, meta
     with torch.device("meta"):
         return torch.nn.ModuleDict({"fc": torch.nn.Linear(8, outputs), "norm": torch.nn.BatchNorm1d(3)})
 

@@ -79,7 +79,8 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
        mu_j, and the other constraints the weight 0.
     9. If the problem has several views of each photo (`mlperturb.model.views`), step 2 computes one of them. The logits
        of the others are expected to differ from it by as much as they last did (`attacks.panel`), and v_j is the
-       largest of all views. In the second half, an iterate that may be the best so far is computed in every view.
+       largest of all views. An iterate that may be the first to hold everywhere, or late on the way the best so far, is
+       computed in every view.
     10. Steps 2 to 9 are repeated `iterations` times. Of the points with the most constraints met in every view, the
         nearest is kept.
 
@@ -141,13 +142,13 @@ def descend(
         decay = 1 - (step / walk.allowed if panel is None else _progress(problem, walk, step / max(iterations, 1)))
         seen = _look(problem, walk, best, panel, step, decay, lattice=lattice, sharpness=pace.sharpness)  # steps 2, 9
         met = best.update(problem, seen.images, seen.logits, seen.computed)
-        length = norms(seen.gradient).clamp(min=_TINY)
-        distance = _linearised_loss(walk, seen, pace) / length
-        latent = walk.latent - spread(_step_length(walk, decay, pace) / length) * seen.gradient  # steps 3, 4
+        gradient_norm = norms(seen.gradient).clamp(min=_TINY)
+        distance = _linearised_loss(walk, seen, pace) / gradient_norm
+        latent = walk.latent - spread(_step_length(walk, decay, pace) / gradient_norm) * seen.gradient  # steps 3, 4
         radius = _radius(problem, walk, met, distance, decay, pace)  # step 5
         latent = latent * spread(radius / norms(latent).clamp(min=_TINY))
         if lattice and walk.fresh:  # step 3
-            latent, radius = _stretch(latent, radius, lattice_scale(latent, seen.gradient, distance * length))
+            latent, radius = _stretch(latent, radius, lattice_scale(latent, seen.gradient, distance * gradient_norm))
         if lattice:
             latent, radius = _stretch(latent, radius, _lift(latent, met))
         walk = replace(
@@ -156,7 +157,7 @@ def descend(
             radius=radius,
             multipliers=_multipliers(walk, seen, decay),  # step 7
             done=met & (walk.radius == 0),
-            ever=walk.ever | met,
+            ever_met=walk.ever_met | met,
             fresh=False,
         )
         if pace.restarts:
@@ -174,8 +175,8 @@ class _Walk:
         allowed: K, the iterations that the image can afford, (n,).
         begun: passes spent before the first iteration, (n,), on the CPU.
         done: whether the clean photo meets the goal, so that the image leaves the batch, (n,).
-        ever: whether any iterate has met the goal, (n,).
-        hard: whether the image has restarted (step 8), (n,).
+        ever_met: whether any iterate has met the goal, (n,).
+        restarted: whether the image has restarted (step 8), (n,).
         fresh: whether this is the first iteration, from clean photos; one value for all images.
     """
 
@@ -185,8 +186,8 @@ class _Walk:
     allowed: Tensor
     begun: Tensor
     done: Tensor
-    ever: Tensor
-    hard: Tensor
+    ever_met: Tensor
+    restarted: Tensor
     fresh: bool
 
     @classmethod
@@ -203,7 +204,7 @@ class _Walk:
 
     def select(self, rows: Tensor) -> _Walk:
         """Return the state of some images."""
-        names = ("latent", "radius", "multipliers", "allowed", "done", "ever", "hard")
+        names = ("latent", "radius", "multipliers", "allowed", "done", "ever_met", "restarted")
         return replace(self, begun=self.begun[rows.cpu()], **{name: getattr(self, name)[rows] for name in names})
 
 
@@ -248,8 +249,7 @@ def _look(
     if lattice and not walk.fresh:
         perturbed = to_lattice(perturbed)
     images = perturbed.requires_grad_()
-    late = 1 - decay >= LATE
-    view = None if panel is None else panel.choose(problem, step, late)
+    view = None if panel is None else panel.choose(problem, step, 1 - decay >= LATE)
     logits = problem.logits(images) if view is None else problem.look(images, view)
     violations = problem.goal.violations(logits)
     present = violations.isfinite()
@@ -257,12 +257,13 @@ def _look(
     known, computed = logits.detach(), None
     if panel is not None and view is not None:
         standing = walk.radius == 0  # at the clean photos, with which the panel began
-        known, computed = verify(problem, best, panel, images.detach(), known, view, late & ~standing)
+        way = torch.where(standing, -1.0, 1 - decay)  # a clean photo is not verified
+        known, computed = verify(problem, best, panel, images.detach(), known, view, way)
         computed = computed | standing
         largest = each_view(problem.goal.violations, known).amax(1).masked_fill(~present, 0.0)
         violations = violations + (largest - violations.detach())  # with the gradient of the view computed
     counted = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))
-    weights = torch.where(walk.hard.unsqueeze(1), counted & present, walk.multipliers * present)
+    weights = torch.where(walk.restarted.unsqueeze(1), counted & present, walk.multipliers * present)
     losses = (weights * functional.softplus(violations, beta=sharpness)).sum(1)
     gradient = problem.gradient(losses, images)
     return _Seen(images.detach(), known, computed, violations.detach(), present, weights, gradient)
@@ -299,7 +300,7 @@ def _step_length(walk: _Walk, decay: Tensor, pace: Pace) -> Tensor:
 
 def _radius(problem: Problem, walk: _Walk, met: Tensor, distance: Tensor, decay: Tensor, pace: Pace) -> Tensor:
     """Step 5: the new ||r||, (n,): shorter if all constraints hold, else longer by at least `distance`; capped."""
-    growth = torch.where(walk.hard, _GROWTH / walk.allowed, pace.grow) * decay
+    growth = torch.where(walk.restarted, _GROWTH / walk.allowed, pace.grow) * decay
     larger = torch.maximum(walk.radius * (1 + growth), walk.radius + distance)
     widest = walk.latent[0].numel() ** 0.5  # sqrt(3 H W): a perturbation of pixels in [0, 1] is not longer
     radius = torch.where(met, walk.radius * (1 - pace.shrink * decay), larger).clamp(max=widest)
@@ -326,10 +327,10 @@ def _multipliers(walk: _Walk, seen: _Seen, decay: Tensor) -> Tensor:
 
 
 def _restart(walk: _Walk, step: int) -> _Walk:
-    """Step 8: move images that have not met their goal by iteration K / 4 back near the photo, and mark them `hard`."""
-    restart = ~walk.ever & (walk.allowed >= _ENOUGH) & (step == walk.allowed // _RESTART_AFTER)
+    """Step 8: move images that have not met their goal by iteration K / 4 back near the photo."""
+    restart = ~walk.ever_met & (walk.allowed >= _ENOUGH) & (step == walk.allowed // _RESTART_AFTER)
     latent, radius = _stretch(walk.latent, walk.radius, torch.where(restart, _NEAR, torch.ones_like(walk.radius)))
-    return replace(walk, latent=latent, radius=radius, hard=walk.hard | restart)
+    return replace(walk, latent=latent, radius=radius, restarted=walk.restarted | restart)
 
 
 def count_first(violations: Tensor, following: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from mlperturb.attacks.best import Best
 from mlperturb.attacks.problem import Problem, each_view, norms
 
 _FRESH = 0.5  # the weight of a new difference in the running mean
-LATE = 0.5  # of the way: from there on iterates are verified, and the worst view is computed
+LATE = 0.6  # of the way: from there on better iterates are verified, and the worst view is computed
+_EARLY = 0.25  # of the way: from there on the first iterate that holds in every view is looked for
 
 
 class Panel:
@@ -80,7 +81,7 @@ class Panel:
 
 @torch.no_grad()
 def verify(
-    problem: Problem, best: Best, panel: Panel, images: Tensor, logits: Tensor, views: Tensor, late: Tensor
+    problem: Problem, best: Best, panel: Panel, images: Tensor, logits: Tensor, views: Tensor, way: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the other views of iterates that may be the best so far, the least sure first, until a view fails.
 
@@ -91,7 +92,8 @@ def verify(
         images: the iterates, (n, 3, H, W).
         logits: of the views computed already, (n, L).
         views: the views computed already, (n,).
-        late: which images are far enough on their way to be verified, (n,).
+        way: how far each image is on its way, 0 to 1, (n,): it is verified from a quarter on until an iterate was seen
+            to hold in every view, and from `LATE` on.
 
     Returns:
         The logits of every view, (n, V, L), computed or expected; and for which images all are computed, (n,).
@@ -103,7 +105,7 @@ def verify(
     promising = ((worst <= 0) | (panel.unknown(problem) & ~computed)).all(1) & goal.met(logits)
     held = best.places(problem)
     better = ~best.met[held] | (norms(images - problem.images) < best.norm[held])
-    due = late & promising & better
+    due = (way >= torch.where(best.met[held], LATE, _EARLY)) & promising & better
     order = worst.masked_fill(computed, -torch.inf).argsort(1, descending=True)
     for place in range(seen.shape[1] - 1):
         due = due & problem.affordable(2)

@@ -69,8 +69,8 @@ def _search_scale(
         images = to_lattice(part.clip(part.images + spread(scale[rows]) * difference[rows]))
         logits, computed = part.logits(images), None
         if panel is not None:
-            first, always = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
-            logits, computed = verify(part, best, panel, images, logits, first, always)
+            first, end = torch.zeros_like(rows), torch.ones_like(best.norm[rows])
+            logits, computed = verify(part, best, panel, images, logits, first, end)
         met = best.update(part, images, logits, computed)
         met = met if computed is None else met & (computed | (best.norm[rows] < norms(images - part.images)))
         high[rows] = torch.where(met, scale[rows], high[rows])

@@ -7,10 +7,10 @@ from support.models import ATTACKS, Linear, linear_problem, make_net, mask, ragg
 from torch import Tensor
 
 from mlperturb.attacks.best import Outcome
-from mlperturb.attacks.ddn import lattice_scale, ml_ddn
+from mlperturb.attacks.ddn import ml_ddn
 from mlperturb.attacks.deepfool import ml_dp
 from mlperturb.attacks.goals import ClassificationGoal
-from mlperturb.attacks.lattice import to_lattice
+from mlperturb.attacks.lattice import lattice_scale, to_lattice
 from mlperturb.attacks.problem import Problem
 from mlperturb.attacks.quantise import quantise
 from mlperturb.targets import Targets, decide

@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib
 
-from mlperturb import attacks
+from mlperturb.attacks import methods
 from mlperturb.experiment.cases import Protocol, align, parse_cases, parse_variants
 from mlperturb.experiment.evaluate import run as run_evaluation
 from mlperturb.limits import Limits
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--cases", default="random,person,extreme")
     parser.add_argument("--methods", default="ml-ddn,ml-cw,ml-dp,rank-2")
     parser.add_argument("--passes", default="10,30,100,300,1000")
-    parser.add_argument("--budget", choices=attacks.BUDGETS, help="Default: balanced; paper for ml-ddn.")
+    parser.add_argument("--budget", choices=methods.BUDGETS, help="Default: balanced; paper for ml-ddn.")
     parser.add_argument("--scale-only", action="store_true")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--device", default="auto")

@@ -13,7 +13,7 @@ import argparse
 from dataclasses import replace
 
 import torch
-from photos import add_options, load_batches, save_rows
+from batches import add_options, load_batches, save_rows
 from torch import Tensor
 from torch.nn import functional
 

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from photos import save_rows
+from batches import save_rows
 
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.methods import METHODS, find_method

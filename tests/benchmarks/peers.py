@@ -19,7 +19,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
-from photos import Batch, add_options, load_batches, save_rows
+from batches import Batch, add_options, load_batches, save_rows
 from torch import Tensor, nn
 
 from mlperturb.attacks.goals import ClassificationGoal

@@ -10,10 +10,11 @@ once for each set of decisions among the photos.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import numpy as np
 import torch
-from photos import add_options, load_batches, save_rows
+from batches import add_options, load_batches, save_rows
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 _LARGEST = 6.0  # of ReLU6
@@ -56,7 +57,7 @@ def main() -> None:
     signs = torch.cat([one.desired * one.constrained for one in targets]).cpu().numpy().astype(float)
     names = np.array(batches[0].model.classifier.labels)
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     print("| photos | to be absent | constraints | at most, at once |\n|---:|---|---:|---:|")
     for pattern, count in zip(*np.unique(signs, axis=0, return_counts=True), strict=True):
         bound, proven = most_met(weight, bias, pattern)

@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def run_case(name: str, side: Version, inputs: Path, folder: Path, *, fresh: boo
         command = Command(side, words, folder, fresh)
         if text.startswith(KILL):
             out = folder / words[words.index("--out") + 1]
-            code = command.run(stdout, stderr, kill=lambda out=out: has_batch(out))
+            code = command.run(stdout, stderr, kill=partial(has_batch, out))
             stdout.unlink()
         else:
             code = command.run(stdout, stderr)
@@ -208,10 +209,10 @@ def main() -> None:
         load_libraries()
     with tempfile.TemporaryDirectory(prefix="same-bytes-") as temporary:
         scratch = Path(temporary).resolve()
-        sides = [find_version(getattr(arguments, side), scratch / f"code-{side}") for side in ("old", "new")]
+        old, new = (find_version(getattr(arguments, side), scratch / f"code-{side}") for side in ("old", "new"))
         photos = prepare_photos(arguments.voc, arguments.photos, scratch / "inputs")
         comparison = Comparison([*MAY_DIFFER, *arguments.allow])
-        run = Run(*sides, scratch, photos, comparison, arguments.fresh, arguments.cache, arguments.keep)
+        run = Run(old, new, scratch, photos, comparison, arguments.fresh, arguments.cache, arguments.keep)
         same = [run.compare(name) for name in names]
     print(f"{sum(same)} of {len(same)} cases are the same; {time.perf_counter() - started:.0f} s")
     raise SystemExit(int(not all(same)))

@@ -112,7 +112,10 @@ class Command:
         with self._started(stdout, stderr) as code:
             while (ended := code()) is None and not kill():
                 time.sleep(0.02)
-        return code() if ended is None else ended
+        if ended is None:
+            ended = code()
+        assert ended is not None, "a process that was killed has an exit code"
+        return ended
 
     @contextmanager
     def _started(self, stdout: Path, stderr: Path) -> Iterator[Callable[[], int | None]]:

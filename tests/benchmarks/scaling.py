@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 
 import torch
+from batches import save_rows
 from overhead import added_memory, build, take_turns
-from photos import save_rows
 
 
 def measure(arguments: argparse.Namespace, method: str) -> dict[str, float]:

@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,15 @@ from mlperturb.attacks.problem import Problem
 from mlperturb.labels import parse_request
 from mlperturb.limits import Limits
 from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
-from mlperturb.photos.images import find_photos
+from mlperturb.photos.images import find_photos, read_photo
 from mlperturb.run import runner
 from mlperturb.run.jobs import plan_outputs
 from mlperturb.run.settings import Settings
+from mlperturb.run.verdict import save
 from mlperturb.system.devices import prepare
 
 
-def timed(spent: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def timed(spent: defaultdict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` with its seconds added up under `name`."""
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -62,13 +63,13 @@ def main() -> None:
     jobs = plan_outputs(find_photos([arguments.photos], recursive=True)[: arguments.count])
     request = parse_request(classifier.labels, flip=["any"], keep=["rest"])
     settings = Settings(arguments.method, arguments.budget, request, Limits(arguments.passes))
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     statuses: Counter[str] = Counter()
     started = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as out,
-        patch.object(runner, "read_photo", timed(spent, "decode", runner.read_photo)),
-        patch.object(runner, "save", timed(spent, "write", runner.save)),
+        patch.object(runner, "read_photo", timed(spent, "decode", read_photo)),
+        patch.object(runner, "save", timed(spent, "write", save)),
         patch.object(Problem, "logits", timed(spent, "forward", Problem.logits)),
         patch.object(Problem, "gradient", timed(spent, "backward", Problem.gradient)),
         patch.object(Problem, "jacobian", timed(spent, "backward", Problem.jacobian)),

@@ -64,8 +64,9 @@ def attack(cli, tiny, tmp_path):
 
 def start(*arguments: object, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "mlperturb", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=ENVIRONMENT, **pipes, **options)
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def refused(result, *parts: str) -> None:

@@ -31,7 +31,8 @@ def _sizes(count: int = 50) -> list[tuple[int, int]]:
     generator = np.random.default_rng(14)
     sizes = [(1, 1), (1, 9), (700, 3), (3, 700), (56, 56), (56, 91), (133, 56), (57, 55), (320, 240), (240, 320)]
     while len(sizes) < count:
-        sizes.append(tuple(int(side) for side in generator.integers(2, 400 if len(sizes) % 2 else 60, 2)))
+        height, width = generator.integers(2, 400 if len(sizes) % 2 else 60, 2)
+        sizes.append((int(height), int(width)))
     return sizes
 
 

@@ -21,7 +21,7 @@ from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.photos.images import magnify, read_photo
 from mlperturb.run.jobs import plan_outputs
-from mlperturb.run.record import Failure, Record, Summary
+from mlperturb.run.record import Failure, Record, Status, Summary
 from mlperturb.run.report import read_schema, report_lines, to_json
 from mlperturb.run.runner import run_attack
 from mlperturb.run.settings import Settings, Words, read_settings
@@ -59,10 +59,12 @@ class Net(nn.Sequential):
 def classifier() -> Classifier:
     torch.manual_seed(5)
     net = Net()
+    head = net[-1]
+    assert isinstance(head, nn.Linear)
     with torch.no_grad():
-        net[-1].weight.mul_(20)
+        head.weight.mul_(20)
         probe = (torch.rand(64, 3, 16, 16) * 2 - 1) * 0.6
-        net[-1].bias.sub_(net(probe).mean(0) - torch.tensor([0.4, -0.4, 0.3, -0.3]))
+        head.bias.sub_(net(probe).mean(0) - torch.tensor([0.4, -0.4, 0.3, -0.3]))
     return Classifier(net, LABELS, (0.5, 0.4, 0.6, 0.5), Preprocess(resize=(16, 16)))
 
 
@@ -444,7 +446,7 @@ def test_settings_that_cannot_be_carried_out_are_refused():
         Settings("ml-cw", "fast", request, options={"solver": "nnls"})
 
 
-def record(status: str, rmsd: float | None = None, *, forward: int = 3, error: bool = False) -> Record:
+def record(status: Status, rmsd: float | None = None, *, forward: int = 3, error: bool = False) -> Record:
     return Record(
         source="x",
         status=status,

@@ -187,12 +187,12 @@ def build_checkpoints(folder: Path, good: Path, victim: Path) -> dict[str, Bad]:
         files[name] = Bad(kind, "either" if kind == "bits flipped" else "refused"), content
     for name, (kind, change) in _bad_headers().items():
         files[name] = Bad(kind), tensors_file({**header, **change}, data)
-    for name, (bad, change) in _bad_metadata(len(json.loads(header["__metadata__"]["labels"]))).items():
-        metadata = {key: value for key, value in {**header["__metadata__"], **change}.items() if value is not None}
+    for name, (bad, fields) in _bad_metadata(len(json.loads(header["__metadata__"]["labels"]))).items():
+        metadata = {key: value for key, value in {**header["__metadata__"], **fields}.items() if value is not None}
         files[name] = bad, tensors_file({**header, "__metadata__": metadata}, data)
     state = load(whole)
-    for name, (bad, change) in _bad_tensors(state).items():
-        kept = {key: tensor for key, tensor in {**state, **change}.items() if tensor is not None}
+    for name, (bad, tensors) in _bad_tensors(state).items():
+        kept = {key: tensor for key, tensor in {**state, **tensors}.items() if tensor is not None}
         files[name] = bad, save(kept, header["__metadata__"])
     for name, (bad, content) in _bad_pickles(folder, state, victim).items():
         files[name] = bad, content
@@ -273,9 +273,12 @@ def _bad_headers() -> dict[str, tuple[str, dict[str, object]]]:
 def _bad_metadata(count: int) -> dict[str, tuple[Bad, dict[str, str | None]]]:
     """Return metadata to replace good metadata; a field that is None is missing."""
     names = [f"label {number}" for number in range(count)]
-    million = {"labels": json.dumps([f"{n}" for n in range(10**6)]), "thresholds": json.dumps([0.5] * 10**6)}
+    million: dict[str, str | None] = {
+        "labels": json.dumps([f"{n}" for n in range(10**6)]),
+        "thresholds": json.dumps([0.5] * 10**6),
+    }
     preprocess = {"resize": [40, 40], "crop": None, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
-    wrong = {
+    wrong: dict[str, dict[str, str | None]] = {
         "gone": {"format": None},
         "format": {"format": "mlperturb.checkpoint/999"},
         "no-labels": {"labels": None},
@@ -317,7 +320,7 @@ def _bad_metadata(count: int) -> dict[str, tuple[Bad, dict[str, str | None]]]:
         "std": {"std": [0, 0, 0]},
         "std-huge": {"std": [10**400] * 3},
     }  # fmt: skip
-    strange = {
+    strange: dict[str, dict[str, str | None]] = {
         "escapes": {"labels": json.dumps(["\x1b[31mred\x1b[0m", "new\nline\r", "\u202eright to left", "\x07\x00"])},
         "markup": {"labels": json.dumps(["[red]x[/red]", "<script>alert(1)</script>", "{{ 7 * 7 }}", "[/nothing]"])},
         "unpaired": {"labels": '["\\ud800", "\\udfff", "", " "]'},
@@ -332,9 +335,9 @@ def _bad_metadata(count: int) -> dict[str, tuple[Bad, dict[str, str | None]]]:
         found[f"preprocess-{name}.safetensors"] = Bad("absurd preprocessing"), {"preprocess": text}
     for name, odd in strange.items():
         found[f"strange-{name}.safetensors"] = Bad("strange metadata", "odd"), dict(odd)
-    for name, text in {"mean": {"mean": [1e300] * 3}, "std": {"std": [1e-300] * 3}}.items():
-        values = {"preprocess": json.dumps({**preprocess, **text})}
-        found[f"float32-{name}.safetensors"] = Bad("absurd preprocessing", "not finite"), values
+    for name, extreme in {"mean": {"mean": [1e300] * 3}, "std": {"std": [1e-300] * 3}}.items():
+        text = json.dumps({**preprocess, **extreme})
+        found[f"float32-{name}.safetensors"] = Bad("absurd preprocessing", "not finite"), {"preprocess": text}
     return found
 
 

@@ -40,13 +40,18 @@ class Tally:
     batches: list[int] = field(default_factory=list)
 
 
+def _start_tally(count: int) -> Tally:
+    forward, backward, used = torch.zeros(3, count, dtype=torch.long)
+    return Tally(forward, backward, used)
+
+
 class Counting:
     """A model, of one view or several, that counts the passes of each image of a batch."""
 
     def __init__(self, model: Callable[[Tensor], Tensor], rows: int | Tensor, tally: Tally | None = None) -> None:
         self.model = model
         self.rows = torch.arange(rows) if isinstance(rows, int) else rows
-        self.tally = tally or Tally(*(torch.zeros(len(self.rows), dtype=torch.long) for _ in range(3)))
+        self.tally = tally or _start_tally(len(self.rows))
 
     @property
     def views(self) -> int:

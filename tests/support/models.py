@@ -97,11 +97,13 @@ def make_net(labels: int = 6, *, seed: int = 1, dtype=torch.double) -> nn.Module
             nn.Conv2d(3, 6, 3, stride=2), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.SiLU(), nn.Flatten(), nn.LazyLinear(labels)
         ).to(dtype)
         images = torch.rand(64, 3, 10, 10, dtype=dtype)
+        head = net[-1]
+        assert isinstance(head, nn.LazyLinear)
         with torch.no_grad():
-            net[-1].initialize_parameters(net[:-1](images))
-            net[-1].reset_parameters()
-            net[-1].weight.mul_(6)
-            net[-1].bias.sub_(net(images).mean(0))
+            head.initialize_parameters(net[:-1](images))
+            head.reset_parameters()
+            head.weight.mul_(6)
+            head.bias.sub_(net(images).mean(0))
     return net.eval().requires_grad_(False)
 
 
