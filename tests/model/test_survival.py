@@ -8,13 +8,10 @@ import torch
 from PIL import Image
 from support.models import TINY_PIXELS
 
-from mlperturb.attacks.goals import ClassificationGoal
-from mlperturb.attacks.problem import Problem
 from mlperturb.model import survival
 from mlperturb.model.preprocess import pad_batch
-from mlperturb.model.survival import SurvivingModel, compress, repeat_targets
+from mlperturb.model.survival import compress
 from mlperturb.photos.purify import Purification
-from mlperturb.targets import Targets
 
 SIZES = [(21, 34), (16, 40), (5, 3)]
 
@@ -66,32 +63,6 @@ def test_where_rounding_is_deaf_little_gradient_passes():
     assert float(spread[:-1].mean()) == pytest.approx(1.0, abs=0.01)  # on average, rounding has the slope 1
 
 
-def test_every_view_is_a_set_of_constraints_and_costs_its_passes():
-    images, sizes = photos()
-    weight = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-
-    def model(batch):
-        return batch.mean((2, 3)) @ weight.T
-
-    both = SurvivingModel(model, sizes, (Purification("jpeg", 30), Purification("jpeg", 90)))
-    logits = both(images)
-    assert logits.shape == (3, 6)
-    assert torch.equal(logits[:, :2], model(images))
-    assert torch.equal(logits[:, 2:4], model(compress(images, sizes, Purification("jpeg", 30))))
-    rows = torch.tensor([2, 0])
-    assert torch.allclose(both.select(rows)(images[rows]), logits[rows])
-    ones = torch.ones(3, 2)
-    targets = repeat_targets(Targets(ones.bool(), ~ones.bool(), ones, torch.tensor([0.1, 0.2])), 3)
-    assert targets.flip.shape == (3, 6)
-    assert targets.boundary.tolist() == pytest.approx([0.1, 0.2] * 3)
-    problem = Problem(both, images, ClassificationGoal(targets), limit=10)
-    variable = images.clone().requires_grad_()
-    problem.gradient(problem.logits(variable).sum(1), variable)
-    assert problem.meter.forward.tolist() == problem.meter.backward.tolist() == [3, 3, 3]
-    assert problem.affordable(1).all()
-    assert not problem.affordable(2).any()
-
-
 @pytest.mark.parametrize("method", ["ml-ddn", "ml-cw", "rank-2"])
 def test_attacks_survive_the_quality_they_saw(cli, tiny, tmp_path, method):
     photo, out = tmp_path / "photo.png", tmp_path / "out"
@@ -114,15 +85,23 @@ def test_attacks_survive_the_quality_they_saw(cli, tiny, tmp_path, method):
     assert "cat" not in json.loads(text)["images"][0]["labels"]
 
 
-def test_a_limit_on_passes_counts_every_view_and_check(cli, tiny, tmp_path):
+@pytest.mark.parametrize(("readers", "passes"), [(["float"], 90), (["float", "pillow", "torchvision"], 220)])
+def test_a_limit_on_passes_counts_every_view_and_check(cli, tiny, tmp_path, readers, passes):
     photo, out = tmp_path / "photo.png", tmp_path / "out"
     Image.fromarray(TINY_PIXELS).save(photo)
     arguments = ["attack", photo, "--flip", "cat", "--checkpoint", tiny, "--out", out, "--device", "cpu"]
-    code, _, err = cli(*arguments, "--survive", "jpeg:60-69", "--passes", 90)
+    arguments += [part for name in readers for part in ("--reader", name)]
+    code, _, err = cli(*arguments, "--survive", "jpeg:60-69", "--passes", passes)
     assert code == 0, err
     record = json.loads((out / "report.json").read_text())["images"][0]
-    assert record["cost"]["forward"] + record["cost"]["backward"] <= 90
+    assert record["cost"]["forward"] + record["cost"]["backward"] <= passes
     assert len(record["survival"]) == 10
-    code, _, err = cli(*arguments, "--overwrite", "--survive", "jpeg:60-69", "--passes", 30)
+    least = 11 * len(readers) + 5 * len(readers) + 4 * 5  # the check of the file; a look at the photo; two iterations
+    code, _, err = cli(*arguments, "--overwrite", "--survive", "jpeg:60-69", "--passes", least - 1)
     assert code == 2
-    assert "--passes" in err
+    assert err.count("\n") == 1
+    assert f"expected at least {least} --passes, got {least - 1}" in err
+    code, _, err = cli(*arguments, "--overwrite", "--survive", "jpeg:60-69", "--passes", least)
+    assert code == 0
+    record = json.loads((out / "report.json").read_text())["images"][0]
+    assert record["cost"]["forward"] + record["cost"]["backward"] <= least
