@@ -29,10 +29,7 @@ def attacked(cli, tiny, tmp_path):
     return out
 
 
-def test_the_adaptive_attack_stands_beside_the_plain_attack(cli, tiny, attacked, monkeypatch):
-    monkeypatch.setattr(
-        "mlperturb.experiment.adaptive.adapt.__kwdefaults__", {"budget": "fast", "done": lambda _: None}
-    )
+def test_the_adaptive_attack_stands_beside_the_plain_attack(cli, attacked):
     code, text, err = cli("jpeg-defend", attacked, "--defence", "jpeg:60,median:3", "--adaptive", "--device", "cpu")
     assert code == 0, err
     assert "adaptive attack holds" in text
