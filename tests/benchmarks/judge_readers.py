@@ -1,19 +1,24 @@
 """Judge the files of a report in the programs people run, with no code of ours.
 
     python tests/benchmarks/judge_readers.py OUT/report.json --checkpoint weights/voc-mobilenet-v2.safetensors
+    mlperturb evaluate --voc ../shared/voc --year 2012 --split val --cases random,person --methods ml-ddn --images 64 \
+        --seed 3 --passes 100 --keep-images --out v100
+    python tests/benchmarks/judge_readers.py v100/records.jsonl --beside f100/records.jsonl --checkpoint ...
 
 The checkpoint is read with `safetensors` and `json`, the network is torchvision's own, and each PNG is opened with
 Pillow and read as five programs do: torchvision's transforms of the PIL image, of uint8 tensors and of float tensors,
 `Image.resize` with NumPy, and the same as Pillow had it before version 13 (the width first). Files whose status is
-`success` are judged, or all. The exit code is 1 if one of them fails in a reader named by --require.
+`success` are judged, or with --all every file. The exit code is 1 if one of them fails in a reader of --require.
+With --beside, the mean ratio of the RMSDs of each photo is printed too, over the photos that hold in all of --require.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +72,27 @@ def readers(preprocess: dict[str, Any]) -> dict[str, Callable[[Image.Image], tor
     }
 
 
-@torch.inference_mode()
-def judge(path: Path, network: torch.nn.Module, facts: dict[str, Any], *, every: bool) -> dict[str, list[bool]]:
-    """Say for every file of a report, and every reader, whether each decision is as asked."""
+def entries(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Yield the group, the folder and the record of each photo of a report, or of the records of `evaluate`."""
+    if path.suffix == ".jsonl":
+        for line in map(json.loads, path.read_text().splitlines()):
+            for record in line.get("records", ()):
+                yield line["case"], path.parent / "images" / line["case"] / line["method"], record
+        return
     report = json.loads(path.read_text())
     out = report.get("settings", {}).get("out", ".")
-    folder = path.parent if out == "." else path.parent / out
+    for record in report["images"]:
+        yield "", path.parent if out == "." else path.parent / out, record
+
+
+@torch.inference_mode()
+def judge(
+    rows: Iterable[tuple[str, Path, dict[str, Any]]], network: torch.nn.Module, facts: dict[str, Any], *, every: bool
+) -> dict[str, dict[str, bool]]:
+    """Say for every reader and every photo whether each decision is as asked on its file."""
     boundary = torch.logit(torch.tensor(facts["thresholds"]))
-    found: dict[str, list[bool]] = {name: [] for name in readers(facts["preprocess"])}
-    for entry in report["images"]:
+    found: dict[str, dict[str, bool]] = {name: {} for name in readers(facts["preprocess"])}
+    for _, folder, entry in rows:
         if entry["files"]["adversarial"] is None or not (every or entry["status"] == "success"):
             continue
         image = Image.open(folder / entry["files"]["adversarial"]).convert("RGB")
@@ -86,7 +103,7 @@ def judge(path: Path, network: torch.nn.Module, facts: dict[str, Any], *, every:
                 for label, decision in zip(facts["labels"], decided, strict=True)
                 if label in entry["flip"] or label in entry["keep"]
             ]
-            found[name].append(all(right))
+            found[name][entry["source"]] = all(right)
     return found
 
 
@@ -95,18 +112,36 @@ def main() -> None:
     parser.add_argument("reports", type=Path, nargs="+")
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--require", action="append", help="a reader in which all must hold")
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="reports to compare the RMSD with")
     parser.add_argument("--all", action="store_true", help="judge the files of every status")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     network, facts = load(arguments.checkpoint)
     required = arguments.require or ["float", "pillow", "torchvision, uint8"]
     failed = False
+    beside = {
+        (group, entry["source"]): entry["distortion"]["rmsd"]
+        for path in arguments.beside
+        for group, _, entry in entries(path)
+        if entry["distortion"]
+    }
     for path in arguments.reports:
-        found = judge(path, network, facts, every=arguments.all)
-        print(path)
-        for name, held in found.items():
-            print(f"  {name:20} {sum(held)} of {len(held)} files hold")
-            failed |= name in required and not all(held)
+        groups: dict[str, list[tuple[str, Path, dict[str, Any]]]] = {}
+        for row in entries(path):
+            groups.setdefault(row[0], []).append(row)
+        for group, rows in groups.items():
+            found = judge(rows, network, facts, every=arguments.all)
+            print(f"{path} {group}: {len(rows)} photos")
+            for name, held in found.items():
+                print(f"  {name:20} {sum(held.values())} of {len(held)} files hold")
+                failed |= name in required and not all(held.values())
+            ratios = [
+                entry["distortion"]["rmsd"] / beside[group, entry["source"]]
+                for _, _, entry in rows
+                if all(found[name].get(entry["source"]) for name in required) and (group, entry["source"]) in beside
+            ]
+            if ratios:
+                print(f"  RMSD beside the other: {statistics.fmean(ratios):.3f} of {len(ratios)} photos")
     sys.exit(failed)
 
 
