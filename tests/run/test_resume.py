@@ -54,7 +54,11 @@ def test_what_changed_is_done_again_and_nothing_else(cli, command, photos, tmp_p
 
 
 @pytest.mark.parametrize(
-    "more", [("--method", "fgs"), ("--flip", "dog"), ("--max-rmsd", 3), ("--max-linf", 3), ("--passes", 50)]
+    "more",
+    [
+        *(("--method", "fgs"), ("--flip", "dog"), ("--max-rmsd", 3), ("--max-linf", 3), ("--passes", 50)),
+        *(("--reader", "float"), ("--margin", 0.2)),
+    ],
 )
 def test_other_settings_never_mix_into_a_run(cli, command, tmp_path, more):
     cli(*command(tmp_path / "out"))
@@ -76,7 +80,7 @@ def test_a_torn_last_line_is_dropped_and_said(cli, command, tmp_path):
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1])[:-40])  # the last has no photo
     code, _, err = cli(*command(out))
     assert code == 1
-    assert "cut short" in err
+    assert "journal.jsonl is incomplete" in err
     assert "going on: 6 of 10" in err
     assert contents(out) == before
 
