@@ -82,6 +82,7 @@ def test_attacks_know_neither_files_nor_label_names(path):
     assert own <= {"attacks", "errors", "metrics", "model", "targets"}
     assert {name for name in names if name.startswith("mlperturb.model.")} <= {
         "mlperturb.model.protocol.Model",
+        "mlperturb.model.protocol.Viewed",
         "mlperturb.model.protocol.narrow",
     }
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -21,12 +21,11 @@ VIEWED = Views(NET, OFFSETS)  # views that differ by the same amount on every im
 FADED = Views(NET, OFFSETS, fade=0.01)  # views that differ by a little more or less from image to image
 
 
+@dataclass(frozen=True)
 class Liar(Views):
     """Views of which the last is right about the photos, and wrong about every other image."""
 
-    def __init__(self, photos: Tensor) -> None:
-        super().__init__(NET, OFFSETS * 0)
-        object.__setattr__(self, "photos", photos)
+    photos: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def look(self, images: Tensor, views: Tensor) -> Tensor:
         logits = super().look(images, views)
@@ -34,7 +33,7 @@ class Liar(Views):
         return torch.where(moved.unsqueeze(1), super().look(self.photos, views), logits)
 
     def select(self, rows: Tensor) -> Liar:
-        return Liar(self.photos[rows])
+        return replace(self, photos=self.photos[rows])
 
 
 def make_problem(model, **more) -> Problem:
@@ -112,7 +111,7 @@ def test_early_views_take_turns_and_late_the_worst_is_computed():
 
 def test_an_iterate_that_one_view_refuses_is_never_found():
     """The last view is expected to agree, as it does on the photos; it is asked before anything counts as found."""
-    model = Liar(make_problem(NET).images)
+    model = Liar(NET, OFFSETS * 0, photos=make_problem(NET).images)
     alone = ml_ddn(make_problem(NET), iterations=20)
     assert alone.met.any()
     problem = make_problem(model)

@@ -54,7 +54,11 @@ def test_what_changed_is_done_again_and_nothing_else(cli, command, photos, tmp_p
 
 
 @pytest.mark.parametrize(
-    "more", [("--method", "fgs"), ("--flip", "dog"), ("--max-rmsd", 3), ("--max-linf", 3), ("--passes", 50)]
+    "more",
+    [
+        *(("--method", "fgs"), ("--flip", "dog"), ("--max-rmsd", 3), ("--max-linf", 3), ("--passes", 50)),
+        *(("--reader", "float"), ("--margin", 0.2)),
+    ],
 )
 def test_other_settings_never_mix_into_a_run(cli, command, tmp_path, more):
     cli(*command(tmp_path / "out"))

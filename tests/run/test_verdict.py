@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from mlperturb.cli.advice import advice
 from mlperturb.labels import parse_request
 from mlperturb.metrics import Distortion
 from mlperturb.model.checkpoints import load_checkpoint
+from mlperturb.model.classifier import Classifier
 from mlperturb.model.readers import parse_readers
 from mlperturb.photos.images import Photo
 from mlperturb.photos.purify import parse_survival
 from mlperturb.run import verdict
 from mlperturb.run.jobs import plan_outputs
-from mlperturb.run.record import Record, Summary
+from mlperturb.run.record import Record, Status, Summary
 from mlperturb.run.search import Found, search
 from mlperturb.run.settings import Settings
 from mlperturb.show.tables import image_line
@@ -48,7 +50,7 @@ def look(monkeypatch) -> Callable[..., verdict.Seen]:
 
     def judge(logits: dict[str, tuple[float, ...]], found: Found, settings: Settings = SETTINGS) -> verdict.Seen:
         monkeypatch.setattr(verdict, "read_logits", lambda _, __, reader: torch.tensor([logits[reader.name]]))
-        return verdict.look(None, found.pixels, BLACK, found, settings)
+        return verdict.look(cast(Classifier, None), found.pixels, BLACK, found, settings)
 
     return judge
 
@@ -93,7 +95,7 @@ def test_each_compression_counts_in_every_reader(monkeypatch):
         return torch.tensor([STILL if compressed and reader.name == "torchvision" else GONE])
 
     monkeypatch.setattr(verdict, "read_logits", read)
-    seen = verdict.look(None, GREY, BLACK, make_found(), settings)
+    seen = verdict.look(cast(Classifier, None), GREY, BLACK, make_found(), settings)
     assert calls == [*READERS, *READERS]
     assert seen.passes == 6
     assert seen.held.all()
@@ -109,7 +111,7 @@ def test_a_photo_as_asked_is_unchanged_only_where_its_pixels_are(look):
     assert look(broken, make_found(nothing, BLACK.copy())).status == "partial"
 
 
-def to_record(name: str, statuses: dict[str, bool], status: str) -> Record:
+def to_record(name: str, statuses: dict[str, bool], status: Status) -> Record:
     readers = {key: {"held": 3, "total": 3, "violated": [] if held else ["cat"]} for key, held in statuses.items()}
     constraints = {"held": 2, "total": 3, "violated": ["cat"]}
     return Record(source=name, status=status, readers=readers, constraints=constraints)

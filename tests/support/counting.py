@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
+
+from mlperturb.model.protocol import Model, Viewed
 
 
 class _Count(torch.autograd.Function):
@@ -48,7 +50,7 @@ def _start_tally(count: int) -> Tally:
 class Counting:
     """A model, of one view or several, that counts the passes of each image of a batch."""
 
-    def __init__(self, model: Callable[[Tensor], Tensor], rows: int | Tensor, tally: Tally | None = None) -> None:
+    def __init__(self, model: Model | Viewed, rows: int | Tensor, tally: Tally | None = None) -> None:
         self.model = model
         self.rows = torch.arange(rows) if isinstance(rows, int) else rows
         self.tally = tally or _start_tally(len(self.rows))
@@ -56,13 +58,13 @@ class Counting:
     @property
     def views(self) -> int:
         """The number of views of the model."""
-        return getattr(self.model, "views", 1)
+        return int(getattr(self.model, "views", 1))
 
     def __call__(self, images: Tensor, view: int = 0) -> Tensor:
-        return self._count(images, self.model(images) if self.views == 1 else self.model(images, view))
+        return self._count(images, self.model(images) if self.views == 1 else cast(Viewed, self.model)(images, view))
 
     def look(self, images: Tensor, views: Tensor) -> Tensor:
-        return self._count(images, self.model.look(images, views))
+        return self._count(images, cast(Viewed, self.model).look(images, views))
 
     def _count(self, images: Tensor, logits: Tensor) -> Tensor:
         assert len(images) == len(self.rows), "the model was not narrowed to the images it is called with"
