@@ -205,7 +205,7 @@ def check_command(words: list[str], where: str) -> None:
     elif words[0] == "python" and words[1].endswith(".py"):
         script = ROOT / words[1]
         assert script.is_file(), f"{where}: there is no {script}"
-        source = script.read_text() + (ROOT / "tests" / "benchmarks" / "photos.py").read_text()
+        source = script.read_text() + (ROOT / "tests" / "benchmarks" / "batches.py").read_text()
         for word in words[2:]:
             assert not word.startswith("--") or f'"{word}"' in source, f"{where}: {script.name} has no option {word}"
 
