@@ -19,7 +19,8 @@ from mlperturb.limits import MARGIN, Limits
 from mlperturb.metrics import distortion
 from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.model.classifier import Classifier
-from mlperturb.model.preprocess import to_tensor
+from mlperturb.model.readers import parse_reader
+from mlperturb.model.views import read_logits
 from mlperturb.photos.images import Photo, Pixels, convert_image, read_photo
 from mlperturb.run.record import Status
 from mlperturb.run.search import Found, Searcher
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 ImageLike: TypeAlias = "Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.floating] | Image.Image | str | Path"
 Images: TypeAlias = "Tensor | Sequence[ImageLike]"
 Names: TypeAlias = "str | Iterable[str]"
-
-_TOGETHER = 16  # images in one batch of `predict`
 
 
 @dataclass(frozen=True)
@@ -104,23 +103,22 @@ def load(
 
 
 @torch.no_grad()
-def predict(classifier: Classifier, images: Images) -> Tensor:
+def predict(classifier: Classifier, images: Images, *, reader: str | None = None) -> Tensor:
     """Return the probabilities of every label on every image, (N, L), on the CPU.
 
     Args:
-        classifier: see `load`, or a `Classifier` of your own.
+        classifier: a classifier from `load`, or your own `Classifier`.
         images: see `attack`.
+        reader: how the images are read, see `mlperturb.model.readers`; by default the first reader of the classifier's
+            `Preprocess`.
 
     Raises:
         ImageError: if a path cannot be read.
-        UsageError: if the images do not have a form that `attack` accepts.
+        UsageError: if the images have none of the forms of `attack`, or the reader is unknown.
     """
-    photos = [photo for photo, _ in _open(images)]
-    parts = [
-        classifier([to_tensor(photo.rgb, classifier.device) for photo in photos[start : start + _TOGETHER]]).cpu()
-        for start in range(0, len(photos), _TOGETHER)
-    ]
-    return torch.sigmoid(torch.cat(parts)) if parts else torch.empty(0, len(classifier.labels))
+    chosen = parse_reader(reader or classifier.preprocess.readers[0])
+    rows = [read_logits(classifier, photo.rgb, chosen) for photo, _ in _open(images)]
+    return torch.sigmoid(torch.cat(rows)) if rows else torch.empty(0, len(classifier.labels))
 
 
 def attack(

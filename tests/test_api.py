@@ -72,6 +72,40 @@ def test_arrays_come_back_as_arrays(classifier):
     assert len(result) == 3
 
 
+def test_a_result_says_reader_by_reader_where_it_holds(classifier):
+    wish = {"flip": [LABELS[0]], "keep": "rest", "budget": "fast"}
+    result = mlperturb.attack(classifier, photos(), **wish)
+    assert list(result.readers) == ["float", "pillow", "torchvision"]
+    assert result.success.tolist() == torch.stack(list(result.readers.values())).all(0).tolist() == [True] * 3
+    alone = mlperturb.attack(classifier, photos(), reader="float", **wish)
+    assert list(alone.readers) == ["float"]
+    other = Classifier(classifier.network, LABELS, preprocess=Preprocess((SIDE, SIDE), readers=("pillow:bicubic",)))
+    assert list(mlperturb.attack(other, photos(1), **wish).readers) == ["pillow:bicubic"]
+    with pytest.raises(UsageError, match="unknown reader 'skimage'"):
+        mlperturb.attack(classifier, photos(1), reader=["float", "skimage"], **wish)
+
+
+def test_the_margin_is_that_of_every_logit(classifier):
+    wide = mlperturb.attack(classifier, photos(), flip=[LABELS[0]], keep="rest", margin=0.05)
+    assert bool(wide.success.all())
+    assert float(torch.logit(wide.after.double()).abs().min()) >= 0.05 - 1e-4
+    for margin in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="expected a `margin` of at least 0"):
+            mlperturb.attack(classifier, photos(1), flip=[LABELS[0]], margin=margin)
+
+
+def test_an_image_that_is_as_asked_is_unchanged_and_a_success(classifier):
+    clean = photos(1)
+    there = mlperturb.predict(classifier, clean)[0] >= 0.5
+    wish = {"add": [label for label, is_there in zip(LABELS, there.tolist(), strict=True) if is_there]}
+    wish["remove"] = [label for label in LABELS if label not in wish["add"]]
+    result = mlperturb.attack(classifier, clean, **wish)
+    assert result.status == ("unchanged",)
+    assert result.success.tolist() == [True]
+    assert np.array_equal(result.images[0], clean[0])
+    assert (result.rmsd.tolist(), result.linf.tolist(), result.passes.tolist()) == ([0.0], [0.0], [6])
+
+
 def test_every_form_of_an_image_comes_back_in_its_form(classifier, tmp_path):
     array = photos(1)[0]
     path = tmp_path / "photo.png"

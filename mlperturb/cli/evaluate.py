@@ -171,7 +171,7 @@ class _Run:
         unread: list[Path] = []
         with self.long.bar("classified", sum(map(len, self.parts.values())), "classifying"):
             for name, part in self.parts.items():
-                logits = predict_photos(self.classifier, part, self.long.advance)
+                logits = predict_photos(self.classifier, part, self.long.advance, reader=self.protocol.readers[0])
                 read = logits.isfinite().all(1)
                 unread += [part.paths[row] for row in (~read).nonzero().flatten().tolist()]
                 metrics[name] = classifier_metrics(

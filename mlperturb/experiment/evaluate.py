@@ -20,7 +20,9 @@ from mlperturb.experiment.records import slug
 from mlperturb.experiment.statistics import tabulate
 from mlperturb.labels import Request
 from mlperturb.model.classifier import Classifier
-from mlperturb.model.preprocess import Size, to_tensor
+from mlperturb.model.preprocess import Size, pad_batch, to_tensor
+from mlperturb.model.readers import Reader
+from mlperturb.model.views import ViewedModel
 from mlperturb.photos.datasets import Dataset
 from mlperturb.photos.images import read_photo
 from mlperturb.run.jobs import Job, plan_outputs
@@ -34,11 +36,21 @@ from mlperturb.system.processes import Share
 from mlperturb.targets import decide
 
 _BATCH = 32  # photos classified together, before any attack
+FLOAT = Reader("float")
 
 
 @torch.inference_mode()
-def predict_photos(classifier: Classifier, dataset: Dataset, done: Callable[[int], None] | None = None) -> Tensor:
-    """Return the logits of every photo at its own size, (N, L), on the CPU; NaN for a photo that cannot be read."""
+def predict_photos(
+    classifier: Classifier, dataset: Dataset, done: Callable[[int], None] | None = None, *, reader: Reader = FLOAT
+) -> Tensor:
+    """Return the logits of every photo at its own size, (N, L), on the CPU; NaN for a photo that cannot be read.
+
+    Args:
+        classifier: the classifier.
+        dataset: N photos.
+        done: called with the number of photos done since the last call.
+        reader: how the photos are read.
+    """
     logits = torch.full((len(dataset), len(dataset.labels)), torch.nan)
     for start in range(0, len(dataset), _BATCH):
         rows, images = [], []
@@ -51,7 +63,8 @@ def predict_photos(classifier: Classifier, dataset: Dataset, done: Callable[[int
             rows.append(row)
             images.append(to_tensor(rgb, classifier.device))
         if images:
-            logits[rows] = classifier(images).float().cpu()
+            batch, sizes = pad_batch(images)
+            logits[rows] = ViewedModel.bind(classifier, [reader], sizes)(batch).float().cpu()
         if done:
             done(min(_BATCH, len(dataset) - start))
     return logits
@@ -91,7 +104,7 @@ def run(
         StorageError: if nothing can be written any more, or the journal is damaged.
     """
     share = share or Share()
-    correct = _find_correct(classifier, dataset, journal, share, scanned)
+    correct = _find_correct(classifier, dataset, journal, share, scanned, protocol.readers[0])
     parts = _plan(dataset, correct, protocol, journal.path.parent / "images")
     ledger = Ledger(journal, [part for _, part in parts], dataset.paths)
     if planned:
@@ -169,6 +182,7 @@ def _find_correct(
     journal: Journal,
     share: Share,
     scanned: Callable[[int], None] | None,
+    reader: Reader,
 ) -> list[int]:
     """Return the rows of X, the photos on which the classifier gets every label right, difficult labels aside."""
     if share.first:
@@ -183,7 +197,7 @@ def _find_correct(
     for number in share.claims("scan", len(starts)):
         rows = np.arange(starts[number], min(starts[number] + _BATCH, len(dataset)))
         part = dataset.subset(rows)
-        logits = predict_photos(classifier, part, scanned)
+        logits = predict_photos(classifier, part, scanned, reader=reader)
         truth = torch.from_numpy(part.truth)
         right = ((decide(logits, classifier.boundary.cpu()) == truth) | (truth == 0)).all(1) & logits.isfinite().all(1)
         parts[number] = {"correct": rows[right].tolist(), "unreadable": rows[logits.isnan().all(1)].tolist()}

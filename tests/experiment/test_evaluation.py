@@ -23,6 +23,7 @@ from mlperturb.experiment.records import failures
 from mlperturb.experiment.statistics import METRICS, make_row, measure
 from mlperturb.limits import Limits
 from mlperturb.model.checkpoints import load_checkpoint
+from mlperturb.model.readers import parse_readers
 from mlperturb.photos.datasets import Dataset
 from mlperturb.photos.images import read_photo
 from mlperturb.show.tables import evaluation_grid, to_csv, to_latex, to_markdown
@@ -171,6 +172,32 @@ def test_photos_are_decided_on_at_their_own_sizes_and_bad_ones_left_out(classifi
     for row in (0, 13):
         alone = classifier([torch.from_numpy(read_photo(data.paths[row]).rgb).permute(2, 0, 1) / 255])[0]
         torch.testing.assert_close(logits[row], alone, atol=1e-3, rtol=1e-4)
+
+
+def test_the_first_reader_decides_what_the_classifier_gets_right(classifier, tmp_path):
+    rng = np.random.default_rng(0)
+    paths = tuple(tmp_path / f"{number}.png" for number in range(14))
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(path)
+    plain = parse_readers(["float:no-antialias", "float"])
+    data = Dataset(paths, classifier.labels, np.zeros((14, 4), dtype=np.int8))
+    seen = predict_photos(classifier, data, reader=plain[0])
+    for row, path in enumerate(paths):
+        pixels = torch.from_numpy(read_photo(path).rgb).permute(2, 0, 1)[None] / 255
+        small = torch.nn.functional.interpolate(pixels, (40, 40), mode="bilinear", antialias=False)
+        torch.testing.assert_close(seen[row], classifier.network((small - 0.5) / 0.5)[0], atol=1e-3, rtol=1e-4)
+    truth = np.where(seen >= classifier.boundary, 1, -1).astype(np.int8)
+    truth[4] = np.where(predict_photos(classifier, data)[4] >= classifier.boundary, 1, -1)
+    data = replace(data, truth=truth)
+    found = []
+    for number, readers in enumerate((plain, plain[::-1])):
+        with Journal(tmp_path / f"{number}.jsonl", {}) as journal:
+            run(classifier, data, make_protocol(readers=readers, images=1), journal)
+            found += [entry["correct"] for entry in journal.entries() if "correct" in entry]
+    logits = [predict_photos(classifier, data, reader=reader) for reader in plain]
+    right = [(np.where(one >= classifier.boundary, 1, -1) == truth).all(1) for one in logits]
+    assert found == [np.flatnonzero(one).tolist() for one in right]
+    assert found[0] != found[1]
 
 
 @pytest.fixture(scope="module")

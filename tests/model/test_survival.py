@@ -11,7 +11,7 @@ from support.models import TINY_PIXELS
 from mlperturb.model import survival
 from mlperturb.model.preprocess import pad_batch
 from mlperturb.model.survival import compress
-from mlperturb.photos.purify import Purification
+from mlperturb.photos.purify import Purification, parse_survival
 
 SIZES = [(21, 34), (16, 40), (5, 3)]
 
@@ -83,6 +83,38 @@ def test_attacks_survive_the_quality_they_saw(cli, tiny, tmp_path, method):
     Image.fromarray(Purification("jpeg", 75).apply(np.array(Image.open(out / "photo.adv.png")))[0]).save(compressed)
     _, text, _ = cli("predict", compressed, "--checkpoint", tiny, "--json", "--device", "cpu")
     assert "cat" not in json.loads(text)["images"][0]["labels"]
+
+
+@pytest.mark.parametrize("name", ["webp:80", "resize:50", "median:3", "bits:6"])
+def test_attacks_survive_every_kind_of_purification_in_every_reader(cli, tiny, tmp_path, name):
+    photo, out = tmp_path / "photo.png", tmp_path / "out"
+    Image.fromarray(TINY_PIXELS).save(photo)
+    code, text, err = cli(
+        *("attack", photo, "--flip", "cat", "--survive", name, "--margin", "0.2"),
+        *("--checkpoint", tiny, "--out", out, "--device", "cpu"),
+    )
+    assert code == 0, err
+    record = json.loads((out / "report.json").read_text())["images"][0]
+    assert record["status"] == "success"
+    assert f"holds after {name}" in text
+    assert record["survival"] == {name: {"held": 1, "total": 1, "violated": []}}
+    compressed = tmp_path / "compressed.png"
+    (purification,) = parse_survival([name])[1]
+    Image.fromarray(purification.apply(np.array(Image.open(out / "photo.adv.png")))[0]).save(compressed)
+    _, text, _ = cli("predict", compressed, "--checkpoint", tiny, "--json", "--device", "cpu", "--reader",
+                     "float,pillow,torchvision")  # fmt: skip
+    assert ["cat" in entry["labels"] for entry in json.loads(text)["images"]] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    "name", ["jpeg:0", "jpeg:90-80", "png:3", "median:2", "bits:9", "webp:101", "resize:0", "jpeg"]
+)
+def test_a_purification_out_of_its_range_is_refused_in_one_line(cli, tiny, tmp_path, name):
+    Image.fromarray(TINY_PIXELS).save(tmp_path / "photo.png")
+    code, _, err = cli("attack", tmp_path / "photo.png", "--flip", "cat", "--survive", name, "--checkpoint", tiny)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--survive" in err
+    assert name in err
 
 
 @pytest.mark.parametrize(("readers", "passes"), [(["float"], 90), (["float", "pillow", "torchvision"], 220)])

@@ -80,7 +80,7 @@ def test_a_torn_last_line_is_dropped_and_said(cli, command, tmp_path):
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1])[:-40])  # the last has no photo
     code, _, err = cli(*command(out))
     assert code == 1
-    assert "is incomplete and is dropped" in err
+    assert "journal.jsonl is incomplete" in err
     assert "going on: 6 of 10" in err
     assert contents(out) == before
 

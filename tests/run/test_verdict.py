@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from support.models import TINY_LABELS, TINY_PIXELS
 
 from mlperturb.attacks.goals import ClassificationGoal
@@ -25,7 +27,7 @@ from mlperturb.run.jobs import plan_outputs
 from mlperturb.run.record import Record, Status, Summary
 from mlperturb.run.search import Found, search
 from mlperturb.run.settings import Settings
-from mlperturb.show.tables import image_line
+from mlperturb.show.tables import image_line, summary_table
 from mlperturb.targets import Targets
 
 LABELS = ("cat", "dog", "cow")
@@ -135,6 +137,12 @@ def test_a_summary_says_the_share_that_holds_in_each_reader_without_unchanged_ph
     summary.add(Record(source="e"))
     assert summary.to_dict(1.0)["readers"] == {"float": pytest.approx(2 / 3), "pillow": pytest.approx(1 / 3)}
     assert (summary.attacked, summary.success_rate) == (3, pytest.approx(1 / 3))
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(summary_table(summary.to_dict(1.0)))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["unchanged", "1"] in lines
+    assert ["hold", "in", "float", "67%"] in lines
+    assert ["hold", "in", "pillow", "33%"] in lines
 
 
 def test_a_file_made_for_floats_alone_is_judged_in_all_readers_by_their_real_code(tiny, tmp_path):
