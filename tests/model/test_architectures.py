@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from mlperturb.model.architectures import build_network, check_architecture, def
 from mlperturb.model.checkpoints import Metadata, load_checkpoint, read_tensors, save_checkpoint
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Preprocess
+from mlperturb.photos.datasets import VOC_LABELS
 from mlperturb.training.probe import find_head
 
 LABELS = ("cat", "dog", "person")
@@ -75,6 +78,16 @@ def test_plain_weights_of_a_network_of_timms_load_with_its_own_preprocessing(tmp
     torch.save(network.state_dict(), tmp_path / "plain.pt")
     classifier, _ = load_checkpoint(tmp_path / "plain.pt", architecture="timm/test_efficientnet", labels=LABELS)
     assert classifier.preprocess == default_preprocess("timm/test_efficientnet")
-    with pytest.raises(CheckpointError, match="has a head of 3 outputs, expected 2"):
+    with pytest.raises(CheckpointError, match="expected a head of 2 outputs, one for each label, got 3"):
         load_checkpoint(tmp_path / "plain.pt", architecture="timm/test_efficientnet", labels=LABELS[:2])
     assert read_tensors(tmp_path / "plain.pt")["classifier.bias"].shape == (3,)
+
+
+def test_the_lite2_checkpoint_of_the_repository_loads_folded_with_its_figures():
+    path = Path(__file__).resolve().parents[2] / "weights" / "voc-efficientnet-lite2.safetensors"
+    classifier, metadata = load_checkpoint(path)
+    assert classifier.labels == VOC_LABELS
+    assert classifier.preprocess.resize == (260, 260)
+    assert metadata.metrics["VOC2012 val"]["map"] > 0.83
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in classifier.modules())
+    assert bool(classifier(torch.rand(1, 3, 60, 80)).isfinite().all())
