@@ -75,6 +75,9 @@ def train(
     freeze: Annotated[
         list[str] | None, typer.Option(help="Parameters to freeze, such as 'blocks.0.*' (repeatable).")
     ] = None,
+    views: Annotated[
+        int, typer.Option(min=0, help="Keep what the frozen first layers give for so many random crops a photo.")
+    ] = 0,
     norm_momentum: Annotated[
         float | None, typer.Option(min=0, max=1, help="Momentum of batch normalisation's statistics; 0 freezes them.")
     ] = None,
@@ -116,27 +119,18 @@ def train(
         raise UsageError(f"expected --out to end in .safetensors, got {out}")
     files = [parse_local(name) for name in init or () if name != "torchvision"]
 
-    from mlperturb.photos.datasets import join, read_csv, read_splits
     from mlperturb.system.devices import prepare
     from mlperturb.system.processes import join as join_run
     from mlperturb.system.processes import local_device
     from mlperturb.training.fitter import Recipe
     from mlperturb.training.train import train as run
 
-    validation: Dataset | None = None
-    tests: dict[str, Dataset] = {}
     if voc is not None:
-        years = [name for value in year or () for name in value.split(",")]
-        training = join(read_splits(voc, years, train_split).values())
-        if val_split:
-            validation = join(read_splits(voc, years, val_split).values())
-        if test_split:
-            tests = read_splits(voc, years, test_split)
+        training, validation, tests = _read_voc(voc, year or [], train_split, val_split, test_split)
     else:
         assert photos is not None
         assert csv is not None
-        training = read_csv(photos, csv)
-        tests = {test_csv.name: read_csv(photos, test_csv)} if test_csv else {}
+        training, validation, tests = _read_tables(photos, csv, test_csv)
     if validation is None:
         training, validation = _hold_out(training, seed)
     recipe = Recipe(
@@ -153,6 +147,7 @@ def train(
         blend=blend,
         layer_decay=layer_decay,
         freeze=tuple(freeze or ()),
+        views=views,
         norm_momentum=norm_momentum,
         amp=amp,
         mixup=mixup,
@@ -198,6 +193,25 @@ def train(
 
         stdout.print(show(classifier_grid(metadata.metrics)))
     typer.echo(f"wrote {out}")
+
+
+def _read_voc(
+    voc: Path, year: list[str], train_split: str, val_split: str | None, test_split: str | None
+) -> tuple[Dataset, Dataset | None, dict[str, Dataset]]:
+    """Read the photos of a VOCdevkit to train, to validate and to measure on."""
+    from mlperturb.photos.datasets import join, read_splits
+
+    years = [name for value in year for name in value.split(",")]
+    training = join(read_splits(voc, years, train_split).values())
+    validation = join(read_splits(voc, years, val_split).values()) if val_split else None
+    return training, validation, read_splits(voc, years, test_split) if test_split else {}
+
+
+def _read_tables(photos: Path, csv: Path, test_csv: Path | None) -> tuple[Dataset, None, dict[str, Dataset]]:
+    """Read a folder of photos and its tables, to train and to measure on."""
+    from mlperturb.photos.datasets import read_csv
+
+    return read_csv(photos, csv), None, {test_csv.name: read_csv(photos, test_csv)} if test_csv else {}
 
 
 def _hold_out(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:

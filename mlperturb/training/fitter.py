@@ -25,6 +25,7 @@ from mlperturb.system.processes import Share
 from mlperturb.training.loading import PhotoDataset, augmentation, mixed_precision, to_device
 from mlperturb.training.losses import cross_entropy, eq12_loss
 from mlperturb.training.probe import find_head
+from mlperturb.training.stem import cut, has_moving_statistics, pick
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Recipe:
         layer_decay: how many times the learning rate of the layers above each layer has, counted in blocks from the
             head down; 1 for the same rate everywhere.
         freeze: patterns such as `blocks.0.*` of the names of parameters that stay as they are.
+        views: keep what the frozen first layers give for so many random crops of each photo, and train the layers above
+            on these; 0 to crop anew each time and pass through all layers.
         norm_momentum: of the statistics of batch normalisation; 0 leaves them as they are; None: the architecture's.
         amp: compute with 16 bits on the CPU too (bfloat16); CUDA always does (float16).
         mixup: each photo is mixed with a second photo, in a share drawn from Beta(mixup, mixup); 0 for no mixing.
@@ -77,6 +80,7 @@ class Recipe:
     blend: bool = False
     layer_decay: float = 1.0
     freeze: tuple[str, ...] = ()
+    views: int = 0
     norm_momentum: float | None = None
     amp: bool = False
     mixup: float = 0.0
@@ -121,10 +125,13 @@ class Fitter:
     given: frozenset[str] = frozenset()  # tensors that the last initial file gave
     share: Share = field(default_factory=Share)
     teacher: Tensor | None = None  # logits of the teachers for every training photo, (N, L)
+    notes: dict[str, Any] = field(default_factory=dict)  # of how it began, for the checkpoint's provenance
     epoch: int = 0
     averaged: nn.Module = field(init=False)
     start: dict[str, Tensor] = field(init=False)  # the weights that training began from, if they are to be blended
     features: Tensor = field(init=False)  # what the head gets, (N, F), if only the head is trained
+    below: nn.Module | None = field(init=False, default=None)  # the frozen first layers, if their word is kept
+    views: Tensor = field(init=False)  # what they give, (V, N, C, h, w)
     optimiser: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -143,6 +150,10 @@ class Fitter:
         self.scaler = torch.amp.GradScaler(enabled=self.device.startswith("cuda"))
         self.steps = len(self.training) // self.recipe.batch_size
         self.trained = find_head(self.network)[1] if self.recipe.head_only else self.network
+        if self.recipe.views and not self.recipe.head_only:
+            if has_moving_statistics(self.network, self.recipe.norm_momentum):
+                raise CheckpointError("batch normalisation moves: expected a momentum of 0, to keep what layers give")
+            self.below, self.trained = cut(self.network)
         if self.share.size > 1:
             if self.device.startswith("cuda"):
                 self.trained = nn.SyncBatchNorm.convert_sync_batchnorm(self.trained)  # type: ignore[no-untyped-call]
@@ -208,12 +219,15 @@ class Fitter:
 
     def _set_mode(self) -> None:
         """Put the network into training mode; batch normalisation as the recipe says."""
-        self.network.train(not self.recipe.head_only)
         momentum = self.recipe.norm_momentum
-        for module in self.network.modules():
+        if not self.recipe.head_only:
+            self.trained.train()
+        else:
+            self.network.eval()
+        for module in self.trained.modules():
             if isinstance(module, _BatchNorm) and momentum is not None:
                 module.momentum = momentum
-                module.train(momentum > 0 and not self.recipe.head_only)
+                module.train(momentum > 0)
 
     def _loss(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """Return the loss of photos, (N, 3, h, w), or features, (N, F), and of their numbers in the data set, (N,)."""
@@ -255,6 +269,7 @@ class Fitter:
             "network": self.network.state_dict(),
             "averaged": self.averaged.state_dict(),
             "start": self.start,
+            "notes": self.notes,
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -281,12 +296,14 @@ class Fitter:
         try:
             self.network.load_state_dict(state["network"])
             self.averaged.load_state_dict(state["averaged"])
-            self.start = state["start"]
+            self.start, self.notes = state["start"], state["notes"]
             self.optimiser.load_state_dict(state["optimiser"])
             self.scaler.load_state_dict(state["scaler"])
             self.epoch = state["epoch"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this network and data set: {error!s:.200}") from error
+        if self.below is not None:
+            self.below = cut(self.network)[0]  # of the weights just read
         if self.epoch > self.recipe.epochs:
             raise CheckpointError(f"{path} has {self.epoch} epochs done, expected at most {self.recipe.epochs}")
 
@@ -298,12 +315,31 @@ class Fitter:
         if recipe.head_only:
             yield from ((batch, self.features[batch]) for batch in rows)
             return
-        size = (recipe.train_size, recipe.train_size) if recipe.train_size else self.preprocess.output_size
-        photos = PhotoDataset(self.training, augmentation(self.preprocess, size, recipe.least_crop))
+        if self.below is not None:
+            yield from ((batch, pick(self.views, batch)) for batch in rows)
+            return
+        photos = self.random_crops(self.training)
         if self.share.size > 1:
             torch.manual_seed(torch.initial_seed() + 7919 * self.share.rank)  # crops of their own
         loader = DataLoader(photos, batch_sampler=rows.tolist(), num_workers=recipe.workers)
         yield from ((batch, images) for batch, (images, _) in zip(rows, loader, strict=True))
+
+    def random_crops(self, dataset: Dataset) -> PhotoDataset:
+        """Return photos as they are trained on: cropped, flipped and coloured at random."""
+        size = (self.recipe.train_size,) * 2 if self.recipe.train_size else self.preprocess.output_size
+        return PhotoDataset(dataset, augmentation(self.preprocess, size, self.recipe.least_crop))
+
+    @torch.inference_mode()
+    def look(self, dataset: Dataset) -> Tensor:
+        """Return what the frozen first layers give for a random crop of each photo, (N, C, h, w); bfloat16 if `amp`."""
+        assert self.below is not None
+        loader = DataLoader(self.random_crops(dataset), 64, num_workers=self.recipe.workers)
+        kept = []
+        with mixed_precision(self.device, self.amp):
+            for images, _ in loader:
+                given = self.below(to_device(images, self.device)).cpu()
+                kept.append(given.to(torch.bfloat16) if self.amp else given)
+        return torch.cat(kept).clone()
 
     def _set_learning_rate(self, step: int) -> None:
         total = self.recipe.epochs * self.steps

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mlperturb.errors import CheckpointError
 from mlperturb.metrics import average_precision
+from mlperturb.model.classifier import fold_batch_norm
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.photos.datasets import Dataset
 from mlperturb.training.loading import predict_dataset
@@ -58,9 +59,10 @@ def read_features(
 ) -> Tensor:
     """Return the input of the last layer for every photo, (N, F), on the CPU."""
     kept: list[Tensor] = []
-    handle = find_head(network)[1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().cpu()))
+    folded = fold_batch_norm(network)
+    handle = find_head(folded)[1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().cpu()))
     try:
-        predict_dataset(network, dataset, preprocess, device=device, workers=workers, amp=amp)
+        predict_dataset(folded, dataset, preprocess, device=device, workers=workers, amp=amp)
     finally:
         handle.remove()
     return torch.cat(kept).clone()

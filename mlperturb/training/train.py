@@ -21,7 +21,7 @@ from mlperturb.model.checkpoints import (
     read_tensors,
     save_checkpoint,
 )
-from mlperturb.model.classifier import Classifier
+from mlperturb.model.classifier import Classifier, fold_batch_norm
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.photos.datasets import Dataset
 from mlperturb.system.processes import Share
@@ -108,11 +108,11 @@ def train(
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     start = _Start(recipe, training, choose_preprocess(recipe), device, share)
     with share.process_group(device):
-        fitter, said = start.make_fitter(network, validation, teachers, given, output, resume)
+        fitter = start.make_fitter(network, validation, teachers, given, output, resume)
         _run_epochs(fitter, validation, output, report)
     if not share.first:
         return None
-    return _finish(fitter, validation, tests, {**(provenance or {}), **said}, output, half)
+    return _finish(fitter, validation, tests, provenance or {}, output, half)
 
 
 def _fill_network(
@@ -179,6 +179,14 @@ class _Start:
             total += torch.sigmoid(self._share_out(predict, self.training) - teacher.boundary.cpu())
         return torch.logit(total / len(files), eps=1e-6)
 
+    def look(self, fitter: Fitter) -> Tensor:
+        """Return what the frozen first layers give for the recipe's number of random crops, (V, N, C, h, w)."""
+        views = []
+        for view in range(self.recipe.views):
+            torch.manual_seed((self.recipe.seed * 100_003 + view) * 7919 + self.share.rank)
+            views.append(self._share_out(fitter.look, self.training))
+        return torch.stack(views)
+
     def fit_head(self, network: nn.Module, validation: Dataset, teacher: Tensor | None) -> Probe:
         """Fit the network's last layer alone, in place."""
         recipe = self.recipe
@@ -208,25 +216,27 @@ class _Start:
         given: frozenset[str],
         output: Path,
         resume: bool,
-    ) -> tuple[Fitter, dict[str, Any]]:
-        """Return the fitter before its next epoch, and what the checkpoint is to say about the start."""
+    ) -> Fitter:
+        """Return the fitter before its next epoch; its notes say how the training began."""
         recipe, share, state = self.recipe, self.share, _resume_file(output)
-        said: dict[str, Any] = {}
+        notes: dict[str, Any] = {}
         restarted = share.any_restarted()
         going_on = resume or (restarted and state.exists())
         teacher = self.ask_teachers(teachers) if teachers else None
         if recipe.probe and not going_on:
             probe = self.fit_head(network, validation, teacher)
-            said["probe"] = {"decay": probe.decay, "validation map": round(probe.mean_precision, 4)}
+            notes["probe"] = {"decay": probe.decay, "validation map": round(probe.mean_precision, 4)}
             given |= {f"{find_head(network)[0]}.{part}" for part in ("weight", "bias")}
-        fitter = Fitter(recipe, network, self.training, self.preprocess, self.device, given, share, teacher)
+        fitter = Fitter(recipe, network, self.training, self.preprocess, self.device, given, share, teacher, notes)
         if going_on:
             fitter.load(state)
         elif share.size > 1 and share.first and state.exists():
             state.replace(f"{output}.resume.old.pt")  # of an earlier training: a restart must not take it for its own
         if recipe.head_only:
             fitter.features = self.read_features(network, self.training)
-        return fitter, said
+        elif recipe.views and fitter.epoch < recipe.epochs:
+            fitter.views = self.look(fitter)
+        return fitter
 
     def _share_out(self, read: Callable[[Dataset], Tensor], dataset: Dataset) -> Tensor:
         """Read every photo of a data set, (N, ...), each process its part."""
@@ -239,7 +249,7 @@ class _Start:
         dist.all_gather_object(
             parts, read(dataset.subset(range(rank, len(dataset), size))) if rank < len(dataset) else None
         )
-        whole = torch.empty(len(dataset), *parts[0].shape[1:])
+        whole = torch.empty(len(dataset), *parts[0].shape[1:], dtype=parts[0].dtype)
         for place, part in enumerate(parts[: len(dataset)]):
             whole[place::size] = part
         return whole
@@ -266,17 +276,19 @@ def _finish(
 ) -> Metadata:
     """Blend, calibrate and measure the averaged network, and write the checkpoint; return its metadata."""
     if fitter.recipe.blend:
-        provenance["blend"] = _blend(fitter, validation)
+        fitter.notes["blend"] = _blend(fitter, validation)
     if half:
         for value in fitter.averaged.parameters():
-            if value.dim() > 1:
-                value.data = value.half().float()
-    metadata = _calibrate_and_measure(fitter, validation, tests, provenance)
+            value.data = _halve(value).float()
+    metadata = _calibrate_and_measure(fitter, validation, tests, {**provenance, **fitter.notes})
     tensors = fitter.averaged.state_dict()
-    if half:
-        tensors = {name: value.half() if value.dim() > 1 else value for name, value in tensors.items()}
-    save_checkpoint(output, tensors, metadata)
+    save_checkpoint(output, {name: _halve(value) for name, value in tensors.items()} if half else tensors, metadata)
     return metadata
+
+
+def _halve(value: Tensor) -> Tensor:
+    """Return matrices in float16, and vectors as they are."""
+    return value.half() if value.dim() > 1 else value
 
 
 def _blend(fitter: Fitter, validation: Dataset) -> dict[str, float]:
@@ -336,7 +348,9 @@ def _validate(fitter: Fitter, epoch: int, validation: Dataset) -> Progress:
 def _predict(fitter: Fitter, dataset: Dataset, *, amp: bool = False) -> Tensor:
     """Return the averaged network's logits, (N, L)."""
     workers, device = fitter.recipe.workers, fitter.device
-    return predict_dataset(fitter.averaged, dataset, fitter.preprocess, device=device, workers=workers, amp=amp)
+    return predict_dataset(
+        fold_batch_norm(fitter.averaged), dataset, fitter.preprocess, device=device, workers=workers, amp=amp
+    )
 
 
 def _load_pretrained(network: nn.Module, architecture: str) -> frozenset[str]:

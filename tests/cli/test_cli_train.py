@@ -84,3 +84,35 @@ def test_a_call_that_cannot_be_carried_out_is_one_line(arguments, message, monke
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_probe_and_gentle_fine_tuning_of_a_network_of_timms_in_one_command(voc, monkeypatch, capsys):
+    out, teacher = voc / "mine.safetensors", voc / "teacher.safetensors"
+    data = ["--voc", voc, "--year", "2007", "--val-split", "val"]
+    tiny = ["--arch", "timm/test_efficientnet", *TINY[2:], "--amp"]
+    assert _run(monkeypatch, *data, *tiny, "--probe", "--epochs", 0, "--out", teacher) == 0
+    gentle = [
+        "--layer-decay",
+        0.8,
+        "--norm-momentum",
+        0,
+        "--freeze",
+        "conv_stem.*",
+        "--freeze",
+        "bn1.*",
+        "--mixup",
+        0.2,
+    ]
+    kept = ["--views", 2, "--average", 0.9, "--teacher", teacher, "--teacher-weight", 0.4, "--blend", "--half"]
+    options = [*gentle, *kept, "--mean", 0.4, "--std", 0.3, "--least-crop", 0.7]
+    assert _run(monkeypatch, *data, *tiny, "--probe", *options, "--out", out) == 0
+    assert "epoch 1/1" in capsys.readouterr().err
+    classifier, metadata = load_checkpoint(out)
+    assert metadata.architecture == "timm/test_efficientnet"
+    assert classifier.preprocess.mean == (0.4, 0.4, 0.4)
+    assert metadata.provenance["teachers"] == ["teacher.safetensors"]
+    assert {"probe", "blend"} <= set(metadata.provenance)
+    recipe = metadata.provenance["recipe"]
+    assert (recipe["freeze"], recipe["teacher_weight"], recipe["views"]) == (["conv_stem.*", "bn1.*"], 0.4, 2)
+    assert _run(monkeypatch, *data, *tiny, "--probe", *options, "--epochs", 2, "--resume", "--out", out) == 0
+    assert read_metadata(out).provenance["recipe"]["epochs"] == 2

@@ -84,7 +84,18 @@ def test_labels_and_thresholds_that_do_not_fit_are_refused(labels, thresholds, m
         Classifier(nn.Identity(), labels, thresholds)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "inception_v3", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenet_v2",
+        "resnet18",
+        "inception_v3",
+        "shufflenet_v2_x0_5",
+        "timm/tf_efficientnet_lite0",
+        "timm/test_efficientnet",
+        "timm/ghostnet_050",
+    ],
+)
 def test_folding_batch_norm_leaves_logits_and_gradients_as_they_were(name):
     network = build_network(name, 3).eval()
     for module in network.modules():
@@ -111,3 +122,21 @@ def test_a_network_that_cannot_be_traced_is_used_as_it_is():
 
     network = Branching()
     assert fold_batch_norm(network) is network
+
+
+def test_a_normalisation_whose_convolution_is_used_elsewhere_too_is_not_folded():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, images):
+            once = self.convolution(images)
+            return (self.norm(once) + once).flatten(1)
+
+    network = Shared().eval()
+    network.norm.running_var.fill_(4)
+    images = torch.rand(1, 3, 4, 4)
+    folded = fold_batch_norm(network)
+    assert torch.equal(folded(images), network(images))
+    assert isinstance(folded.norm, nn.BatchNorm2d)

@@ -301,6 +301,8 @@ def _bad_metadata(count: int) -> dict[str, tuple[Bad, dict[str, str | None]]]:
         "arch-path": {"architecture": "../../etc/passwd"},
         "arch-other": {"architecture": "vit_h_14"},
         "arch-video": {"architecture": "raft_large"},
+        "arch-hub": {"architecture": "timm/hf-hub:timm/resnet18.a1_in1k"},
+        "arch-timm": {"architecture": "timm/vit_giant_patch14_224"},
         "no-preprocess": {"preprocess": "{}"},
     }  # fmt: skip
     wrong |= {f"depth-{n}": {"metrics": '{"a":' * n + "1" + "}" * n} for n in (300, 980)}

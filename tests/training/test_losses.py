@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mlperturb.training.losses import calibrate, eq12_loss
+from mlperturb.training.losses import calibrate, cross_entropy, eq12_loss
 
 
 def _truth() -> torch.Tensor:
@@ -103,3 +103,17 @@ def test_calibration_on_labels_of_one_sign_stays_small_and_on_no_labels_moves_no
     assert bool((bias * sign >= 0).all())
     if sign == 0:
         assert torch.equal(bias, torch.zeros(3))
+
+
+def test_cross_entropy_leaves_difficult_labels_out_unless_a_teacher_speaks():
+    logits, truth = torch.randn(7, 5, dtype=torch.float64), _truth()
+    teacher = torch.randn(7, 5, dtype=torch.float64)
+    plain = taught = 0.0
+    for z, y, t in zip(logits.flatten().tolist(), truth.flatten().tolist(), teacher.flatten().tolist(), strict=True):
+        p, soft = 1 / (1 + math.exp(-z)), 1 / (1 + math.exp(-t))
+        hard = float(y > 0)
+        target = soft if y == 0 else 0.7 * hard + 0.3 * soft
+        taught -= target * math.log(p) + (1 - target) * math.log(1 - p)
+        plain -= 0 if y == 0 else hard * math.log(p) + (1 - hard) * math.log(1 - p)
+    assert cross_entropy(logits, truth).item() == pytest.approx(plain / 7 / 2)
+    assert cross_entropy(logits, truth, teacher, 0.3).item() == pytest.approx(taught / 7 / 2)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.photos.datasets import Dataset
 from mlperturb.training import train as training
-from mlperturb.training.fitter import Fitter, Progress, Recipe
+from mlperturb.training.fitter import Fitter, Progress, Recipe, block_depths
 from mlperturb.training.loading import PhotoDataset, augmentation, predict_dataset
-from mlperturb.training.probe import find_head
-from mlperturb.training.train import initialise, train
+from mlperturb.training.probe import DECAYS, find_head
+from mlperturb.training.stem import cut, pick
+from mlperturb.training.train import choose_preprocess, initialise, train
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 RECIPE = Recipe(ARCHITECTURE, epochs=2, batch_size=4, learning_rate=2e-3, size=32, average=0.5, seed=3)
@@ -271,3 +273,284 @@ def test_what_another_data_set_left_is_not_gone_on_with(data, tmp_path):
     other = replace(data, truth=-data.truth)
     with pytest.raises(CheckpointError, match="another training set"):
         _train(RECIPE, other, output, resume=True)
+
+
+# --- linear probe, then fine-tuning
+
+
+def _fitter(data: Dataset, **change: Any) -> Fitter:
+    return Fitter(replace(RECIPE, **change), build_network(ARCHITECTURE, 2), data, Preprocess((32, 32)), "cpu")
+
+
+def test_a_probe_without_an_epoch_changes_the_head_alone_and_tells_what_it_chose(data, start, tmp_path):
+    metadata = _train(replace(RECIPE, probe=True, epochs=0), data, tmp_path / "m.safetensors", initial=[start])
+    trained = read_tensors(tmp_path / "m.safetensors")
+    changed = {name for name, value in read_tensors(start).items() if not torch.equal(trained[name], value)}
+    assert changed == {"fc.weight", "fc.bias"}
+    assert metadata.provenance["probe"]["decay"] in DECAYS
+    assert metadata.metrics["again"]["map"] == 1.0  # two labels, told apart by their colours
+
+
+def test_fine_tuning_begins_from_the_probe_and_at_its_own_rate(data, start, tmp_path):
+    recipe = replace(RECIPE, probe=True, epochs=0)
+    _train(recipe, data, tmp_path / "probe.safetensors", initial=[start])
+    slow = replace(recipe, epochs=1, learning_rate=1e-9, fresh_rate=1e7, norm_momentum=0.0)
+    _train(slow, data, tmp_path / "tuned.safetensors", initial=[start])
+    probe, tuned = (read_tensors(tmp_path / f"{name}.safetensors") for name in ("probe", "tuned"))
+    torch.testing.assert_close(tuned["fc.weight"], probe["fc.weight"], atol=1e-6, rtol=0)
+
+
+def test_a_resumed_run_does_not_fit_the_probe_again(data, start, tmp_path, monkeypatch):
+    recipe = replace(RECIPE, probe=True, blend=True)
+    whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
+    _train(recipe, data, whole, initial=[start])
+    _interrupt(recipe, data, resumed, initial=[start])
+    monkeypatch.setattr(training, "fit_probe", None)
+    assert "probe" in _train(recipe, data, resumed, resume=True).provenance
+    expected, got = read_tensors(whole), read_tensors(resumed)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_a_resumed_run_may_have_more_epochs_but_not_fewer_than_are_done(data, tmp_path):
+    output = tmp_path / "m.safetensors"
+    _train(RECIPE, data, output)
+    steps: list[Progress] = []
+    metadata = _train(replace(RECIPE, epochs=4), data, output, resume=True, report=steps.append)
+    assert {step.epoch for step in steps} == {3, 4}
+    assert metadata.provenance["recipe"]["epochs"] == 4
+    with pytest.raises(CheckpointError, match="has 4 epochs done, expected at most 3"):
+        _train(replace(RECIPE, epochs=3), data, output, resume=True)
+
+
+def test_blocks_are_counted_from_the_head_down():
+    names = [
+        "conv_stem.weight",
+        "blocks.0.0.conv.weight",
+        "blocks.0.1.conv.weight",
+        "blocks.1.0.conv.weight",
+        "fc.bias",
+    ]
+    assert list(block_depths(names).values()) == [3, 2, 2, 1, 0]
+    depths = block_depths([name for name, _ in build_network("resnet18", 2, meta=True).named_parameters()])
+    assert [depths[name] for name in ("conv1.weight", "layer1.0.conv1.weight", "layer4.1.bn2.bias", "fc.weight")] == [
+        6,
+        4,
+        1,
+        0,
+    ]
+
+
+def test_the_learning_rate_shrinks_with_the_distance_from_the_head(data):
+    fitter = _fitter(data, layer_decay=0.5)
+    fitter._set_learning_rate(fitter.steps)
+    rates = {id(value): group["lr"] for group in fitter.optimiser.param_groups for value in group["params"]}
+    assert rates[id(fitter.network.conv5[0].weight)] == pytest.approx(rates[id(fitter.network.fc.weight)] / 2)
+    assert rates[id(fitter.network.conv1[0].weight)] == pytest.approx(rates[id(fitter.network.fc.weight)] / 32)
+
+
+def test_frozen_parameters_and_statistics_stay_as_they_are(data, start, tmp_path):
+    recipe = replace(RECIPE, freeze=("stage*", "conv1.*"), norm_momentum=0.0, average=0.0, weight_decay=1.0)
+    _train(recipe, data, tmp_path / "m.safetensors", initial=[start])
+    before, after = read_tensors(start), read_tensors(tmp_path / "m.safetensors")
+    changed = {name.partition(".")[0] for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed == {"conv5", "fc"}
+    assert torch.equal(after["conv5.1.running_mean"], before["conv5.1.running_mean"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("blocks.*", "no parameter to freeze is called"), ("*", "every param")]
+)
+def test_a_pattern_that_freezes_nothing_or_everything_is_refused(data, pattern, message):
+    with pytest.raises(CheckpointError, match=message):
+        _fitter(data, freeze=(pattern,))
+
+
+def test_a_small_momentum_moves_the_statistics_a_little(data, start, tmp_path):
+    moved = []
+    for momentum in (0.3, 0.003):
+        recipe = replace(RECIPE, epochs=1, norm_momentum=momentum, average=0.0, learning_rate=0.0)
+        _train(recipe, data, tmp_path / "m.safetensors", initial=[start])
+        after = read_tensors(tmp_path / "m.safetensors")["conv5.1.running_var"]
+        moved.append(float((after - read_tensors(start)["conv5.1.running_var"]).norm()))
+    assert 0 < moved[1] < moved[0] / 10
+
+
+def test_mixed_precision_on_the_cpu_trains_much_the_same_and_computes_in_bfloat16(data, start, tmp_path):
+    kinds = set()
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: kinds.add((type(module), output.dtype))
+    )
+    try:
+        losses = []
+        for amp in (False, True):
+            steps: list[Progress] = []
+            recipe = replace(RECIPE, amp=amp, epochs=1, norm_momentum=0.0)
+            _train(recipe, data, tmp_path / "m.safetensors", initial=[start], report=steps.append)
+            losses.append([step.loss for step in steps if step.validation is None])
+            assert ((nn.Linear, torch.bfloat16) in kinds) == amp
+    finally:
+        hook.remove()
+    assert losses[0] != losses[1]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=0.1)
+
+
+def test_mixup_trains_on_photos_laid_over_each_other_and_weighs_both_truths(data, monkeypatch):
+    fitter = _fitter(data, mixup=1.0, batch_size=2)
+    monkeypatch.setattr(torch, "randperm", lambda count: torch.arange(count - 1, -1, -1))
+    seen = []
+    monkeypatch.setattr(fitter, "trained", lambda inputs: seen.append(inputs) or inputs[:, :, 0, 0] @ torch.eye(3, 2))
+    first, second = torch.full((3, 4, 4), 2.0), torch.full((3, 4, 4), -1.0)
+    rows = torch.tensor([0, 3])
+    torch.manual_seed(1)
+    loss = fitter._loss(torch.stack([first, second]), rows)
+    share = (float(seen[0][0, 0, 0, 0]) + 1) / 3
+    assert 0 < share < 1
+    torch.testing.assert_close(seen[0][1], torch.full((3, 4, 4), -1.0 * share + 2.0 * (1 - share)))
+    logits = seen[0][:, :, 0, 0] @ torch.eye(3, 2)
+    expected = share * fitter._compare(logits, rows) + (1 - share) * fitter._compare(logits, rows.flip(0))
+    torch.testing.assert_close(loss, expected)
+    assert float(fitter._compare(logits, rows)) != pytest.approx(float(fitter._compare(logits, rows.flip(0))))
+
+
+def test_the_teachers_mean_probability_is_learnt(data, start, tmp_path):
+    """Teachers that say the contrary of every annotation, with all the weight, turn a network round."""
+    teachers = []
+    for number, data_set in enumerate((replace(data, truth=-data.truth), data)):
+        teachers.append(tmp_path / f"teacher-{number}.safetensors")
+        _train(replace(RECIPE, probe=True, epochs=0), data_set, teachers[-1], initial=[start])
+    recipe = replace(RECIPE, probe=True, epochs=0, teacher_weight=1.0, instance_weight=0.0, calibration_weight=100.0)
+    contrary = _train(recipe, data, tmp_path / "m.safetensors", initial=[start], teachers=[teachers[0]])
+    assert contrary.metrics["again"]["map"] < 0.6
+    logits = [load_checkpoint(path)[0] for path in teachers]
+    words = [predict_dataset(one.network, data, one.preprocess, device="cpu") for one in logits]
+    expected = torch.logit(sum(torch.sigmoid(word) for word in words) / 2)
+    begun = training._Start(recipe, data, Preprocess((32, 32)), "cpu", training.Share())
+    torch.testing.assert_close(begun.ask_teachers(teachers), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_teacher_of_other_labels_is_refused(data, tmp_path):
+    teacher = tmp_path / "teacher.safetensors"
+    other = replace(data, labels=("red", "dark"))
+    train(replace(RECIPE, epochs=0), other, other, {}, output=teacher)
+    with pytest.raises(CheckpointError, match=r"teacher\.safetensors has other labels: expected red, bright"):
+        _train(RECIPE, data, tmp_path / "m.safetensors", teachers=[teacher])
+
+
+def test_the_blend_takes_the_share_of_the_trained_weights_that_is_best_on_validation_photos(data, start, tmp_path):
+    """A learning rate that wrecks the network: the blend goes back to the probe."""
+    recipe = replace(RECIPE, probe=True, blend=True, learning_rate=30.0, average=0.0)
+    metadata = _train(recipe, data, tmp_path / "m.safetensors", initial=[start])
+    blend = metadata.provenance["blend"]
+    assert blend["share"] < 1
+    scores = {name: value for name, value in blend.items() if name != "share"}
+    assert len(scores) == 5
+    assert blend[f"validation map at {blend['share']}"] == max(scores.values()) == 1.0
+    probe = _train(replace(recipe, epochs=0), data, tmp_path / "probe.safetensors", initial=[start])
+    assert probe.provenance["blend"]["share"] == 1.0  # of equals, all of it
+    if blend["share"] == 0:
+        assert torch.equal(
+            read_tensors(tmp_path / "m.safetensors")["fc.weight"],
+            read_tensors(tmp_path / "probe.safetensors")["fc.weight"],
+        )
+
+
+def test_matrices_in_float16_are_what_was_measured(data, start, tmp_path):
+    metadata = _train(replace(RECIPE, probe=True), data, tmp_path / "m.safetensors", initial=[start], half=True)
+    tensors = read_tensors(tmp_path / "m.safetensors")
+    assert {value.dtype for value in tensors.values() if value.dim() > 1} == {torch.float16}
+    assert tensors["fc.bias"].dtype == torch.float32
+    classifier, _ = load_checkpoint(tmp_path / "m.safetensors")
+    logits = predict_dataset(classifier.network, data, classifier.preprocess, device="cpu")
+    measured = classifier_metrics(logits, torch.from_numpy(data.truth), torch.zeros(2), data.labels)
+    assert measured == metadata.metrics["again"]
+
+
+def test_a_crop_keeps_at_least_the_share_that_is_asked_for():
+    ramp = torch.arange(100, dtype=torch.uint8).repeat(3, 100, 1)
+    torch.manual_seed(2)
+    transforms = [augmentation(Preprocess((100, 100)), (100, 100), least) for least in (1.0, 0.1)]
+    widths = [min(int((transform(ramp)[0, 50].unique()).numel()) for _ in range(10)) for transform in transforms]
+    assert widths[0] > 2 * widths[1]
+
+
+def test_the_input_is_normalised_as_asked_for_or_as_the_architecture_has_it():
+    assert choose_preprocess(replace(RECIPE, mean=0.4, std=0.3)) == Preprocess((32, 32), None, (0.4,) * 3, (0.3,) * 3)
+    assert choose_preprocess(replace(RECIPE, size=0)).mean == (0.485, 0.456, 0.406)
+
+
+def test_several_processes_read_a_data_set_in_parts(data, monkeypatch):
+    parts: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        "torch.distributed.all_gather_object", lambda into, _own: into.__setitem__(slice(None), [*parts])
+    )
+
+    def read(part: Dataset) -> torch.Tensor:
+        return torch.tensor([[float(path.stem)] for path in part.paths])
+
+    recipe, preprocess = RECIPE, Preprocess((32, 32))
+    parts += [read(data.subset(range(rank, 12, 5))) for rank in range(5)]
+    shared = training._Start(recipe, data, preprocess, "cpu", training.Share(1, 5))._share_out(read, data)
+    alone = training._Start(recipe, data, preprocess, "cpu", training.Share())._share_out(read, data)
+    assert shared.flatten().tolist() == alone.flatten().tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "timm/test_efficientnet", "shufflenet_v2_x0_5"])
+def test_a_network_is_cut_after_its_frozen_first_layers_and_shares_what_is_above(name):
+    network = build_network(name, 2).eval()
+    blocks = block_depths([key for key, _ in network.named_parameters()])
+    for key, value in network.named_parameters():
+        value.requires_grad_(blocks[key] < 3)
+    below, above = cut(network)
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(above(below(images)), network(images), atol=1e-5, rtol=1e-3)
+    own = {id(value) for value in network.parameters()}
+    assert {id(value) for value in above.parameters()} < own
+    assert all(value.requires_grad for value in above.parameters())
+    assert not {id(value) for value in below.parameters()} & own
+
+
+def test_a_network_that_is_no_chain_or_whose_first_layer_is_trained_is_not_cut():
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, images):
+            return self.head((self.first(images) * self.second(images)).mean((2, 3)))
+
+    network = Forked()
+    with pytest.raises(CheckpointError, match="first layer is trained"):
+        cut(network)
+    network.first.requires_grad_(False)
+    network.second.requires_grad_(False)
+    with pytest.raises(CheckpointError, match="not a chain"):
+        cut(network)
+
+
+def test_training_on_kept_views_changes_what_is_above_the_cut_and_is_resumed(data, start, tmp_path):
+    recipe = replace(
+        RECIPE, freeze=("conv1.*", "stage*"), views=2, norm_momentum=0.0, epochs=3, train_size=64, average=0.0
+    )
+    whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
+    _train(recipe, data, whole, initial=[start])
+    _interrupt(recipe, data, resumed, initial=[start])
+    _train(recipe, data, resumed, resume=True)
+    before, expected, got = read_tensors(start), read_tensors(whole), read_tensors(resumed)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    changed = {name.partition(".")[0] for name, value in before.items() if not torch.equal(got[name], value)}
+    assert changed == {"conv5", "fc"}
+
+
+def test_kept_views_need_statistics_that_do_not_move(data):
+    with pytest.raises(CheckpointError, match="batch normalisation moves"):
+        _fitter(data, freeze=("conv1.*",), views=1)
+
+
+def test_each_photo_of_a_batch_is_seen_in_a_view_of_its_own():
+    views = torch.arange(12.0).view(2, 6, 1, 1, 1)
+    torch.manual_seed(0)
+    picked = torch.stack([pick(views, torch.tensor([5, 0])) for _ in range(40)]).flatten(1)
+    assert set(picked[:, 0].tolist()) == {5.0, 11.0}
+    assert set(picked[:, 1].tolist()) == {0.0, 6.0}
+    assert len(set(map(tuple, picked.tolist()))) == 4
