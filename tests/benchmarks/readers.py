@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -54,6 +55,9 @@ from mlperturb.photos.datasets import read_voc
 from mlperturb.photos.images import read_photo
 from mlperturb.system.devices import prepare
 from mlperturb.targets import Targets, decide, make_targets
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
 
 OTHERS = ("pillow-12", "torchvision-cuda", "pillow:bicubic", "torchvision:no-antialias", "opencv", "opencv:area")
 SHIFTED = "shifted"  # the network's input moved by a pixel
@@ -332,6 +336,27 @@ def margin_table(rows: list[dict[str, Any]], way: str, passes: int, margins: lis
     return "\n".join(lines)
 
 
+def draw_margins(rows: list[dict[str, Any]], way: str, passes: int, margins: list[float], path: Path) -> None:
+    """Draw the share of files that hold in each reader, and the RMSD, against the margin."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(2, 1), layout="constrained")
+    names = [*DEFAULT_READERS, *OTHERS, SHIFTED]
+    parts = [
+        [row for row in rows if (row["way"], row["passes"], row["margin"]) == (way, passes, margin)]
+        for margin in margins
+    ]
+    for number, name in enumerate(names):
+        shares = [statistics.fmean(value for row in part for value in row["holds"][name]) for part in parts]
+        style = "--" if name in DEFAULT_READERS else "-"
+        left.plot(margins, shares, style, marker="osv^D<>*x"[number % 9], ms=4, label=name)
+    left.set(xscale="log", xlabel="margin, on the logit", ylabel="share of files that hold", ylim=(0, 1.03))
+    right.plot(
+        margins, [statistics.fmean(value for row in part for value in row["rmsd"]) for part in parts], "ko-", ms=4
+    )
+    right.set(xscale="log", xlabel="margin, on the logit", ylabel="mean RMSD")
+    left.legend(fontsize=6, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--voc", type=Path, required=True)
@@ -376,6 +401,7 @@ def main() -> None:
     if arguments.margins:
         for limit in passes:
             print(f"\n{ways[-1]}, {limit} passes\n" + margin_table(rows, ways[-1], limit, margins))
+            draw_margins(rows, ways[-1], limit, margins, arguments.out / f"margins-{limit}.png")
 
 
 if __name__ == "__main__":
