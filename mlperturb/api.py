@@ -335,6 +335,8 @@ def _open_image(image: ImageLike) -> tuple[Photo, Restore]:
 def _open_tensor(image: Tensor) -> tuple[Photo, Restore]:
     if image.dim() != 3 or image.shape[0] != 3:
         raise UsageError(f"expected an image tensor (3, H, W), got a {_form(image)}")
+    if image.dtype == torch.bfloat16:
+        raise UsageError("expected float16, float32, float64 or uint8, got bfloat16, which cannot hold 255 grey levels")
     pixels = _to_pixels(image.detach().permute(1, 2, 0).cpu().numpy())
 
     def restore(adversarial: Pixels) -> Tensor:

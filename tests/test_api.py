@@ -234,6 +234,7 @@ def test_no_image_is_no_result(classifier):
         ([torch.full((3, 8, 8), 1.5)], UsageError, r"expected floats in \[0, 1\], got values from 1.5 to 1.5"),
         ([torch.full((3, 8, 8), torch.nan)], UsageError, r"expected floats in \[0, 1\]"),
         ([np.zeros((8, 8, 3), dtype=np.int64)], UsageError, "expected pixels of uint8, or floats"),
+        ([torch.zeros(3, 8, 8, dtype=torch.bfloat16)], UsageError, "got bfloat16, which cannot hold 255 grey levels"),
         ([7], UsageError, "expected a tensor, an array, a PIL image or a path, got a int"),
         (["nosuch.png"], ImageError, "nosuch.png"),
     ],
@@ -254,6 +255,8 @@ def test_bad_words_are_refused_before_any_pass(classifier):
         mlperturb.attack(classifier, photos(1))
     with pytest.raises(UsageError, match="unknown method 'cw'"):
         mlperturb.attack(classifier, photos(1), flip=LABELS[0], method="cw")
+    with pytest.raises(UsageError, match="unknown option `margn`: expected one of rounding"):
+        mlperturb.attack(classifier, photos(1), flip=LABELS[0], margn="3")
     with pytest.raises(UsageError, match="is an option of ml-dp"):
         mlperturb.attack(classifier, photos(1), flip=LABELS[0], solver="nnls")
     with pytest.raises(UsageError, match="passes"):
@@ -293,7 +296,7 @@ def type_check(tmp_path, program):
     (tmp_path / "program.py").write_text(program)
     package = Path(mlperturb.__file__).parent.parent
     checked = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "program.py"],
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", f"--cache-dir={tmp_path}", "program.py"],
         cwd=tmp_path, env={"MYPYPATH": str(package), "PATH": ""}, capture_output=True, text=True,
     )  # fmt: skip
     return checked.stdout
@@ -325,7 +328,6 @@ count: str = result.rmsd
 """
 
 
-@pytest.mark.slow
 def test_a_user_program_is_checked_for_real(tmp_path):
     assert "Success" in type_check(tmp_path, GOOD)
     told = type_check(tmp_path, BAD)

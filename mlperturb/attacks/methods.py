@@ -63,6 +63,8 @@ class Method:
         for name, value in given.items():
             if name not in self.options:
                 having = [other for other, method in METHODS.items() if name in method.options]
+                if not having:
+                    raise UsageError(f"unknown option `{name}`: expected one of {', '.join(CHOICES)}")
                 raise UsageError(f"`{name}` is an option of {', '.join(having)}, not of this method")
             if value not in CHOICES[name]:
                 raise UsageError(f"unknown `{name}` {value!r}: expected {', '.join(CHOICES[name])}")

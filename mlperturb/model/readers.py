@@ -2,8 +2,9 @@
 
 `Preprocess` resizes in floats. Most programs resize 8-bit pixels and round the result to 8 bits before they normalise
 it: `Image.resize` and torchvision's transforms of PIL images (`pillow`: the version installed; `pillow-12`: versions
-before 13, which never resize the height first), torchvision's transforms of uint8 tensors (`torchvision` on the CPU,
-`torchvision-cuda` on a GPU, and older versions on CPUs with AVX-512), OpenCV (`opencv`).
+before 13, which never resize the height first), torchvision's v2 transforms of uint8 tensors (`torchvision` on the CPU,
+`torchvision-cuda` on a GPU; its v1 transforms anywhere, and older versions on CPUs with AVX-512, are the latter too),
+OpenCV (`opencv`).
 
 The forward pass of a reader is the library's own code, bit for bit. Its backward pass is the library's linear map
 R_h X R_w^T, as if nothing were rounded (the straight-through gradient). On a device, where a copy to the host would

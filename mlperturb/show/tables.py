@@ -103,7 +103,7 @@ def defence_table(result: dict[str, Any]) -> Table:
     for row in result["qualities"]:
         name = f"{row['defence']} {row['quality']}"
         shares = [_share(row[key]["labels"], row[key]["total"]) for key in ("recovered", "damaged")]
-        shares.append(_share(row["restored_images"], row["images"]))
+        shares.append(_share(row["restored_images"], row.get("plain", row)["images"]))
         shares.append(_share(row["clean_damaged"]["labels"], row["clean_damaged"]["total"]))
         size = "" if row["bytes"] is None else f"{row['bytes'] / 1000:.0f}"
         mark = "best" if (row["defence"], row["quality"]) == best and row["score"] is not None else ""
