@@ -338,7 +338,7 @@ def margin_table(rows: list[dict[str, Any]], way: str, passes: int, margins: lis
 
 def draw_margins(rows: list[dict[str, Any]], way: str, passes: int, margins: list[float], path: Path) -> None:
     """Draw the share of files that hold in each reader, and the RMSD, against the margin."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(2, 1), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(2, 1), layout="constrained")
     names = [*DEFAULT_READERS, *OTHERS, SHIFTED]
     parts = [
         [row for row in rows if (row["way"], row["passes"], row["margin"]) == (way, passes, margin)]
@@ -353,7 +353,7 @@ def draw_margins(rows: list[dict[str, Any]], way: str, passes: int, margins: lis
         margins, [statistics.fmean(value for row in part for value in row["rmsd"]) for part in parts], "ko-", ms=4
     )
     right.set(xscale="log", xlabel="margin, on the logit", ylabel="mean RMSD")
-    left.legend(fontsize=6, frameon=False)
+    left.legend(bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=7, frameon=False)
     figure.savefig(path, dpi=150)
 
 
