@@ -23,7 +23,8 @@ from mlperturb.targets import Space
 
 Rounding = Literal["inside", "after"]
 
-# The constants of the rules below. `python tests/benchmarks/constants.py` measures each at half and at twice its value.
+# The constants of the rules below. Those of steps 3 to 7, and `Pace`, were measured at half and at twice their value
+# (`tests/benchmarks/constants.py`, docs/experiments.md); those of step 8 were chosen on a few photos of Extreme.
 _OVERSHOOT = 1.3  # step 3: factor on the linearised distance, because logits curve away from their linearisation
 _LEAST = 0.55 / 255  # step 5: the least max|r|, a little over half a grey level, below which r rounds to 0
 _RISE, _FALL = 0.4, -0.1  # step 7: change of log mu_j while v_j > 0, and while v_j <= 0; times `decay`
