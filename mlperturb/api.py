@@ -176,15 +176,20 @@ def attack(
         region = ",".join(map(str, region))
     words = Words(_names(flip), _names(keep), _names(add), _names(remove), _names(survive), _names(reader), region)
     settings = read_settings(
-        words,
-        classifier.labels,
-        method=method,
-        budget=budget,
-        limits=limits,
-        margin=margin,
-        readers=classifier.preprocess.readers,
-        options=dict(options),
-    )
+        words, classifier.labels, method=method, budget=budget, limits=limits, margin=margin,
+        readers=classifier.preprocess.readers, options=dict(options),
+    )  # fmt: skip
+    return _run(classifier, images, settings, seed, progress)
+
+
+def _run(
+    classifier: Classifier,
+    images: Images,
+    settings: Settings,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> Result:
+    """Attack the images, and give the results the images' own form."""
     opened = _open(images)
     photos = [photo for photo, _ in opened]
     with torch.random.fork_rng(enabled=bool(photos)):

@@ -83,14 +83,7 @@ def judge(
     facts |= {
         "status": seen.status,
         "constraints": _held(labels, seen.held, asked),
-        "readers": {
-            name: {
-                **_held(labels, held, asked),
-                "before": _probabilities(labels, found.before[number]),
-                "after": _probabilities(labels, seen.logits[number]),
-            }
-            for number, (name, held) in enumerate(seen.readers.items())
-        },
+        "readers": _by_reader(labels, found, seen),
         "survival": {name: _held(labels, held, asked) for name, held in seen.survival.items()} or None,
         "ranking": found.goal.describe(seen.logits[:1]),
         "cost": cost,
@@ -176,6 +169,18 @@ def _held(labels: Sequence[str], held: Tensor, targets: Targets) -> dict[str, An
         "held": int((held & targets.constrained).sum()),
         "total": int(targets.constrained.sum()),
         "violated": _chosen(labels, ~held[0]),
+    }
+
+
+def _by_reader(labels: Sequence[str], found: Found, seen: Seen) -> dict[str, dict[str, Any]]:
+    """Return for each reader which constraints hold, and the probabilities before and after."""
+    return {
+        name: {
+            **_held(labels, held, found.targets),
+            "before": _probabilities(labels, found.before[number]),
+            "after": _probabilities(labels, seen.logits[number]),
+        }
+        for number, (name, held) in enumerate(seen.readers.items())
     }
 
 
