@@ -7,6 +7,9 @@ Good perturbations are smaller than the rounding step, so plain rounding erases 
 2. Run the loop of ML-DDN (`attacks.ddn`) from there: the forward pass sees the *rounded* photo, and the gradient passes
    straight through the rounding. The best lattice point is kept.
 
+An attack that knows one view leaves a photo as it is where that view is as asked. If another view is not, the loop runs
+from the photo itself.
+
 A result that is on the lattice already, such as the result of ML-DDN, is returned unchanged.
 """
 
@@ -50,6 +53,9 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     if bool(moved.any()) and iterations:
         latent, rows = difference * spread(torch.minimum(scale, 1.3 * least)), moved.nonzero().flatten()
         descend(problem.select(rows), best, iterations, start=latent[rows], pace=GENTLE, panel=panel)
+    stuck = (~moved & outcome.met & ~best.met).nonzero().flatten()
+    if len(stuck) and iterations:
+        descend(problem.select(stuck), best, iterations, panel=panel)
     return best.outcome(outcome.goal, on_lattice=True)
 
 

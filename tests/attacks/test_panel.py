@@ -8,7 +8,7 @@ from support.counting import Counting
 from support.models import Views, make_net, ragged_targets
 from torch import Tensor
 
-from mlperturb.attacks.best import Best
+from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.ddn import ml_ddn
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.panel import Panel, verify
@@ -196,3 +196,22 @@ def test_a_model_of_one_view_is_attacked_as_a_model_that_knows_none(rounding):
         meters.append(problem.meter.spent.tolist())
     assert torch.equal(outcomes[0].images, outcomes[1].images)
     assert meters[0] == meters[1]
+
+
+def test_a_photo_as_asked_in_the_first_view_alone_is_attacked_in_the_others():
+    images, targets = ragged_targets(NET)
+    photo, logits = images[:1], NET(images[:1])[0]
+    label = int(logits.argmin())  # absent, and to stay so; the second view sees it a little above its threshold
+    offsets = torch.zeros(2, len(logits), dtype=torch.double)
+    offsets[1, label] = 0.05 - logits[label]
+    keep = torch.zeros_like(targets.keep[:1])
+    keep[0, label] = True
+    goal = ClassificationGoal(
+        replace(targets.select(torch.tensor([0])), flip=torch.zeros_like(keep), keep=keep, truth=2 * (NET(photo) > 0) - 1)
+    )
+    problem = Problem(Views(NET, offsets), photo, goal)
+    asked = Outcome(photo.clone(), goal.met(NET(photo)), goal)
+    assert bool(asked.met)
+    found = quantise(problem, asked)
+    assert bool(found.met)
+    assert bool(each_view(goal.met, in_every_view(problem.model, found.images)).all())
