@@ -16,21 +16,26 @@ class Best:
 
     Args:
         problem: the problem of the images; a part of it, made by `Problem.select`, updates only its own images.
+        files: the iterates are lattice points, so that the logits of an iterate are those of its file.
 
     Attributes:
         images: the best iterates, (N, 3, H, W); at first the clean photos.
         score: their `Goal.score`, (N,).
         norm: ||x* - x||_2 in [0, 1] units, (N,).
         met: whether the goal is met, (N,).
+        logits: of `files`, their logits in each of V views where the goal is met, (N, V, L), else NaN; None before the
+            first update, or if the iterates are not files.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, files: bool = False) -> None:
         images = problem.images
         count = len(images)
         self.images = images.clone()
         self.score = images.new_full((count,), -torch.inf)
         self.norm = images.new_full((count,), torch.inf)
         self.met = torch.zeros(count, dtype=torch.bool, device=images.device)
+        self.logits: Tensor | None = None
+        self._files = files
         self._place = torch.full((len(problem.meter),), -1)  # from a row of the whole batch to a row here, on the CPU
         self._place[problem.rows] = torch.arange(count)
 
@@ -56,11 +61,29 @@ class Best:
             better &= computed | ~met
         if problem.cap is not None:
             better &= norm <= problem.cap
+        if self._files:
+            self._take_in(problem, rows, views, better & met)
         self.score[rows] = torch.where(better, score, held_score)
         self.norm[rows] = torch.where(better, norm, held_norm)
         self.met[rows] = torch.where(better, met, self.met[rows])
         self.images[rows] = torch.where(spread(better), images, self.images[rows])
         return met
+
+    def hope(self, problem: Problem, images: Tensor, expected: Tensor) -> None:
+        """Keep iterates that are `expected` to meet the goal, (n,), where none was seen to meet it.
+
+        `met` and `score` stay: the decision on the file will say whether the iterate does.
+        """
+        rows = self.places(problem)
+        chosen = expected & ~self.met[rows]
+        self.images[rows[chosen]] = images[chosen]
+
+    def _take_in(self, problem: Problem, rows: Tensor, views: Tensor, found: Tensor) -> None:
+        """Keep the logits of files that were found to meet the goal in every view; no look at them is owed then."""
+        if self.logits is None:
+            self.logits = views.new_full((len(self.met), *views.shape[1:]), torch.nan)
+        self.logits[rows[found]] = views[found]
+        problem.settle(found & ~self.met[rows])
 
     def places(self, problem: Problem) -> Tensor:
         """Return where the images of a part of the batch are held here, (n,)."""
@@ -68,7 +91,7 @@ class Best:
 
     def outcome(self, goal: Goal, *, on_lattice: bool = False) -> Outcome:
         """Return the best iterates as the result of an attack with this goal."""
-        return Outcome(self.images, self.met, goal, on_lattice)
+        return Outcome(self.images, self.met, goal, on_lattice, self.logits)
 
 
 @dataclass(frozen=True)
@@ -80,9 +103,12 @@ class Outcome:
         met: whether the goal is met, (N,).
         goal: the goal of the attack; the search for an 8-bit photo has the same goal.
         on_lattice: whether the images are 8-bit already, found with the rounding inside the attack.
+        logits: of 8-bit images, their logits in each of V views where the goal is met, (N, V, L), else NaN; None if
+            they are unknown.
     """
 
     images: Tensor
     met: Tensor
     goal: Goal
     on_lattice: bool = False
+    logits: Tensor | None = None

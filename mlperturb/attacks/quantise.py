@@ -38,8 +38,8 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     """
     if outcome.on_lattice:
         return outcome
-    problem = problem.aim(outcome.goal)
-    best = Best(problem)
+    problem = replace(problem.aim(outcome.goal), opening=None)
+    best = Best(problem, files=True)
     difference = problem.within_region(outcome.images - problem.images)
     if problem.clean is None and not bool(problem.affordable(problem.views).all()):
         return best.outcome(outcome.goal, on_lattice=True)
@@ -76,7 +76,7 @@ def _search_scale(
         logits, computed = part.logits(images), None
         if panel is not None:
             first, end = torch.zeros_like(rows), torch.ones_like(best.norm[rows])
-            logits, computed = verify(part, best, panel, images, logits, first, end)
+            logits, computed = verify(part, best, panel, images, logits, first, end, last=True)
         met = best.update(part, images, logits, computed)
         met = met if computed is None else met & (computed | (best.norm[rows] < norms(images - part.images)))
         high[rows] = torch.where(met, scale[rows], high[rows])

@@ -41,6 +41,7 @@ class Found:
         pixels: the adversarial photo, 8 bits, (H, W, 3).
         goal: the goal of the photo, without a margin, one row.
         before: logits of the photo in each reader, (R, L).
+        after: logits of the adversarial photo in each reader, (R, L), where the search computed them; else None.
         logits: logits of the float result in the first reader, (L,); None if the result is a lattice point.
         met: whether all constraints hold on the float result in the first reader; None if it is a lattice point.
         distortion: distortion of the float result.
@@ -52,6 +53,7 @@ class Found:
     pixels: Pixels
     goal: Goal
     before: Tensor
+    after: Tensor | None
     logits: Tensor | None
     met: bool | None
     distortion: Distortion
@@ -79,7 +81,8 @@ def search(
     started = time.perf_counter()
     images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
     model = ViewedModel.bind(classifier, settings.readers, sizes, settings.survive[0])
-    before, meter = observe(model, images)
+    before, meter, opening = observe(model, images, opening=find_method(settings.method).opens)
+    meter.owed.add_(settings.looks)
     rows = before.isfinite().all(2).all(1).nonzero().flatten()
     found: list[Found | None] = [None] * len(photos)
     if not len(rows):
@@ -93,7 +96,7 @@ def search(
         replace(model.select(rows), purifications=()),
         images[rows],
         ClassificationGoal(make_targets(asked, truth, classifier.boundary, margin=settings.margin)),
-        limit=None if limits.passes is None else limits.passes - settings.looks,
+        limit=limits.passes,
         cap=None if limits.rmsd is None else _norm_cap(limits.rmsd, sizes, images.device),
         bound=None if limits.linf is None else limits.linf / 255,
         region=None if settings.region is None else _region_of(settings.region, sizes, images[rows]),
@@ -104,7 +107,13 @@ def search(
     if any(request.any_label for request in asked):
         problem = problem.aim(_resolve_any(problem, asked))
     repeated = ClassificationGoal(repeat_targets(problem.targets, model.passes))
-    whole = replace(problem, model=model.select(rows), goal=repeated, clean=before[rows])
+    whole = replace(
+        problem,
+        model=model.select(rows),
+        goal=repeated,
+        clean=before[rows],
+        opening=None if opening is None else opening.select(rows),
+    )
     results = _search(problem, whole, sizes, settings)
     share = (time.perf_counter() - started) / len(rows)
     for row, result in zip(usable, results, strict=True):
@@ -214,9 +223,10 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
     bare = whole.goal.aimed_at(replace(whole.targets, margin=0.0))
     asked = each_view(bare.met, whole.look_at_clean()).all(1) & ~problem.targets.flip.any(1)
     rows = (~asked).nonzero().flatten()
-    images, outcome, logits = problem.images.clone(), None, None
+    images, outcome, logits, seen = problem.images.clone(), None, None, None
     if len(rows):
-        outcome, images[rows], logits = _attack(whole.select(rows), settings)
+        outcome, file, logits = _attack(whole.select(rows), settings)
+        images[rows], seen = file.images, file.logits
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     targets = replace(problem.targets, margin=0.0).cpu()
     goal = problem.goal if outcome is None else outcome.goal
@@ -232,6 +242,7 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
                 pixels[row, :height, :width],
                 goal.aimed_at(one),
                 problem.look_at_clean()[row].cpu(),
+                None if seen is None or number is None else _finite(seen[number, :, : one.truth.shape[1]].cpu()),
                 known,
                 None if known is None else bool(one.holds(known[None]).all()),
                 distortion((exact * 255 - problem.images[row] * 255)[:, :height, :width]),
@@ -243,19 +254,24 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
     return found
 
 
-def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Tensor, Tensor | None]:
+def _finite(logits: Tensor) -> Tensor | None:
+    """Return logits; None if one is not finite, as where the search did not compute them."""
+    return logits if bool(logits.isfinite().all()) else None
+
+
+def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Outcome, Tensor | None]:
     """Attack a batch, then bring it to 8 bits.
 
     Returns:
-        The attack's own outcome; the 8-bit images, (n, 3, H, W); the logits of the outcome, (n, (1 + Q) L), in
-        the first view, None if it is a lattice point.
+        The attack's own outcome; the outcome on the 8-bit lattice; the logits of the attack's own outcome,
+        (n, (1 + Q) L), in the first view, None if it is a lattice point.
     """
     method = find_method(settings.method)
     tuning = method.tuning(settings.budget, **settings.options)
     scales, iterations = LATTICE[settings.budget]
     if method.writes_lattice(tuning):
         outcome = method.load()(problem, **tuning)
-        return outcome, outcome.images, None
+        return outcome, outcome, None
     short = problem
     if problem.limit is not None:  # some passes are kept for the 8-bit search, and a call for the float result
         reserved = min(problem.cost * (scales + 2 * iterations + 1), problem.limit // 3)
@@ -263,7 +279,7 @@ def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Tensor, Tens
     outcome = method.load()(short, **tuning)
     with torch.no_grad():
         logits = problem.logits(outcome.images)
-    return outcome, quantise(problem, outcome, scales=scales, iterations=iterations).images, logits
+    return outcome, quantise(problem, outcome, scales=scales, iterations=iterations), logits
 
 
 def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Goal:
