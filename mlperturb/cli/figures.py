@@ -77,7 +77,7 @@ def figures(
 
 def _read(paths: list[Path], kind: str) -> tuple[list[tuple[Path, Path, dict[str, Any]]], list[dict[str, Any]]]:
     """Return the reports of `attack`, each with its path and the folder of its PNGs; and results of `jpeg-defend`."""
-    from mlperturb.experiment.defence import SCHEMA
+    from mlperturb.experiment.defence import EARLIER, SCHEMA
     from mlperturb.run.report import read_json, read_report, reading
 
     attacks, defences = [], []
@@ -85,7 +85,7 @@ def _read(paths: list[Path], kind: str) -> tuple[list[tuple[Path, Path, dict[str
         beside = path / "jpeg-defence.json" if path.is_dir() else path
         is_defence = beside.name == "jpeg-defence.json" and beside.is_file()
         if is_defence:
-            defences.append(read_json(beside, SCHEMA))
+            defences.append(read_json(beside, SCHEMA, *EARLIER))
         if path.is_dir() and is_defence and (kind == "jpeg" or not (path / "report.json").exists()):
             continue
         if path.is_dir() or not is_defence:

@@ -99,16 +99,31 @@ def prediction_table(probabilities: dict[str, float], thresholds: dict[str, floa
 def defence_table(result: dict[str, Any]) -> Table:
     """Show the labels that each purification recovered and damaged; mark the best purification."""
     table = _table("defence", "recovered", "damaged", "restored", "clean damaged", "KB", "")
-    best = (result["best"]["defence"], result["best"]["quality"])
+    best = result["best"] and (result["best"]["defence"], result["best"]["quality"])
     for row in result["qualities"]:
         name = f"{row['defence']} {row['quality']}"
         shares = [_share(row[key]["labels"], row[key]["total"]) for key in ("recovered", "damaged")]
-        shares.append(_share(row["restored_images"], row.get("plain", row)["images"]))
+        shares.append(_share(row["restored_images"], row["flipped_images"]))
         shares.append(_share(row["clean_damaged"]["labels"], row["clean_damaged"]["total"]))
         size = "" if row["bytes"] is None else f"{row['bytes'] / 1000:.0f}"
-        mark = "best" if (row["defence"], row["quality"]) == best and row["score"] is not None else ""
-        table.add_row(name, *shares, size, mark)
+        table.add_row(name, *shares, size, "best" if (row["defence"], row["quality"]) == best else "")
     return table
+
+
+def best_line(result: dict[str, Any]) -> Text:
+    """Return one line on the best setting of `jpeg-defend`, or why there is none, and on the readers that decided."""
+    best, rows = result["best"], result["qualities"]
+    readers = "; decided in " + ", ".join(result["readers"]) if len(result["readers"]) > 1 else ""
+    if best:
+        equals = f"; equal: {', '.join(best['equals'])}" if best["equals"] else ""
+        text = f"best: {best['defence']} {best['quality']} ({best['score']:.3f}: {best['criterion']}{equals})"
+    elif not any(row["recovered"]["total"] for row in rows):
+        text = "best: none, no label was flipped"
+    elif not any(row["recovered"]["labels"] for row in rows):
+        text = "best: none, no flipped label came back"
+    else:
+        text = "best: none, no setting recovers more than it breaks"
+    return Text(text + readers)
 
 
 def adaptive_table(result: dict[str, Any]) -> Table:
