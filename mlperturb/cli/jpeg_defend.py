@@ -25,7 +25,7 @@ from mlperturb.cli.options import (
 )
 from mlperturb.errors import UsageError
 from mlperturb.labels import parse_request
-from mlperturb.run.outputs import folder_of, make_folder, refuse_existing
+from mlperturb.run.outputs import CHARTS, DEFENCE, folder_of, make_folder, refuse_existing
 from mlperturb.system.text import printable
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mlperturb.model.readers import Reader
     from mlperturb.photos.purify import Purification
 
-OUTPUTS = ("jpeg-defence.json", "jpeg-histogram.png", "jpeg-curve.png")
+OUTPUTS = (DEFENCE, *CHARTS)
 
 
 def jpeg_defend(
