@@ -9,7 +9,6 @@ from hashlib import sha256
 from pathlib import Path
 
 from mlperturb.errors import UsageError
-from mlperturb.photos.images import is_output
 from mlperturb.run.jobs import Job
 from mlperturb.system.files import is_remote, list_names, reaching
 from mlperturb.system.journal import find_journal, remove_journal
@@ -83,6 +82,8 @@ def is_own(path: Path) -> bool:
     The files of `attack` are told by their endings alone, since a run that was stopped has no report yet. A picture
     that merely has the name of a chart is a photo.
     """
+    from mlperturb.photos.images import is_output  # NumPy and Pillow, which a command's --help does not need
+
     folder = path.parent if is_remote(path) else path.absolute().parent
     if path.name in CHARTS and _is_ours(folder / DEFENCE):
         return True

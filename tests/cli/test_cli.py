@@ -236,7 +236,7 @@ def test_a_few_photos_get_a_table_each_and_many_a_summary(attack, photo, tmp_pat
     code, stdout, _, report = attack(tmp_path, "--flip", "cat", "--overwrite")
     assert code == 0
     assert report["summary"]["images"] == 5
-    assert "passes a photo" in stdout
+    assert "passes an attacked photo" in stdout
 
 
 # --- which labels
