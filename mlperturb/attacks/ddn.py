@@ -82,8 +82,8 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
        mu_j, and the other constraints the weight 0.
     9. If the problem has several views of each photo (`mlperturb.model.views`), step 2 computes one of them. The logits
        of the others are expected to differ from it by as much as they last did (`attacks.panel`), and v_j is the
-       largest of all views. An iterate that may be the first to hold everywhere, or late on the way by far the best so
-       far, is computed in every view; an iterate a little nearer than the best waits for the end.
+       largest of all views. An iterate that may be the first to hold everywhere, or late on the way the best so far,
+       is computed in every view, unless too many passes went to that; then it waits for the end.
     10. Steps 2 to 9 are repeated `iterations` times, and a last look follows. Of the points with the most
         constraints met in every view, the nearest is kept.
 

@@ -18,13 +18,13 @@ from mlperturb.attacks.problem import Problem, each_view, norms
 
 _FRESH = 0.5  # the weight of a new difference in the running mean
 LATE = 0.6  # of the way: from there on better iterates are verified, and the worst view is computed
-_WORTH = 0.2  # an iterate nearer than the best by less than this share waits for the end
+_SHARE = 0.15  # the most of the passes that go to other views, once an iterate was seen to hold in all
 _EARLY = 0.25  # of the way: from there on the first iterate that holds in every view is looked for
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """Iterates that are expected to hold in every view, and are a little nearer than the best.
+    """Iterates that are expected to hold in every view, and are nearer than the best.
 
     Attributes:
         images: the iterates, (N, 3, H, W).
@@ -55,6 +55,7 @@ class Panel:
         offsets: the logits of each view less those of the first view, a running mean, (N, V, L).
         learned: whether the difference was seen on an iterate, (N, V).
         worst: the largest violation in each view, computed or expected, at the last iterate, (N, V).
+        looks: the passes spent on other views of an iterate, (N,), on the CPU.
         waiting: iterates whose other views are to be computed at the end; None while there are none.
     """
 
@@ -65,6 +66,7 @@ class Panel:
         self.offsets[problem.rows.to(clean.device)] = clean - clean[:, :1]
         self.learned = torch.zeros(count, clean.shape[1], dtype=torch.bool, device=clean.device)
         self.worst = clean.new_zeros(count, clean.shape[1])
+        self.looks = torch.zeros(count, dtype=torch.long)
         self.waiting: Waiting | None = None
 
     @classmethod
@@ -98,6 +100,11 @@ class Panel:
     def unknown(self, problem: Problem) -> Tensor:
         """Return of which views no difference was seen on an iterate, (n, V)."""
         return ~self.learned[self._rows(problem)]
+
+    def may_look(self, problem: Problem) -> Tensor:
+        """Say whether the other views of an iterate are within the share of the passes that may go to them, (n,)."""
+        wanted = self.looks[problem.rows] + problem.views - 1
+        return (problem.cost * wanted <= _SHARE * problem.spent).to(self.worst.device)
 
     def remember(self, problem: Problem, worst: Tensor) -> None:
         """Remember the largest violation in each view at an iterate, (n, V)."""
@@ -160,9 +167,9 @@ def verify(
         views: the views computed already, (n,).
         way: how far each image is on its way, 0 to 1, (n,): it is verified from a quarter on until an iterate was seen
             to hold in every view, and from `LATE` on.
-        last: compute the other views of every better iterate, with the last passes; else only of an iterate that is
-            nearer by a share of `_WORTH`, and leave the passes of the backward pass and of a last look. An iterate that
-            is a little nearer waits in the panel, see `Panel.defer`.
+        last: compute the other views of every better iterate, with the last passes; else leave the passes of the
+            backward pass and of a last look, and spend a share of `_SHARE` on other views, once something was found. An
+            iterate for which none is left waits in the panel, see `Panel.defer`.
 
     Returns:
         The logits of every view, (n, V, L), computed or expected; and for which images all are computed, (n,).
@@ -175,14 +182,12 @@ def verify(
     held, length = best.places(problem), norms(images - problem.images)
     found, nearest = best.met[held], best.norm[held]
     due = (way >= torch.where(found, LATE, _EARLY)) & promising & (~found | (length < nearest))
-    if not last:
-        later = due & found & (length > (1 - _WORTH) * nearest)
-        panel.defer(problem, later, images, logits, views, length)
-        due = due & ~later
     if last:
         due = due & problem.affordable(count - 1)
     else:  # leave the backward pass; where something was found, also a last look in every view
-        due = due & torch.where(found, problem.affordable(2 * count), problem.affordable(count))
+        now = torch.where(found, problem.affordable(2 * count) & panel.may_look(problem), problem.affordable(count))
+        panel.defer(problem, due & found & ~now, images, logits, views, length)
+        due = due & now
     order = worst.masked_fill(computed, -torch.inf).argsort(1, descending=True)
     for place in range(count - 1):
         some = due.nonzero().flatten()
@@ -191,6 +196,7 @@ def verify(
         part, others = problem.select(some), order[some, place]
         looked = part.look(images[some], others)
         panel.learn(part, logits[some], views[some], others, looked)
+        panel.looks[part.rows] += 1
         seen[some, others], computed[some, others] = looked, True
         due[some] = part.goal.met(looked)
     panel.remember(problem, _worst(problem, seen))
