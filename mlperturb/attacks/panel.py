@@ -18,7 +18,7 @@ from mlperturb.attacks.problem import Problem, each_view, norms
 
 _FRESH = 0.5  # the weight of a new difference in the running mean
 LATE = 0.6  # of the way: from there on better iterates are verified, and the worst view is computed
-_SHARE = 0.15  # the most of the passes that go to other views, once an iterate was seen to hold in all
+_SHARE = 0.2  # the most of the passes that go to other views, once an iterate was seen to hold in all
 _EARLY = 0.25  # of the way: from there on the first iterate that holds in every view is looked for
 
 
