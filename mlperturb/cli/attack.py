@@ -31,6 +31,7 @@ from mlperturb.cli.options import (
 from mlperturb.limits import MARGIN, Limits
 
 if TYPE_CHECKING:
+    from mlperturb.run.jobs import Job
     from mlperturb.run.outputs import Outputs
     from mlperturb.run.settings import Settings
 
@@ -94,13 +95,19 @@ def attack(
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
-    out: Annotated[Path, typer.Option(**ANYWHERE, help="Folder, or URL, for the PNGs and report.json.")] = Path(
+    out: Annotated[Path, typer.Option(**ANYWHERE, help="Folder, or URL, for the outputs and report.json.")] = Path(
         "mlperturb-out"
     ),
     report: Annotated[
         Path | None,
         typer.Option(**ANYWHERE, help="File of the report; default: OUT/report.json."),
     ] = None,
+    format: Annotated[
+        str, typer.Option(help="Format of the adversarial photos: png; webp, lossless and smaller; same: as the photo.")
+    ] = "png",
+    keep_metadata: Annotated[
+        bool, typer.Option("--keep-metadata", help="Keep EXIF data, GPS included, XMP and text; dropped by default.")
+    ] = False,
     html: Annotated[bool, typer.Option("--html", help="Write OUT/index.html too, a page of the results.")] = False,
     overwrite: Overwrite = False,
     recursive: Recursive = False,
@@ -110,13 +117,15 @@ def attack(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write adversarial PNGs that reverse the --flip labels and keep the --keep labels.
+    """Write adversarial photos that reverse the --flip labels and keep the --keep labels.
 
-    Each photo gives NAME.adv.png and NAME.map.png, the magnified perturbation; all photos together give report.json.
+    Each photo gives NAME.adv.png (or .webp) and NAME.map.png, the magnified perturbation, in the photo's subfolder; all
+    photos together give report.json. The colour profile, alpha and a single channel of grey are kept.
     """
     source = find_source(checkpoint, arch, labels)
 
     from mlperturb.photos.images import find_photos
+    from mlperturb.run.jobs import plan_outputs
     from mlperturb.run.outputs import Outputs
     from mlperturb.run.settings import Words, read_settings
 
@@ -129,18 +138,21 @@ def attack(
         batch_size=parse_batch_size(batch_size),
         margin=margin,
         readers=source.readers,
+        format=format,
+        keep_metadata=keep_metadata,
         options={"between": between, "solver": solver, "rounding": rounding, "space": space},
     )
     photos = find_photos(paths, recursive=recursive)
     outputs = Outputs(out, report or out / "report.json", html)
+    jobs = plan_outputs(photos, paths, settings.format)
     raise typer.Exit(
-        run(source, photos, settings, outputs, overwrite=overwrite, device=device, seed=seed, json=json, quiet=quiet)
+        run(source, jobs, settings, outputs, overwrite=overwrite, device=device, seed=seed, json=json, quiet=quiet)
     )
 
 
 def run(
     source: Source,
-    photos: list[Path],
+    jobs: list[Job],
     settings: Settings,
     outputs: Outputs,
     *,
@@ -153,22 +165,14 @@ def run(
     """Attack photos; return the exit code."""
     from mlperturb.cli.attack_run import AttackRun
     from mlperturb.cli.longrun import LongRun
-    from mlperturb.run.jobs import plan_outputs
     from mlperturb.run.outputs import fingerprint, prepare_folder
     from mlperturb.system.processes import join
 
-    jobs = plan_outputs(photos)
     long, existing = LongRun(join(), quiet=quiet), frozenset[str]()
     overwrite = long.starts_again(overwrite)
     if long.share.first:
         existing = prepare_folder(outputs, jobs, overwrite=overwrite)
-        renamed = [job for job in jobs if job.adversarial != f"{job.source.stem}.adv.png"]
-        if renamed:
-            first = renamed[0]
-            long.note(
-                f"{len(renamed)} photos have the name of another photo; {first.source} becomes {first.adversarial}"
-            )
-    planned = fingerprint([(str(job.source), job.adversarial) for job in jobs])
+    planned = fingerprint([settings.batch_size, *((str(job.source), job.adversarial) for job in jobs)])
     long.share.agree(planned, "photos")
     place = long.prepare(device, seed)
     described = settings.describe(seed=seed, device=long.device)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +87,7 @@ def search(
         return found
     usable = rows.tolist()
     asked, sizes = [requests[row] for row in usable], [sizes[row] for row in usable]
+    chosen = [photos[row] for row in usable]
     labels = len(classifier.labels)
     truth = decide(before[rows, 0, :labels], classifier.boundary)
     limits = settings.limits
@@ -96,7 +98,8 @@ def search(
         limit=None if limits.passes is None else limits.passes - settings.looks,
         cap=None if limits.rmsd is None else _norm_cap(limits.rmsd, sizes, images.device),
         bound=None if limits.linf is None else limits.linf / 255,
-        region=None if settings.region is None else _region_of(settings.region, sizes, images[rows]),
+        region=_region_of(settings.region, chosen, images[rows]),
+        grey=_grey_of(chosen, images.device),
         meter=meter,
         rows=rows.cpu(),
         clean=before[rows, :, :labels],
@@ -194,12 +197,27 @@ def _norm_cap(rmsd: float, sizes: Sequence[Size], device: torch.device) -> Tenso
     return torch.tensor([rmsd / 255 * (3 * height * width) ** 0.5 for height, width in sizes], device=device)
 
 
-def _region_of(region: Region, sizes: Sequence[Size], images: Tensor) -> Tensor:
-    """Return the pixels of a padded batch, (N, 3, H, W), that may change, (N, 1, H, W)."""
+def _region_of(region: Region | None, photos: Sequence[Photo], images: Tensor) -> Tensor | None:
+    """Return the pixels of a padded batch, (N, 3, H, W), that may change, (N, 1, H, W); None for all.
+
+    Pixels under full transparency never change.
+    """
+    if region is None and all(photo.changeable is None for photo in photos):
+        return None
     allowed = torch.zeros_like(images[:, :1])
-    for row, (height, width) in enumerate(sizes):
-        allowed[row, 0, :height, :width] = torch.from_numpy(region.inside(height, width)).to(allowed)
+    for row, photo in enumerate(photos):
+        height, width = photo.rgb.shape[:2]
+        inside = np.ones((height, width), dtype=np.bool_) if region is None else region.inside(height, width)
+        if photo.changeable is not None:
+            inside = inside & photo.changeable
+        allowed[row, 0, :height, :width] = torch.from_numpy(inside).to(allowed)
     return allowed
+
+
+def _grey_of(photos: Sequence[Photo], device: torch.device) -> Tensor | None:
+    """Return which photos have a single channel of colour, boolean, (N,); None if no photo has."""
+    grey = torch.tensor([photo.grey for photo in photos], device=device)
+    return grey if bool(grey.any()) else None
 
 
 def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: Settings) -> list[Found]:

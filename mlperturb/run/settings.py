@@ -11,6 +11,7 @@ from mlperturb.errors import UsageError
 from mlperturb.labels import Request, parse_request
 from mlperturb.limits import MARGIN, Limits
 from mlperturb.model.readers import DEFAULT_READERS, Reader, parse_readers
+from mlperturb.photos.formats import FileFormat, parse_format
 from mlperturb.photos.purify import Purification, parse_survival
 from mlperturb.photos.regions import Region, parse_region
 
@@ -53,6 +54,8 @@ class Settings:
             compressions at which the PNG is checked.
         readers: readers in which the result must hold; the first reader decides which labels a photo has now.
         region: the part of each photo that may change; None for all of it.
+        format: the format of the adversarial photos.
+        keep_metadata: whether the files keep the photos' EXIF data, GPS included, XMP and text.
         keep_failed: write the files of a photo even where no label of A flipped.
         options: options of the method, see `attacks.CHOICES`.
         words: the texts from which `request`, `survive` and `region` were read; empty if they were not read.
@@ -70,6 +73,8 @@ class Settings:
     survive: tuple[tuple[Purification, ...], tuple[Purification, ...]] = ((), ())
     readers: tuple[Reader, ...] = parse_readers(DEFAULT_READERS)
     region: Region | None = None
+    format: FileFormat = FileFormat()
+    keep_metadata: bool = False
     keep_failed: bool = False
     options: dict[str, str | None] = field(default_factory=dict)
     words: Words = field(default_factory=Words)
@@ -110,6 +115,8 @@ class Settings:
             **words,
             "batch_size": self.batch_size or "auto",
             "margin": self.margin,
+            "format": self.format.name,
+            "keep_metadata": self.keep_metadata,
             "readers": [reader.name for reader in self.readers],
             **{name: value for name, value in self.options.items() if value is not None},
         }
@@ -125,6 +132,8 @@ def read_settings(
     batch_size: int | None = None,
     margin: float = MARGIN,
     readers: Sequence[str] = DEFAULT_READERS,
+    format: str = "png",
+    keep_metadata: bool = False,
     options: dict[str, str | None] | None = None,
 ) -> Settings:
     """Read the settings from the user's words.
@@ -138,6 +147,8 @@ def read_settings(
         batch_size: number of photos in a batch; None to choose it.
         margin: by how much a logit must clear its threshold during the search.
         readers: names of the checkpoint's readers, used if the words name none.
+        format: the format of the adversarial photos, see `parse_format`.
+        keep_metadata: see `Settings`.
         options: options of the method, see `attacks.CHOICES`.
 
     Raises:
@@ -155,6 +166,8 @@ def read_settings(
         survive=parse_survival(words.survive),
         readers=parse_readers(words.reader or readers),
         region=None if words.region is None else parse_region(words.region),
+        format=parse_format(format),
+        keep_metadata=keep_metadata,
         options=options or {},
         words=words,
     )

@@ -15,7 +15,8 @@ from mlperturb.errors import ImageError, OutputError, StorageError
 from mlperturb.metrics import distortion
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.views import read_logits
-from mlperturb.photos.images import Photo, Pixels, magnify, read_pixels, write_png
+from mlperturb.photos.formats import read_pixels, write_pixels
+from mlperturb.photos.images import Beside, Photo, Pixels, magnify
 from mlperturb.run.jobs import Job
 from mlperturb.run.record import Failure, Record, Status
 from mlperturb.run.search import Found
@@ -25,7 +26,7 @@ from mlperturb.targets import Targets
 
 
 def save(job: Job, photo: Photo, found: Found, out: Path, settings: Settings) -> Pixels | OutputError | ImageError:
-    """Write the adversarial PNG and the map; return the PNG's pixels as read back, (H, W, 3), or the error.
+    """Write the adversarial photo and the map; return the photo's pixels as read back, (H, W, 3), or the error.
 
     If the pixels equal the photo's, no label flipped: nothing is written, unless `settings.keep_failed`.
 
@@ -35,8 +36,9 @@ def save(job: Job, photo: Photo, found: Found, out: Path, settings: Settings) ->
     if not settings.keep_failed and found.targets.flip.any() and np.array_equal(found.pixels, photo.rgb):
         return photo.rgb
     try:
-        write_png(out / job.adversarial, found.pixels, photo.alpha)
-        write_png(out / job.map, magnify(found.pixels.astype(np.int16) - photo.rgb))
+        beside = photo.beside if settings.keep_metadata else Beside(photo.beside.profile)
+        write_pixels(out / job.adversarial, found.pixels, photo.alpha, grey=photo.grey, beside=beside)
+        write_pixels(out / job.map, magnify(found.pixels.astype(np.int16) - photo.rgb), grey=photo.grey)
         return read_pixels(out / job.adversarial)
     except StorageError:
         raise
