@@ -52,6 +52,7 @@ def run_attack(
     claims: Callable[[int], Iterable[int]] = range,
     hold: Callable[[], AbstractContextManager[None]] = nullcontext,
     warn: Callable[[str], None] = lambda _: None,
+    filled: bool = True,
 ) -> Waits:
     """Attack every photo, write its files to `out`, and hand the records of each batch to `done` once they are final.
 
@@ -68,10 +69,11 @@ def run_attack(
         done: called with the records of every batch, in a thread of its own.
         finished: returns the (height, width) of a photo that is done already, else None; called in threads. The other
             photos are attacked in the same batches as if no photo were done, so that their results are the same to
-            the last bit. A batch whose photos are all done is not attacked.
+            the last bit, unless `filled` is False. A batch whose photos are all done is not attacked.
         claims: takes the number of units, yields the numbers of the units that this process is to attack.
         hold: a context entered at the end, or on an interruption, while the last batches are written.
         warn: called once if the device runs out of memory and the run goes on with smaller batches.
+        filled: whether the photos that are done fill the batches of the others.
 
     Returns:
         How long the device waited.
@@ -81,10 +83,12 @@ def run_attack(
     """
     waits, started = Waits(), time.perf_counter()
     searcher = Searcher(classifier, settings, warn)
+    read = partial(_read, settings=settings, preprocess=classifier.preprocess)
     units = [jobs[start : start + searcher.together] for start in range(0, len(jobs), searcher.together)]
     writer = _Writer(classifier, out, settings, done, waits)
     try:
-        for batch in _timed(_batches(units, claims, finished, settings, classifier.preprocess, searcher.pixels), waits):
+        batches = _batches(units, claims, finished, read, searcher.pixels, filled=filled)
+        for batch in _timed(batches, waits):
             for pairs, found, lost in _attack(searcher, batch):
                 writer.submit(pairs, found, lost)
     finally:
@@ -171,14 +175,15 @@ def _batches(
     units: Sequence[Sequence[Job]],
     claims: Callable[[int], Iterable[int]],
     finished: Callable[[Job], Size | None],
-    settings: Settings,
-    preprocess: Preprocess,
+    read: Callable[[Job], Photo | Record],
     pixels: float,
+    *,
+    filled: bool,
 ) -> Iterator[_Batch]:
-    """Decode photos, at most a unit ahead, and group them into batches."""
+    """Decode photos, at most a unit ahead, and group them into batches, with the finished photos if `filled`."""
 
-    def read(job: Job | None) -> tuple[Job, Photo | Record | Size] | None:
-        return None if job is None else (job, finished(job) or _read(job, settings, preprocess))
+    def look(job: Job | None) -> tuple[Job, Photo | Record | Size] | None:
+        return None if job is None else (job, finished(job) or read(job))
 
     def items() -> Iterator[Job | None]:
         for number in claims(len(units)):
@@ -186,7 +191,7 @@ def _batches(
             yield None  # the end of a unit
 
     batch = _Batch()
-    for got in ahead(read, items(), window=max(map(len, units), default=1)):
+    for got in ahead(look, items(), window=max(map(len, units), default=1)):
         if got is None:
             yield batch
             batch = _Batch()
@@ -194,6 +199,8 @@ def _batches(
         job, photo = got
         if isinstance(photo, Record):
             batch.lost.append(photo)
+            continue
+        if not isinstance(photo, Photo) and not filled:
             continue
         size = (photo.rgb.shape[0], photo.rgb.shape[1]) if isinstance(photo, Photo) else photo
         if not batch.takes(size, pixels):
