@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.goals import Goal
+from mlperturb.attacks.lattice import PIXELS
 from mlperturb.attacks.problem import Problem, each_view, norms, spread
 
 
@@ -22,6 +23,7 @@ class Best:
         score: their `Goal.score`, (N,).
         norm: ||x* - x||_2 in [0, 1] units, (N,).
         met: whether the goal is met, (N,).
+        latent: their coordinates on the problem's lattice, (N, 3, H', W'); None on the lattice of pixels.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -31,11 +33,19 @@ class Best:
         self.score = images.new_full((count,), -torch.inf)
         self.norm = images.new_full((count,), torch.inf)
         self.met = torch.zeros(count, dtype=torch.bool, device=images.device)
+        self.latent = None if problem.lattice is PIXELS else problem.lattice.zeros(images)
         self._place = torch.full((len(problem.meter),), -1)  # from a row of the whole batch to a row here, on the CPU
         self._place[problem.rows] = torch.arange(count)
 
     @torch.no_grad()
-    def update(self, problem: Problem, images: Tensor, logits: Tensor, computed: Tensor | None = None) -> Tensor:
+    def update(
+        self,
+        problem: Problem,
+        images: Tensor,
+        logits: Tensor,
+        computed: Tensor | None = None,
+        latent: Tensor | None = None,
+    ) -> Tensor:
         """Keep the iterates that are better than the best so far; return which iterates meet the goal, (n,).
 
         Args:
@@ -44,6 +54,7 @@ class Best:
             logits: the logits of the iterates, (n, L), or of each of their views, (n, V, L): the worst view counts.
             computed: the images of which the logits of every view are computed, boolean, (n,); None for all. The other
                 images have expected logits, and an expected success is not kept.
+            latent: the coordinates of the iterates, needed on another lattice than that of pixels.
         """
         goal = problem.goal
         rows = self.places(problem)
@@ -60,6 +71,8 @@ class Best:
         self.norm[rows] = torch.where(better, norm, held_norm)
         self.met[rows] = torch.where(better, met, self.met[rows])
         self.images[rows] = torch.where(spread(better), images, self.images[rows])
+        if self.latent is not None and latent is not None:
+            self.latent[rows] = torch.where(spread(better), latent, self.latent[rows])
         return met
 
     def places(self, problem: Problem) -> Tensor:
@@ -68,7 +81,7 @@ class Best:
 
     def outcome(self, goal: Goal, *, on_lattice: bool = False) -> Outcome:
         """Return the best iterates as the result of an attack with this goal."""
-        return Outcome(self.images, self.met, goal, on_lattice)
+        return Outcome(self.images, self.met, goal, on_lattice, self.latent)
 
 
 @dataclass(frozen=True)
@@ -80,9 +93,11 @@ class Outcome:
         met: whether the goal is met, (N,).
         goal: the goal of the attack; the search for an 8-bit photo has the same goal.
         on_lattice: whether the images are 8-bit already, found with the rounding inside the attack.
+        latent: the images' coordinates on the problem's lattice, (N, 3, H', W'); None on the lattice of pixels.
     """
 
     images: Tensor
     met: Tensor
     goal: Goal
     on_lattice: bool = False
+    latent: Tensor | None = None

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.goals import ClassificationGoal
-from mlperturb.attacks.lattice import lattice_scale, to_lattice
+from mlperturb.attacks.lattice import lattice_scale
 from mlperturb.attacks.panel import LATE, Panel, verify
 from mlperturb.attacks.problem import Problem, each_view, norms, spread
 from mlperturb.targets import Space
@@ -26,7 +26,7 @@ Rounding = Literal["inside", "after"]
 # The constants of the rules below. Those of steps 3 to 7, and `Pace`, were measured at half and at twice their value
 # (`tests/benchmarks/constants.py`, docs/experiments.md); those of step 8 were chosen on a few photos of Extreme.
 _OVERSHOOT = 1.3  # step 3: factor on the linearised distance, because logits curve away from their linearisation
-_LEAST = 0.55 / 255  # step 5: the least max|r|, a little over half a grey level, below which r rounds to 0
+_LEAST = 0.55 / 255  # step 5: the least max|r|, a little over half a step of the lattice, below which r rounds to 0
 _RISE, _FALL = 0.4, -0.1  # step 7: change of log mu_j while v_j > 0, and while v_j <= 0; times `decay`
 _SMALLEST = 1e-3  # step 7: the least multiplier; the largest multiplier of an image is 1
 _RESTART_AFTER = 4  # step 8: an image that has not met its goal by iteration K / 4 restarts
@@ -142,19 +142,20 @@ def descend(
             problem, walk = problem.select(rows), walk.select(rows)
         decay = 1 - (step / walk.allowed if panel is None else _progress(problem, walk, step / max(iterations, 1)))
         seen = _look(problem, walk, best, panel, step, decay, lattice=lattice, sharpness=pace.sharpness)  # steps 2, 9
-        met = best.update(problem, seen.images, seen.logits, seen.computed)
+        met = best.update(problem, seen.images, seen.logits, seen.computed, walk.latent)
         gradient_norm = norms(seen.gradient).clamp(min=_TINY)
         distance = _linearised_loss(walk, seen, pace) / gradient_norm
         latent = walk.latent - spread(_step_length(walk, decay, pace) / gradient_norm) * seen.gradient  # steps 3, 4
         radius = _radius(problem, walk, met, distance, decay, pace)  # step 5
         latent = latent * spread(radius / norms(latent).clamp(min=_TINY))
         if lattice and walk.fresh:  # step 3
-            latent, radius = _stretch(latent, radius, lattice_scale(latent, seen.gradient, distance * gradient_norm))
+            scale = lattice_scale(problem.lattice, latent, seen.gradient, distance * gradient_norm)
+            latent, radius = _stretch(latent, radius, scale)
         if lattice:
-            latent, radius = _stretch(latent, radius, _lift(latent, met))
+            latent, radius = _stretch(latent, radius, _lift(problem, latent, met))
         walk = replace(
             walk,
-            latent=problem.clip(problem.images + latent) - problem.images,  # step 6
+            latent=problem.lattice.clip(latent, problem.images, *problem.pixel_range),  # step 6
             radius=radius,
             multipliers=_multipliers(walk, seen, decay),  # step 7
             done=met & (walk.radius == 0),
@@ -194,9 +195,9 @@ class _Walk:
     @classmethod
     def begin(cls, problem: Problem, start: Tensor | None, iterations: int) -> _Walk:
         """Step 1: r = 0 (or `start`), every multiplier 1."""
-        latent = torch.zeros_like(problem.images)
+        latent = problem.lattice.zeros(problem.images)
         if start is not None:
-            latent = problem.clip(problem.images + start) - problem.images
+            latent = problem.lattice.clip(start, problem.images, *problem.pixel_range)
         radius = norms(latent)
         no = torch.zeros_like(radius, dtype=torch.bool)
         ones = torch.ones_like(radius).unsqueeze(1)
@@ -246,9 +247,10 @@ def _look(
 
     Step 9: in several views, one view of each image is computed, and v_j is the largest of all views.
     """
-    perturbed = problem.images + walk.latent
-    if lattice and not walk.fresh:
-        perturbed = to_lattice(perturbed)
+    if walk.fresh:
+        perturbed = problem.images.clone()
+    else:
+        perturbed = problem.lattice.points(problem.images, walk.latent) if lattice else problem.images + walk.latent
     images = perturbed.requires_grad_()
     view = None if panel is None else panel.choose(problem, step, 1 - decay >= LATE)
     logits = problem.logits(images) if view is None else problem.look(images, view)
@@ -266,7 +268,7 @@ def _look(
     counted = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))
     weights = torch.where(walk.restarted.unsqueeze(1), counted & present, walk.multipliers * present)
     losses = (weights * functional.softplus(violations, beta=sharpness)).sum(1)
-    gradient = problem.gradient(losses, images)
+    gradient = problem.lattice.pull(problem.gradient(losses, images), images.detach())
     return _Seen(images.detach(), known, computed, violations.detach(), present, weights, gradient)
 
 
@@ -308,9 +310,9 @@ def _radius(problem: Problem, walk: _Walk, met: Tensor, distance: Tensor, decay:
     return radius if problem.cap is None else radius.minimum(problem.cap)
 
 
-def _lift(latent: Tensor, met: Tensor) -> Tensor:
+def _lift(problem: Problem, latent: Tensor, met: Tensor) -> Tensor:
     """Step 5, on the lattice: the scale >= 1 with which round(r) is not 0; 1 where the goal is met; (n,)."""
-    largest = latent.flatten(1).abs().amax(1).clamp(min=_TINY)
+    largest = problem.lattice.largest(latent).clamp(min=_TINY)
     return torch.where(met, 1.0, _LEAST / largest).clamp(min=1.0)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.goals import Goal
+from mlperturb.attacks.lattice import PIXELS, Lattice
 from mlperturb.errors import UsageError
 from mlperturb.model.protocol import Model, Viewed, narrow
 from mlperturb.targets import Targets
@@ -84,6 +85,7 @@ class Problem:
         region: the pixels that may change, 1 or 0, (n, 1, H, W); None for all. Gradients vanish outside it.
         grey: which images have a single channel of colour, boolean, (n,); None for none. Their three channels are
             equal and stay so: gradients are averaged over the channels.
+        lattice: the points that the files can hold.
         meter: the passes spent, shared by all parts of the batch; by default a new meter.
         rows: the places of the images in the whole batch, as the meter counts them, (n,), on the CPU; by default all.
         clean: the logits of the clean photos in each of V views, (n, V, L), if they are known, see `observe`.
@@ -100,6 +102,7 @@ class Problem:
     bound: float | None = None
     region: Tensor | None = None
     grey: Tensor | None = None
+    lattice: Lattice = PIXELS
     meter: Meter = field(default_factory=lambda: Meter.of(0))
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     clean: Tensor | None = None
@@ -150,6 +153,7 @@ class Problem:
             cap=None if self.cap is None else self.cap[rows],
             region=None if self.region is None else self.region[rows],
             grey=None if self.grey is None else self.grey[rows],
+            lattice=self.lattice.select(rows),
             rows=self.rows[rows.cpu()],
             clean=None if self.clean is None else self.clean[rows],
         )
