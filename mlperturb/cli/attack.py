@@ -103,7 +103,12 @@ def attack(
         typer.Option(**ANYWHERE, help="File of the report; default: OUT/report.json."),
     ] = None,
     format: Annotated[
-        str, typer.Option(help="Format of the adversarial photos: png; webp, lossless and smaller; same: as the photo.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Format of the adversarial photos: png; webp, lossless and smaller; jpeg, or jpeg:Q for "
+            "the quality of photos that are not JPEGs; same: as the photo.",
+        ),
     ] = "png",
     keep_metadata: Annotated[
         bool, typer.Option("--keep-metadata", help="Keep EXIF data, GPS included, XMP and text; dropped by default.")
@@ -119,8 +124,8 @@ def attack(
 ) -> None:
     """Write adversarial photos that reverse the --flip labels and keep the --keep labels.
 
-    Each photo gives NAME.adv.png (or .webp) and NAME.map.png, the magnified perturbation, in the photo's subfolder; all
-    photos together give report.json. The colour profile, alpha and a single channel of grey are kept.
+    Each photo gives NAME.adv.png (.webp, .jpg) and NAME.map.png, the magnified perturbation, in the photo's subfolder;
+    all photos together give report.json. The colour profile, alpha and a single channel of grey are kept.
     """
     source = find_source(checkpoint, arch, labels)
 
@@ -145,6 +150,7 @@ def attack(
     photos = find_photos(paths, recursive=recursive)
     outputs = Outputs(out, report or out / "report.json", html)
     jobs = plan_outputs(photos, paths, settings.format)
+    settings.check_files(job.adversarial for job in jobs)
     raise typer.Exit(
         run(source, jobs, settings, outputs, overwrite=overwrite, device=device, seed=seed, json=json, quiet=quiet)
     )

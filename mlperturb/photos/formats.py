@@ -1,10 +1,13 @@
-"""How a file of pixels is written and read back: PNG, and WebP without loss."""
+"""How a file is written and read back: pixels as PNG or WebP without loss, coefficients as JPEG."""
 
 from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,14 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mlperturb.errors import OutputError, UsageError
-from mlperturb.photos.images import ADVERSARIAL, Beside, Pixels, read_photo
+from mlperturb.errors import ImageError, OutputError, UsageError
+from mlperturb.photos.images import ADVERSARIAL, Beside, Photo, Pixels, read_photo
+from mlperturb.photos.jpeg import Plane, make_jpeg, orientation_of, read_jpeg, turn_upright
 from mlperturb.system.files import write_file
 
-CHOICES = ("png", "webp", "same")
+CHOICES = ("png", "webp", "jpeg", "jpeg:Q", "same")
+QUALITY = 95  # of a JPEG that is made of another file
+_SAME = {".webp": ".webp", ".jpg": ".jpg", ".jpeg": ".jpg"}
 _COMPRESSION = 1  # zlib's level: a third of the time of 6 for 4% more bytes (tests/benchmarks/encoding.py)
 _EFFORT = 50  # of 100, WebP's search for a small file
 _LONGEST_WEBP = 16383  # pixels of a side
@@ -27,21 +33,24 @@ class FileFormat:
     """The format of the adversarial photos.
 
     Attributes:
-        kind: `png`; `webp`, without loss; or `same`: WebP for photos named `.webp`, PNG for the others.
+        kind: `png`; `webp`, without loss; `jpeg`, whose coefficients are those that the attack found; or `same`: JPEG
+            for photos named `.jpg` or `.jpeg`, WebP for `.webp`, PNG for the others.
+        quality: of a JPEG that is made of a photo in another format, 1 to 100.
     """
 
     kind: str = "png"
+    quality: int = QUALITY
 
     @property
     def name(self) -> str:
         """The name on the command line."""
-        return self.kind
+        return self.kind if self.quality == QUALITY else f"{self.kind}:{self.quality}"
 
     def suffix(self, source: Path) -> str:
         """Return the end of the name of the file that is made of a photo, such as `.png`."""
         if self.kind == "same":
-            return ".webp" if source.suffix.lower() == ".webp" else ".png"
-        return f".{self.kind}"
+            return _SAME.get(source.suffix.lower(), ".png")
+        return ".jpg" if self.kind == "jpeg" else f".{self.kind}"
 
 
 def parse_format(name: str) -> FileFormat:
@@ -50,9 +59,86 @@ def parse_format(name: str) -> FileFormat:
     Raises:
         UsageError: if the format is unknown.
     """
-    if name not in CHOICES:
+    kind, colon, text = name.partition(":")
+    if kind not in CHOICES or (colon and kind != "jpeg"):
         raise UsageError(f"unknown `format` {name!r}: expected {', '.join(CHOICES)}")
-    return FileFormat(name)
+    if not colon:
+        return FileFormat(kind)
+    if not re.fullmatch(r"\d{1,3}", text) or not 1 <= int(text) <= 100:
+        raise UsageError(f"expected `format` jpeg:Q with a quality of 1 to 100, got {name!r}")
+    return FileFormat(kind, int(text))
+
+
+def open_photo(source: Path, name: str, form: FileFormat) -> Photo:
+    """Decode a photo for the file that is to be made of it; with its coefficients if that is a JPEG file.
+
+    Args:
+        source: the photo.
+        name: the name of the file to be made.
+        form: its `quality` is that of a JPEG made of a photo in another format, or whose coefficients cannot be
+            written again.
+
+    Raises:
+        ImageError: if the photo cannot be read.
+        UsageError: if a JPEG is to be written and jpeglib is not installed.
+    """
+    if not name.endswith(".jpg"):
+        return read_photo(source)
+    photo = read_photo(source, whole=True)
+    data, photo = photo.data or b"", replace(photo, data=None)
+    try:
+        jpeg = read_jpeg(data) if data.startswith(b"\xff\xd8") else None
+        if jpeg is not None and np.array_equal(jpeg.decode(jpeg.planes), photo.rgb):
+            return replace(photo, jpeg=jpeg)
+        jpeg = read_jpeg(make_jpeg(photo.rgb, form.quality, grey=photo.grey, profile=photo.beside.profile))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ImageError(f"cannot read the coefficients of {source}: {error!s:.100}") from error
+    if jpeg is None:
+        raise ImageError(f"cannot encode {source} as a JPEG")
+    notes = [f"encoded as a JPEG of quality {form.quality} before the attack"]
+    if photo.alpha is not None:
+        notes.append("alpha is dropped: a JPEG has none")
+    return replace(photo, jpeg=jpeg, encoded=jpeg.decode(jpeg.planes), notes=(*photo.notes, *notes))
+
+
+def write_jpeg(path: Path, photo: Photo, planes: Sequence[Plane], *, metadata: bool = False) -> None:
+    """Write a JPEG of new coefficients under a temporary name; flush it, then rename it.
+
+    Args:
+        path: ends in `.jpg`.
+        photo: has the file whose coefficients were changed.
+        planes: the coefficients.
+        metadata: see `Jpeg.finish`.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    assert photo.jpeg is not None
+    write_file(path, photo.jpeg.finish(planes, metadata=metadata))
+
+
+def decode_elsewhere(path: Path) -> dict[str, Pixels]:
+    """Return the upright pixels of a JPEG as torchvision, and OpenCV where it is installed, decode it.
+
+    A decoder that cannot decode the file is left out.
+    """
+    data = path.read_bytes()
+    orientation = orientation_of(data)
+    found: dict[str, Pixels] = {}
+    with suppress(RuntimeError, ImportError), warnings.catch_warnings(action="ignore"):  # deprecated, and much in use
+        import torch
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        decoded = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        found["torchvision"] = turn_upright(decoded.permute(1, 2, 0).contiguous().numpy(), orientation)
+    with suppress(ImportError):
+        import cv2
+
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if pixels is not None:
+            found["opencv"] = turn_upright(np.ascontiguousarray(pixels[..., ::-1]), orientation)
+    return found
 
 
 def strip_ending(name: str) -> str:

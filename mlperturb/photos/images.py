@@ -6,9 +6,10 @@ import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +18,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.system.files import is_remote, reaching
 
+if TYPE_CHECKING:
+    from mlperturb.photos.jpeg import Jpeg
+
 Pixels = npt.NDArray[np.uint8]
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"} | {".avif", ".heic", ".heif"}
+)
 ADVERSARIAL = (".adv.png", ".adv.webp", ".adv.jpg")  # the ends of the names of adversarial photos
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # JPEG covers MPO
 MAX_PIXELS = 100_000_000
 _ORIENTATION = 0x0112  # the tag of EXIF
 _SPACES = {"RGB": b"RGB ", "L": b"GRAY"}  # of the ICC profiles that fit the pixels that are written
 
 Image.init()  # loads every plugin: `Image.open(formats=...)` knows only loaded plugins
+_NAMES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # JPEG covers MPO; older Pillows have no AVIF
+FORMATS = tuple(name for name in _NAMES if name in Image.OPEN)
+_HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")  # brands of files
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,9 @@ class Photo:
         notes: conversions that lost something, in words.
         grey: whether the file has a single channel of colour; the three of `rgb` are equal then.
         beside: the file's colour profile and metadata.
+        data: the file itself, where it was asked for.
+        jpeg: the coefficients of the JPEG file to be written; None where pixels are to be written.
+        encoded: the pixels of that file before the attack, (H, W, 3); None where they are `rgb`.
     """
 
     rgb: Pixels
@@ -65,6 +76,9 @@ class Photo:
     notes: tuple[str, ...] = ()
     grey: bool = False
     beside: Beside = Beside()
+    data: bytes | None = field(default=None, repr=False)
+    jpeg: Jpeg | None = field(default=None, repr=False)
+    encoded: Pixels | None = field(default=None, repr=False)
 
     @property
     def changeable(self) -> npt.NDArray[np.bool_] | None:
@@ -128,10 +142,14 @@ def is_output(path: Path) -> bool:
     return path.name.lower().endswith((*ADVERSARIAL, ".map.png")) or path.name.startswith(".")
 
 
-def read_photo(path: Path) -> Photo:
+def read_photo(path: Path, *, whole: bool = False) -> Photo:
     """Decode a photo to upright 8-bit RGB, and its alpha channel if it has one.
 
     16-bit samples are scaled to 8 bits; palettes, greys and CMYK are converted; an animation gives its first frame.
+
+    Args:
+        path: the file.
+        whole: whether to keep the file itself, as `Photo.data`.
 
     Raises:
         ImageError: if the file cannot be read, is damaged, of an unknown format, or larger than `MAX_PIXELS`.
@@ -151,7 +169,8 @@ def read_photo(path: Path) -> Photo:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, and of sizes, which are checked here more strictly
-            return _decode(path, data)
+            photo = _decode(path, data)
+        return replace(photo, data=data) if whole else photo
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -164,10 +183,10 @@ def read_photo(path: Path) -> Photo:
 
 def _decode(path: Path, data: bytes) -> Photo:
     notes = []
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=[*FORMATS, *_heif(path, data)]) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{path} has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "HEIF"):
             notes.append("animated: only the first frame is taken")
             image.seek(0)
         image.load()
@@ -177,6 +196,22 @@ def _decode(path: Path, data: bytes) -> Photo:
             notes.append("CMYK: converted to RGB without its colour profile")
         photo = convert_photo(image, sha256(data).hexdigest())
     return replace(photo, notes=tuple(notes))
+
+
+def _heif(path: Path, data: bytes) -> list[str]:
+    """Return Pillow's name of the HEIF format, which HEIC files have, once its plugin is loaded; nothing for others.
+
+    Raises:
+        ImageError: if the plugin is not installed.
+    """
+    if data[4:8] != b"ftyp" or data[8:12] not in _HEIF:
+        return []
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageError(f"{path} is a HEIC file: expected pillow-heif: pip install 'mlperturb[heif]'") from error
+    pillow_heif.register_heif_opener()
+    return ["HEIF"]
 
 
 def convert_photo(image: Image.Image, digest: str) -> Photo:

@@ -15,7 +15,8 @@ import torch
 from mlperturb.errors import ImageError
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Preprocess, Size
-from mlperturb.photos.images import Photo, read_photo
+from mlperturb.photos.formats import FileFormat, open_photo
+from mlperturb.photos.images import Photo
 from mlperturb.run.jobs import Job
 from mlperturb.run.record import NOT_FINITE, Failure, Record
 from mlperturb.run.search import Found, Searcher, fits
@@ -160,11 +161,14 @@ class _Batch:
         """Say whether the batch with one more photo, padded to the largest, has at most so many pixels."""
         return fits([*self.sizes, size], pixels)
 
-    def pairs(self) -> list[Pair]:
+    def pairs(self, form: FileFormat) -> list[Pair]:
         """Return all photos; finished photos are read again, so the batch is the same. Empty if all are finished."""
         if not self.wanted():
             return []
-        return [(job, read_photo(job.source) if photo is None else photo) for job, photo in self.members]
+        return [
+            (job, open_photo(job.source, job.adversarial, form) if photo is None else photo)
+            for job, photo in self.members
+        ]
 
     def wanted(self) -> set[Path]:
         """Return the photos that are not finished."""
@@ -213,7 +217,7 @@ def _batches(
 def _read(job: Job, settings: Settings, preprocess: Preprocess) -> Photo | Record:
     """Decode a photo; return a record with the error if it cannot be decoded or resized, or the region misses it."""
     try:
-        photo = read_photo(job.source)
+        photo = open_photo(job.source, job.adversarial, settings.format)
     except ImageError as error:
         return Record(source=str(job.source), error=Failure.of(error))
     try:
@@ -239,7 +243,7 @@ def _timed(batches: Iterator[_Batch], waits: Waits) -> Iterator[_Batch]:
 
 def _attack(searcher: Searcher, batch: _Batch) -> Iterator[tuple[list[Pair], list[Found], list[Record]]]:
     """Search a batch; yield the photos found, part by part, with the records of the photos that failed."""
-    pairs, lost, wanted = batch.pairs(), batch.lost, batch.wanted()
+    pairs, lost, wanted = batch.pairs(searcher.settings.format), batch.lost, batch.wanted()
     requests = [job.request or searcher.settings.request for job, _ in pairs]
     for start, stop, found in searcher.parts([photo for _, photo in pairs], requests):
         if found is None:

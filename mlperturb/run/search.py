@@ -12,16 +12,19 @@ from torch import Tensor
 
 from mlperturb.attacks.best import Outcome
 from mlperturb.attacks.goals import ClassificationGoal, Goal
+from mlperturb.attacks.lattice import PIXELS, Lattice
 from mlperturb.attacks.methods import find_method
-from mlperturb.attacks.problem import Problem, each_view, observe
+from mlperturb.attacks.problem import Meter, Problem, each_view, observe
 from mlperturb.attacks.quantise import quantise
 from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
 from mlperturb.labels import Request
 from mlperturb.metrics import Distortion, distortion
 from mlperturb.model.classifier import Classifier
+from mlperturb.model.coefficients import JpegLattice
 from mlperturb.model.preprocess import Size, pad_batch, to_tensor
 from mlperturb.model.views import ViewedModel, repeat_targets
 from mlperturb.photos.images import Photo, Pixels
+from mlperturb.photos.jpeg import Plane
 from mlperturb.photos.regions import Region
 from mlperturb.run.settings import Settings
 from mlperturb.system.devices import free_memory
@@ -40,6 +43,7 @@ class Found:
 
     Attributes:
         pixels: the adversarial photo, 8 bits, (H, W, 3).
+        planes: the coefficients of the adversarial JPEG; None where pixels are written.
         goal: the goal of the photo, without a margin, one row.
         before: logits of the photo in each reader, (R, L).
         logits: logits of the float result in the first reader, (L,); None if the result is a lattice point.
@@ -59,6 +63,7 @@ class Found:
     forward: int
     backward: int
     seconds: float
+    planes: tuple[Plane, ...] | None = None
 
     @property
     def targets(self) -> Targets:
@@ -81,6 +86,7 @@ def search(
     images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
     model = ViewedModel.bind(classifier, settings.readers, sizes, settings.survive[0])
     before, meter = observe(model, images)
+    images, clean = _encoded(model, images, before, meter, photos)
     rows = before.isfinite().all(2).all(1).nonzero().flatten()
     found: list[Found | None] = [None] * len(photos)
     if not len(rows):
@@ -102,16 +108,17 @@ def search(
         grey=_grey_of(chosen, images.device),
         meter=meter,
         rows=rows.cpu(),
-        clean=before[rows, :, :labels],
+        clean=clean[rows, :, :labels],
+        lattice=_lattice_of(settings.region, chosen, images[rows]),
     )
     if any(request.any_label for request in asked):
         problem = problem.aim(_resolve_any(problem, asked))
     repeated = ClassificationGoal(repeat_targets(problem.targets, model.passes))
-    whole = replace(problem, model=model.select(rows), goal=repeated, clean=before[rows])
+    whole = replace(problem, model=model.select(rows), goal=repeated, clean=clean[rows])
     results = _search(problem, whole, sizes, settings)
     share = (time.perf_counter() - started) / len(rows)
     for row, result in zip(usable, results, strict=True):
-        found[row] = replace(result, seconds=share)
+        found[row] = _finish(result, photos[row], before[row, :, :labels].cpu(), share)
     return found
 
 
@@ -192,6 +199,42 @@ def fits(sizes: Sequence[Size], pixels: float) -> bool:
     return len(sizes) == 1 or len(sizes) * max(heights) * max(widths) <= pixels
 
 
+def _finish(found: Found, photo: Photo, before: Tensor, seconds: float) -> Found:
+    """Return a result with what the search did not know: it saw a photo that becomes a JPEG as that JPEG."""
+    found = replace(found, before=before, seconds=seconds)
+    if photo.jpeg is not None and found.planes is None:
+        found = replace(found, planes=photo.jpeg.planes)
+    if photo.encoded is None:
+        return found
+    moved = torch.from_numpy(found.pixels.astype(np.int16) - photo.rgb)
+    return replace(found, distortion=distortion(moved))
+
+
+def _encoded(
+    model: ViewedModel, images: Tensor, before: Tensor, meter: Meter, photos: Sequence[Photo]
+) -> tuple[Tensor, Tensor]:
+    """Return the photos as their files hold them before the attack, and their logits, counted by the meter."""
+    if all(photo.encoded is None for photo in photos):
+        return images, before
+    images = images.clone()
+    for row, photo in enumerate(photos):
+        if photo.encoded is not None:
+            height, width = photo.encoded.shape[:2]
+            images[row, :, :height, :width] = to_tensor(photo.encoded, images.device)
+    clean, again = observe(model, images)
+    meter.forward.add_(again.forward)
+    return images, clean
+
+
+def _lattice_of(region: Region | None, photos: Sequence[Photo], images: Tensor) -> Lattice:
+    """Return the lattice of a padded batch, (N, 3, H, W): coefficients for the photos that become JPEGs."""
+    if all(photo.jpeg is None for photo in photos):
+        return PIXELS
+    regions = [None if region is None else region.inside(*photo.rgb.shape[:2]) for photo in photos]
+    size = int(images.shape[2]), int(images.shape[3])
+    return JpegLattice([photo.jpeg for photo in photos], size, images.device, regions)
+
+
 def _norm_cap(rmsd: float, sizes: Sequence[Size], device: torch.device) -> Tensor:
     """Return the L2 norm, in [0, 1] units, that an RMSD on the 0-255 scale is at each size, (N,)."""
     return torch.tensor([rmsd / 255 * (3 * height * width) ** 0.5 for height, width in sizes], device=device)
@@ -232,9 +275,10 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
     bare = whole.goal.aimed_at(replace(whole.targets, margin=0.0))
     asked = each_view(bare.met, whole.look_at_clean()).all(1) & ~problem.targets.flip.any(1)
     rows = (~asked).nonzero().flatten()
-    images, outcome, logits = problem.images.clone(), None, None
+    images, outcome, logits, planes = problem.images.clone(), None, None, {}
     if len(rows):
         outcome, images[rows], logits = _attack(whole.select(rows), settings)
+        planes = _planes_of(whole.select(rows).lattice, outcome)
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     targets = replace(problem.targets, margin=0.0).cpu()
     goal = problem.goal if outcome is None else outcome.goal
@@ -256,9 +300,19 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
                 int(problem.meter.forward[problem.rows[row]]),
                 int(problem.meter.backward[problem.rows[row]]),
                 0.0,
+                None if number is None else planes.get(number),
             )
         )
     return found
+
+
+def _planes_of(lattice: Lattice, outcome: Outcome) -> dict[int, tuple[Plane, ...]]:
+    """Return the coefficients of the images of an outcome that are JPEGs, by their number."""
+    if outcome.latent is None or not isinstance(lattice, JpegLattice):
+        return {}
+    changes = lattice.changes(outcome.latent)
+    planes = {number: lattice.planes(number, changes[number]) for number in range(len(changes))}
+    return {number: one for number, one in planes.items() if one is not None}
 
 
 def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Tensor, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from mlperturb.labels import Request, parse_request
 from mlperturb.limits import MARGIN, Limits
 from mlperturb.model.readers import DEFAULT_READERS, Reader, parse_readers
 from mlperturb.photos.formats import FileFormat, parse_format
+from mlperturb.photos.jpeg import load_jpeglib
 from mlperturb.photos.purify import Purification, parse_survival
 from mlperturb.photos.regions import Region, parse_region
 
@@ -89,6 +90,25 @@ class Settings:
             )
         if not 0 <= self.margin < float("inf"):
             raise UsageError(f"expected a `margin` of at least 0, got {self.margin}")
+
+    def check_files(self, names: Iterable[str]) -> None:
+        """Refuse settings with which JPEGs, if there are any among these names of files, cannot be made.
+
+        Raises:
+            UsageError: if there are, and the method does not search among coefficients, or pixels are limited.
+        """
+        if not any(name.endswith(".jpg") for name in names):
+            return
+        load_jpeglib()
+        if not find_method(self.method).writes_lattice(find_method(self.method).tuning(self.budget, **self.options)):
+            raise UsageError(
+                f"expected `method` {DEFAULT_METHOD}, with `rounding` inside, for files in `format` jpeg: "
+                "other methods search among pixels"
+            )
+        if self.limits.linf is not None:
+            raise UsageError(
+                "expected no `linf` for files in `format` jpeg, whose coefficients change by whole steps: limit `rmsd`"
+            )
 
     @property
     def looks(self) -> int:

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
-from mlperturb.errors import OutputError, UsageError
+from mlperturb.errors import ImageError, OutputError, UsageError
 from mlperturb.photos.formats import is_adversarial, parse_format, read_pixels, strip_ending, write_pixels
-from mlperturb.photos.images import Beside, is_output, read_photo
+from mlperturb.photos.images import Beside, find_photos, is_output, read_photo
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -122,7 +123,10 @@ def test_a_photo_too_long_for_webp_is_an_error_with_the_limit(tmp_path):
 
 
 def test_formats_have_names_and_ends():
-    assert [parse_format(name).suffix(Path("x.jpg")) for name in ("png", "webp")] == list(ENDS)
+    names = ("png", "webp", "jpeg", "jpeg:80", "same")
+    assert [parse_format(name).suffix(Path("x.jpg")) for name in names] == [*ENDS, *[".jpg"] * 3]
+    assert [parse_format(name).name for name in names] == list(names)
+    assert parse_format("jpeg:80").quality == 80
     assert [parse_format("same").suffix(Path(name)) for name in ("x.WEBP", "x.png", "x.gif")] == [
         ".webp",
         *[".png"] * 2,
@@ -143,3 +147,30 @@ def test_a_converted_image_is_written_as_pillow_would(tmp_path):
     stream = io.BytesIO()
     Image.fromarray(RGB).save(stream, "PNG", compress_level=1)
     assert (tmp_path / "x.png").read_bytes() == stream.getvalue()
+
+
+def test_a_heic_photo_comes_in_with_its_profile(save_photo):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    smooth = Image.fromarray(RGB[:2, :3].copy()).resize((64, 48))
+    path = save_photo("x.heic", smooth, quality=95, icc_profile=WIDE)
+    photo = read_photo(path)
+    assert photo.rgb.shape == (48, 64, 3)
+    assert np.abs(photo.rgb.astype(int) - np.asarray(smooth)).mean() < 6
+    assert photo.beside.profile == WIDE
+    assert find_photos([path.parent]) == [path]
+
+
+def test_a_heic_photo_without_its_library_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
+    with pytest.raises(ImageError, match=r"pip install 'mlperturb\[heif\]'"):
+        read_photo(tmp_path / "x.heic")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_an_avif_photo_comes_in(save_photo):
+    smooth = Image.fromarray(RGB[:2, :3].copy()).resize((64, 48))
+    photo = read_photo(save_photo("x.avif", smooth, quality=95, icc_profile=WIDE))
+    assert np.abs(photo.rgb.astype(int) - np.asarray(smooth)).mean() < 6
+    assert photo.beside.profile == WIDE
