@@ -373,7 +373,7 @@ def test_photos_of_one_name_get_outputs_of_different_names():
     paths = [Path(name) for name in ("x/a.png", "y/a.jpg", "z/y/A.gif", "z/a-2.png", "b.png")]
     jobs = plan_outputs(paths)
     names = [job.adversarial for job in jobs]
-    assert names[:4] == ["a.adv.png", "y/a.adv.png", "A-2.adv.png", "a-2.adv.png"]
+    assert names[:4] == ["a.adv.png", "y/a.adv.png", "A-2.adv.png", "z/a-2.adv.png"]
     assert names[-1] == "b.adv.png"
     assert len({name.casefold() for name in names}) == len(names)
     assert [job.map for job in jobs] == [name.replace(".adv.", ".map.") for name in names]
