@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.goals import Goal
-from mlperturb.attacks.lattice import PIXELS
 from mlperturb.attacks.problem import Problem, each_view, norms, spread
 
 
@@ -17,35 +16,31 @@ class Best:
 
     Args:
         problem: the problem of the images; a part of it, made by `Problem.select`, updates only its own images.
+        files: the iterates are lattice points, so that the logits of an iterate are those of its file.
 
     Attributes:
         images: the best iterates, (N, 3, H, W); at first the clean photos.
         score: their `Goal.score`, (N,).
         norm: ||x* - x||_2 in [0, 1] units, (N,).
         met: whether the goal is met, (N,).
-        latent: their coordinates on the problem's lattice, (N, 3, H', W'); None on the lattice of pixels.
+        logits: of `files`, their logits in each of V views where the goal is met, (N, V, L), else NaN; None before the
+            first update, or if the iterates are not files.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, files: bool = False) -> None:
         images = problem.images
         count = len(images)
         self.images = images.clone()
         self.score = images.new_full((count,), -torch.inf)
         self.norm = images.new_full((count,), torch.inf)
         self.met = torch.zeros(count, dtype=torch.bool, device=images.device)
-        self.latent = None if problem.lattice is PIXELS else problem.lattice.zeros(images)
+        self.logits: Tensor | None = None
+        self._files = files
         self._place = torch.full((len(problem.meter),), -1)  # from a row of the whole batch to a row here, on the CPU
         self._place[problem.rows] = torch.arange(count)
 
     @torch.no_grad()
-    def update(
-        self,
-        problem: Problem,
-        images: Tensor,
-        logits: Tensor,
-        computed: Tensor | None = None,
-        latent: Tensor | None = None,
-    ) -> Tensor:
+    def update(self, problem: Problem, images: Tensor, logits: Tensor, computed: Tensor | None = None) -> Tensor:
         """Keep the iterates that are better than the best so far; return which iterates meet the goal, (n,).
 
         Args:
@@ -54,7 +49,6 @@ class Best:
             logits: the logits of the iterates, (n, L), or of each of their views, (n, V, L): the worst view counts.
             computed: the images of which the logits of every view are computed, boolean, (n,); None for all. The other
                 images have expected logits, and an expected success is not kept.
-            latent: the coordinates of the iterates, needed on another lattice than that of pixels.
         """
         goal = problem.goal
         rows = self.places(problem)
@@ -67,13 +61,29 @@ class Best:
             better &= computed | ~met
         if problem.cap is not None:
             better &= norm <= problem.cap
+        if self._files:
+            self._take_in(problem, rows, views, better & met)
         self.score[rows] = torch.where(better, score, held_score)
         self.norm[rows] = torch.where(better, norm, held_norm)
         self.met[rows] = torch.where(better, met, self.met[rows])
         self.images[rows] = torch.where(spread(better), images, self.images[rows])
-        if self.latent is not None and latent is not None:
-            self.latent[rows] = torch.where(spread(better), latent, self.latent[rows])
         return met
+
+    def hope(self, problem: Problem, images: Tensor, expected: Tensor) -> None:
+        """Keep iterates that are `expected` to meet the goal, (n,), where none was seen to meet it.
+
+        `met` and `score` stay: the decision on the file will say whether the iterate does.
+        """
+        rows = self.places(problem)
+        chosen = expected & ~self.met[rows]
+        self.images[rows[chosen]] = images[chosen]
+
+    def _take_in(self, problem: Problem, rows: Tensor, views: Tensor, found: Tensor) -> None:
+        """Keep the logits of files that were found to meet the goal in every view; no look at them is owed then."""
+        if self.logits is None:
+            self.logits = views.new_full((len(self.met), *views.shape[1:]), torch.nan)
+        self.logits[rows[found]] = views[found]
+        problem.settle(found & ~self.met[rows])
 
     def places(self, problem: Problem) -> Tensor:
         """Return where the images of a part of the batch are held here, (n,)."""
@@ -81,7 +91,7 @@ class Best:
 
     def outcome(self, goal: Goal, *, on_lattice: bool = False) -> Outcome:
         """Return the best iterates as the result of an attack with this goal."""
-        return Outcome(self.images, self.met, goal, on_lattice, self.latent)
+        return Outcome(self.images, self.met, goal, on_lattice, self.logits)
 
 
 @dataclass(frozen=True)
@@ -93,11 +103,12 @@ class Outcome:
         met: whether the goal is met, (N,).
         goal: the goal of the attack; the search for an 8-bit photo has the same goal.
         on_lattice: whether the images are 8-bit already, found with the rounding inside the attack.
-        latent: the images' coordinates on the problem's lattice, (N, 3, H', W'); None on the lattice of pixels.
+        logits: of 8-bit images, their logits in each of V views where the goal is met, (N, V, L), else NaN; None if
+            they are unknown.
     """
 
     images: Tensor
     met: Tensor
     goal: Goal
     on_lattice: bool = False
-    latent: Tensor | None = None
+    logits: Tensor | None = None

@@ -8,7 +8,7 @@ positive while the constraint is violated, and g is the gradient of the loss of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional
 from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.lattice import lattice_scale
-from mlperturb.attacks.panel import LATE, Panel, verify
+from mlperturb.attacks.panel import LATE, Panel, verify, verify_waiting
 from mlperturb.attacks.problem import Problem, each_view, norms, spread
 from mlperturb.targets import Space
 
@@ -34,6 +34,7 @@ _ENOUGH = 40  # step 8: the least K for a restart
 _NEAR = 0.1  # step 8: a restart multiplies r by this
 _GROWTH = 5.0  # step 8: after a restart, the share by which a failure lengthens r is this / K, times `decay`
 _NEXT, _LAST = 2, 0.3  # step 8: violated constraints pushed after a restart; only 1 while decay <= 0.3, at the end
+_REACH = 1.1  # step 5: the most that ||r|| may be, as a share of the least ||r|| with which the goal was met
 _TINY = 1e-30  # in place of a length of 0, against division by 0
 
 
@@ -72,7 +73,7 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
        then as much longer as rounding needs.
     4. In later iterations, r moves along -g by a share of ||r||, and the share decays to zero.
     5. ||r|| is set: shorter than before if all constraints hold; else longer, by a share of ||r|| or of the linearised
-       distance, whichever is more.
+       distance, whichever is more, but not beyond 1.1 times the least ||r|| with which they all held.
     6. x + r is clipped to the pixel range, and to the bound on ||r||_infinity if the problem has a bound.
     7. mu_j grows while v_j > 0 and shrinks while v_j <= 0; then all are divided by the largest.
     8. An image that has not met its goal after a quarter of the iterations restarts near the photo. From there, the
@@ -98,10 +99,11 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
         space: measure violations on the logits or the probabilities, see `ClassificationGoal`.
         rounding: `inside` the loop, so that the result is a lattice point; or `after` the loop, by `quantise`, as for
             the other attacks. `after` gives a float result nearer to the photo, but a file further from it.
-        iterations: the number of iterations, a forward and a backward pass each, and the passes of step 9.
+        iterations: the number of iterations: a backward and a forward pass each, after a first forward pass, and the
+            passes of step 9.
     """
     problem, inside = problem.aim(ClassificationGoal(problem.targets, space)), rounding == "inside"
-    best, part = Best(problem), problem
+    best, part = Best(problem, files=inside), problem
     if problem.clean is None and problem.views > 1:  # a panel begins with a look at the clean photos in every view
         part = problem.select(problem.affordable(problem.views).nonzero().flatten())
     if len(part):
@@ -124,8 +126,8 @@ def descend(
     Args:
         problem: the batch; an image that cannot afford another iteration leaves the batch.
         best: keeps the best iterates.
-        iterations: the number of iterations, a forward and a backward pass each. K, after which `decay` is 0, is
-            smaller for an image whose limit on passes allows fewer.
+        iterations: the number of iterations, a backward and a forward pass each, after a first forward pass. K, after
+            which `decay` is 0, is smaller for an image whose limit on passes allows fewer.
         start: the perturbation r to begin with, before any rounding, (n, 3, H, W); None to begin at the photos.
         lattice: evaluate the model at round(x + r) in place of x + r.
         pace: the step sizes.
@@ -133,23 +135,25 @@ def descend(
     """
     panel = panel or Panel.of(problem)
     walk = _Walk.begin(problem, start, iterations)  # step 1
-    for step in range(iterations):
-        # Clean photos that meet the goal leave the batch, and images that cannot afford two more passes.
-        if (step == 1 and bool(walk.done.any())) or problem.runs_short(2):
-            rows = (problem.affordable(2) & ~walk.done).nonzero().flatten()
-            if not len(rows):
-                return
-            problem, walk = problem.select(rows), walk.select(rows)
-        decay = 1 - (step / walk.allowed if panel is None else _progress(problem, walk, step / max(iterations, 1)))
-        seen = _look(problem, walk, best, panel, step, decay, lattice=lattice, sharpness=pace.sharpness)  # steps 2, 9
-        met = best.update(problem, seen.images, seen.logits, seen.computed, walk.latent)
-        gradient_norm = norms(seen.gradient).clamp(min=_TINY)
+    for step in range(iterations + 1):
+        problem, walk = _dismiss(problem, walk, best, panel, lattice=lattice, all_=step == iterations)
+        if not len(problem):
+            return
+        decay = 1 - (step / walk.allowed if panel is None else _progress(problem, walk, step / iterations))
+        view = None if panel is None else panel.choose(problem, step, 1 - decay >= LATE)
+        seen = _look(problem, walk, best, panel, view, decay, lattice=lattice)  # steps 2, 9
+        met = best.update(problem, seen.images, seen.logits, seen.computed)
+        walk = replace(walk, least=torch.where(met & (walk.radius > 0), walk.least.minimum(walk.radius), walk.least))
+        losses = (seen.weights * functional.softplus(seen.violations, beta=pace.sharpness)).sum(1)
+        gradient = problem.lattice.pull(problem.gradient(losses, seen.leaf, seen.rows), seen.images)
+        seen = replace(seen, violations=seen.violations.detach())
+        gradient_norm = norms(gradient).clamp(min=_TINY)
         distance = _linearised_loss(walk, seen, pace) / gradient_norm
-        latent = walk.latent - spread(_step_length(walk, decay, pace) / gradient_norm) * seen.gradient  # steps 3, 4
+        latent = walk.latent - spread(_step_length(walk, decay, pace) / gradient_norm) * gradient  # steps 3, 4
         radius = _radius(problem, walk, met, distance, decay, pace)  # step 5
         latent = latent * spread(radius / norms(latent).clamp(min=_TINY))
         if lattice and walk.fresh:  # step 3
-            scale = lattice_scale(problem.lattice, latent, seen.gradient, distance * gradient_norm)
+            scale = lattice_scale(problem.lattice, latent, gradient, distance * gradient_norm)
             latent, radius = _stretch(latent, radius, scale)
         if lattice:
             latent, radius = _stretch(latent, radius, _lift(problem, latent, met))
@@ -159,7 +163,6 @@ def descend(
             radius=radius,
             multipliers=_multipliers(walk, seen, decay),  # step 7
             done=met & (walk.radius == 0),
-            ever_met=walk.ever_met | met,
             fresh=False,
         )
         if pace.restarts:
@@ -177,7 +180,8 @@ class _Walk:
         allowed: K, the iterations that the image can afford, (n,).
         begun: passes spent before the first iteration, (n,), on the CPU.
         done: whether the clean photo meets the goal, so that the image leaves the batch, (n,).
-        ever_met: whether any iterate has met the goal, (n,).
+        least: the least ||r||_2 with which an iterate met the goal, in the views not computed as expected, (n,);
+            infinite before.
         restarted: whether the image has restarted (step 8), (n,).
         fresh: whether this is the first iteration, from clean photos; one value for all images.
     """
@@ -188,7 +192,7 @@ class _Walk:
     allowed: Tensor
     begun: Tensor
     done: Tensor
-    ever_met: Tensor
+    least: Tensor
     restarted: Tensor
     fresh: bool
 
@@ -199,37 +203,79 @@ class _Walk:
         if start is not None:
             latent = problem.lattice.clip(start, problem.images, *problem.pixel_range)
         radius = norms(latent)
-        no = torch.zeros_like(radius, dtype=torch.bool)
+        no, never = torch.zeros_like(radius, dtype=torch.bool), torch.full_like(radius, torch.inf)
         ones = torch.ones_like(radius).unsqueeze(1)
         left = problem.iterations_left(iterations)
-        return cls(latent, radius, ones, left, problem.spent, no, no, no, start is None)
+        return cls(latent, radius, ones, left, problem.spent, no, never, no, start is None)
 
     def select(self, rows: Tensor) -> _Walk:
         """Return the state of some images."""
-        names = ("latent", "radius", "multipliers", "allowed", "done", "ever_met", "restarted")
+        names = ("latent", "radius", "multipliers", "allowed", "done", "least", "restarted")
         return replace(self, begun=self.begun[rows.cpu()], **{name: getattr(self, name)[rows] for name in names})
 
 
-class _Seen(NamedTuple):
-    """The results of a forward and a backward pass, detached from the graph.
+@dataclass(frozen=True)
+class _Seen:
+    """The results of a forward pass.
 
     Attributes:
         images: x + r, rounded if the attack is on the lattice, (n, 3, H, W).
-        logits: z, (n, L), or of every view, computed or expected, (n, V, L).
+        leaf: the images of the graph, (N, 3, H, W).
+        rows: the places of these images in `leaf`, (n,); None if they are the same.
+        logits: z, (n, L), or of every view, computed or expected, (n, V, L); without a graph.
         computed: whether every view of the image is computed, boolean, (n,); None for all.
-        violations: v, the largest of all views, (n, J), 0 where the image does not have a constraint.
+        violations: v, the largest of all views, (n, J), 0 where the image does not have a constraint; with the graph of
+            the view computed.
         present: which constraints the image has, boolean, (n, J).
         weights: w_j of the loss: mu_j, or after a restart 0 or 1, (n, J).
-        gradient: g, (n, 3, H, W).
     """
 
     images: Tensor
+    leaf: Tensor
+    rows: Tensor | None
     logits: Tensor
     computed: Tensor | None
     violations: Tensor
     present: Tensor
     weights: Tensor
-    gradient: Tensor
+
+
+def _dismiss(
+    problem: Problem, walk: _Walk, best: Best, panel: Panel | None, *, lattice: bool, all_: bool
+) -> tuple[Problem, _Walk]:
+    """Look a last time, without a gradient, at images that cannot afford another iteration; return the others.
+
+    Another iteration is a forward pass, a backward pass, and a look in every view at what comes of it. Clean photos
+    that meet the goal leave without a look.
+
+    Args:
+        problem: the images.
+        walk: their state.
+        best: keeps the best iterates.
+        panel: the known differences between views.
+        lattice: see `descend`.
+        all_: dismiss all images.
+    """
+    first = 0 if walk.fresh and problem.opening is not None else 1
+    leaving = bool(walk.done.any()) and not walk.fresh
+    if not (all_ or leaving or problem.runs_short(first + 1 + problem.views)):
+        return problem, walk
+    looks = torch.where(best.met[best.places(problem)], problem.views, 1)  # a file not found yet has its own looks owed
+    on = ~walk.done & problem.affordable(first + 1 + looks.cpu())
+    on = torch.zeros_like(on) if all_ else on
+    last = (~on & ~walk.done & problem.affordable(first)).nonzero().flatten()
+    if len(last):
+        part, state = problem.select(last), walk.select(last)
+        end = torch.zeros_like(state.radius)
+        with torch.no_grad():
+            view = None if panel is None else panel.choose(part, 0, torch.full_like(state.done, not state.fresh))
+            seen = _look(part, state, best, panel, view, end, lattice=lattice, last=True)
+        met = best.update(part, seen.images, seen.logits, seen.computed)
+        if panel is not None:
+            verify_waiting(part, best, panel)
+            best.hope(part, seen.images, met)
+    rows = on.nonzero().flatten()
+    return problem.select(rows), walk.select(rows)
 
 
 def _look(
@@ -237,23 +283,34 @@ def _look(
     walk: _Walk,
     best: Best,
     panel: Panel | None,
-    step: int,
+    view: Tensor | None,
     decay: Tensor,
     *,
     lattice: bool,
-    sharpness: float,
+    last: bool = False,
 ) -> _Seen:
-    """Step 2: g = gradient of sum_j w_j softplus(v_j) at round(x + r); w_j = mu_j, or after a restart 0 or 1.
+    """Step 2: v_j at round(x + r), and w_j = mu_j, or after a restart 0 or 1.
 
     Step 9: in several views, one view of each image is computed, and v_j is the largest of all views.
+
+    Args:
+        problem: the images.
+        walk: their state.
+        best: the best iterates so far.
+        panel: the known differences between views; None in a single view.
+        view: the view to compute of each image, (n,); None in a single view.
+        decay: 1 - k / K, (n,).
+        lattice: see `descend`.
+        last: this is the last look at the images; otherwise it leaves the passes that `_dismiss` asks for.
     """
-    if walk.fresh:
-        perturbed = problem.images.clone()
+    rows = None
+    if walk.fresh and (problem.opening is not None or view is None):
+        opening = problem.open()
+        images, leaf, rows = problem.images, opening.images, opening.rows
+        logits = opening.logits[rows]
     else:
-        perturbed = problem.lattice.points(problem.images, walk.latent) if lattice else problem.images + walk.latent
-    images = perturbed.requires_grad_()
-    view = None if panel is None else panel.choose(problem, step, 1 - decay >= LATE)
-    logits = problem.logits(images) if view is None else problem.look(images, view)
+        leaf = images = _perturbed(problem, walk, lattice=lattice).requires_grad_()
+        logits = problem.logits(images) if view is None else problem.look(images, view)
     violations = problem.goal.violations(logits)
     present = violations.isfinite()
     violations = violations.masked_fill(~present, 0.0)
@@ -261,15 +318,20 @@ def _look(
     if panel is not None and view is not None:
         standing = walk.radius == 0  # at the clean photos, with which the panel began
         way = torch.where(standing, -1.0, 1 - decay)  # a clean photo is not verified
-        known, computed = verify(problem, best, panel, images.detach(), known, view, way)
+        known, computed = verify(problem, best, panel, images.detach(), known, view, way, last=last)
         computed = computed | standing
         largest = each_view(problem.goal.violations, known).amax(1).masked_fill(~present, 0.0)
         violations = violations + (largest - violations.detach())  # with the gradient of the view computed
     counted = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))
     weights = torch.where(walk.restarted.unsqueeze(1), counted & present, walk.multipliers * present)
-    losses = (weights * functional.softplus(violations, beta=sharpness)).sum(1)
-    gradient = problem.lattice.pull(problem.gradient(losses, images), images.detach())
-    return _Seen(images.detach(), known, computed, violations.detach(), present, weights, gradient)
+    return _Seen(images.detach(), leaf, rows, known, computed, violations, present, weights)
+
+
+def _perturbed(problem: Problem, walk: _Walk, *, lattice: bool) -> Tensor:
+    """Return the photos in the first iteration, then x + r, or its point on the lattice, (n, 3, H, W)."""
+    if walk.fresh:
+        return problem.images.clone()
+    return problem.lattice.points(problem.images, walk.latent) if lattice else problem.images + walk.latent
 
 
 def _progress(problem: Problem, walk: _Walk, share: float) -> Tensor:
@@ -302,11 +364,16 @@ def _step_length(walk: _Walk, decay: Tensor, pace: Pace) -> Tensor:
 
 
 def _radius(problem: Problem, walk: _Walk, met: Tensor, distance: Tensor, decay: Tensor, pace: Pace) -> Tensor:
-    """Step 5: the new ||r||, (n,): shorter if all constraints hold, else longer by at least `distance`; capped."""
+    """Step 5: the new ||r||, (n,): shorter if all constraints hold, else longer by at least `distance`; capped.
+
+    Without a cap at the least ||r|| that sufficed, ||r|| may grow without end where the steps, which are shares of
+    ||r||, move past one constraint after another.
+    """
     growth = torch.where(walk.restarted, _GROWTH / walk.allowed, pace.grow) * decay
     larger = torch.maximum(walk.radius * (1 + growth), walk.radius + distance)
     widest = walk.latent[0].numel() ** 0.5  # sqrt(3 H W): a perturbation of pixels in [0, 1] is not longer
     radius = torch.where(met, walk.radius * (1 - pace.shrink * decay), larger).clamp(max=widest)
+    radius = radius.minimum(_REACH * walk.least)
     return radius if problem.cap is None else radius.minimum(problem.cap)
 
 
@@ -331,7 +398,7 @@ def _multipliers(walk: _Walk, seen: _Seen, decay: Tensor) -> Tensor:
 
 def _restart(walk: _Walk, step: int) -> _Walk:
     """Step 8: move images that have not met their goal by iteration K / 4 back near the photo."""
-    restart = ~walk.ever_met & (walk.allowed >= _ENOUGH) & (step == walk.allowed // _RESTART_AFTER)
+    restart = walk.least.isinf() & (walk.allowed >= _ENOUGH) & (step == walk.allowed // _RESTART_AFTER)
     latent, radius = _stretch(walk.latent, walk.radius, torch.where(restart, _NEAR, torch.ones_like(walk.radius)))
     return replace(walk, latent=latent, radius=radius, restarted=walk.restarted | restart)
 

@@ -51,11 +51,12 @@ def fg(problem: Problem, *, grid: int = 20, refinements: int = 5) -> Outcome:
 def _one_step(problem: Problem, normalise: Callable[[Tensor], Tensor], grid: int, refinements: int) -> Outcome:
     problem = problem.aim(ClassificationGoal(problem.targets))
     targets, best = problem.targets, Best(problem)
-    images = problem.images.clone().requires_grad_()
-    logits = problem.logits(images)
+    opening = problem.open()
+    logits = opening.logits[opening.rows]
     wanted = (targets.desired > 0).to(logits.dtype)
     losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    direction = normalise(problem.gradient((losses * targets.constrained).sum(1), images))  # (N, 3, H, W)
+    losses = (losses * targets.constrained).sum(1)
+    direction = normalise(problem.gradient(losses, opening.images, opening.rows))  # (N, 3, H, W)
     best.update(problem, problem.images, logits.detach())
     chosen = torch.zeros_like(best.norm)  # epsilon of the best iterate, (N,); 0 for the clean photo
 

@@ -33,6 +33,7 @@ class Method:
         equation: the equation or section of the paper.
         budgets: the key-word arguments for each of `BUDGETS`.
         options: the names in `CHOICES` that the method accepts.
+        opens: the first backward pass is at the clean photos, so that the forward pass before it is worth keeping.
     """
 
     place: tuple[str, str]
@@ -40,6 +41,7 @@ class Method:
     equation: str
     budgets: Mapping[str, Mapping[str, Any]]
     options: tuple[str, ...] = field(default=())
+    opens: bool = False
 
     def load(self) -> Callable[..., Outcome]:
         """Return the attack: a function of a `Problem` and key-word arguments."""
@@ -92,9 +94,12 @@ METHODS: dict[str, Method] = {
         "after Rony et al. 2019, 2021",
         {name: {"iterations": count, "rounding": "inside"} for name, count in zip(BUDGETS, (13, 48, 500), strict=True)},
         ("space", "rounding"),
+        opens=True,
     ),
-    "fgs": Method(("fast_gradient", "fgs"), "one step along the sign of the gradient", "Section IV-C", _GRIDS),
-    "fg": Method(("fast_gradient", "fg"), "one step along the gradient", "Section IV-C", _GRIDS),
+    "fgs": Method(
+        ("fast_gradient", "fgs"), "one step along the sign of the gradient", "Section IV-C", _GRIDS, opens=True
+    ),
+    "fg": Method(("fast_gradient", "fg"), "one step along the gradient", "Section IV-C", _GRIDS, opens=True),
     "ml-cw": Method(
         ("carlini_wagner", "ml_cw"),
         "least norm with a hinge on every constraint, weight searched per photo",

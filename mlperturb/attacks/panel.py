@@ -8,6 +8,8 @@ was seen to hold in every view. `python tests/benchmarks/readers.py` compares th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,31 @@ from mlperturb.attacks.problem import Problem, each_view, norms
 
 _FRESH = 0.5  # the weight of a new difference in the running mean
 LATE = 0.6  # of the way: from there on better iterates are verified, and the worst view is computed
+_WORTH = 0.05  # an iterate nearer than the best by less than this share waits for the end
 _EARLY = 0.25  # of the way: from there on the first iterate that holds in every view is looked for
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Iterates that are expected to hold in every view, and are a little nearer than the best.
+
+    Attributes:
+        images: the iterates, (N, 3, H, W).
+        logits: of the views computed, (N, L).
+        views: the views computed, (N,).
+        length: ||x* - x||_2, (N,); infinite where there is no such iterate.
+    """
+
+    images: Tensor
+    logits: Tensor
+    views: Tensor
+    length: Tensor
+
+    @classmethod
+    def empty(cls, count: int, images: Tensor, logits: Tensor, views: Tensor) -> Waiting:
+        """Return room for `count` iterates like these."""
+        images, logits, views = (values.new_zeros(count, *values.shape[1:]) for values in (images, logits, views))
+        return cls(images, logits, views, logits.new_full((count,), torch.inf))
 
 
 class Panel:
@@ -29,6 +55,7 @@ class Panel:
         offsets: the logits of each view less those of the first view, a running mean, (N, V, L).
         learned: whether the difference was seen on an iterate, (N, V).
         worst: the largest violation in each view, computed or expected, at the last iterate, (N, V).
+        waiting: iterates whose other views are to be computed at the end; None while there are none.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -38,6 +65,7 @@ class Panel:
         self.offsets[problem.rows.to(clean.device)] = clean - clean[:, :1]
         self.learned = torch.zeros(count, clean.shape[1], dtype=torch.bool, device=clean.device)
         self.worst = clean.new_zeros(count, clean.shape[1])
+        self.waiting: Waiting | None = None
 
     @classmethod
     def of(cls, problem: Problem) -> Panel | None:
@@ -75,18 +103,56 @@ class Panel:
         """Remember the largest violation in each view at an iterate, (n, V)."""
         self.worst[self._rows(problem)] = worst
 
+    def defer(
+        self, problem: Problem, chosen: Tensor, images: Tensor, logits: Tensor, views: Tensor, length: Tensor
+    ) -> None:
+        """Let iterates, those `chosen` of (n,), wait for the end if they are nearer than those that wait already.
+
+        Args:
+            problem: the images.
+            chosen: boolean, (n,).
+            images: the iterates, (n, 3, H, W).
+            logits: of the views computed, (n, L).
+            views: the views computed, (n,).
+            length: ||x* - x||_2, (n,).
+        """
+        if not bool(chosen.any()):
+            return
+        if self.waiting is None:
+            self.waiting = Waiting.empty(len(self.worst), images, logits, views)
+        rows = self._rows(problem)
+        nearer = chosen & (length < self.waiting.length[rows])
+        kept = Waiting(images[nearer], logits[nearer], views[nearer], length[nearer])
+        for field, values in vars(kept).items():
+            getattr(self.waiting, field)[rows[nearer]] = values
+
+    def await_(self, problem: Problem) -> Waiting | None:
+        """Return the iterates of these images that wait; the length is infinite where there is none."""
+        if self.waiting is None:
+            return None
+        rows = self._rows(problem)
+        return Waiting(*(values[rows] for values in vars(self.waiting).values()))
+
     def _rows(self, problem: Problem) -> Tensor:
         return problem.rows.to(self.offsets.device)
 
 
 @torch.no_grad()
 def verify(
-    problem: Problem, best: Best, panel: Panel, images: Tensor, logits: Tensor, views: Tensor, way: Tensor
+    problem: Problem,
+    best: Best,
+    panel: Panel,
+    images: Tensor,
+    logits: Tensor,
+    views: Tensor,
+    way: Tensor,
+    *,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the other views of iterates that may be the best so far, the least sure first, until a view fails.
 
     Args:
-        problem: the images; each further view costs an image a forward pass, and leaves a pass for the gradient.
+        problem: the images; each further view costs an image a forward pass.
         best: the best iterates so far.
         panel: learns what is seen.
         images: the iterates, (n, 3, H, W).
@@ -94,31 +160,54 @@ def verify(
         views: the views computed already, (n,).
         way: how far each image is on its way, 0 to 1, (n,): it is verified from a quarter on until an iterate was seen
             to hold in every view, and from `LATE` on.
+        last: compute the other views of every better iterate, with the last passes; else only of an iterate that is
+            nearer by a share of `_WORTH`, and leave the passes of the backward pass and of a last look. An iterate that
+            is a little nearer waits in the panel, see `Panel.defer`.
 
     Returns:
         The logits of every view, (n, V, L), computed or expected; and for which images all are computed, (n,).
     """
-    goal = problem.goal
+    goal, count = problem.goal, problem.views
     seen = panel.expect(problem, logits, views)
-    computed = views.unsqueeze(1) == torch.arange(seen.shape[1], device=views.device)
+    computed = views.unsqueeze(1) == torch.arange(count, device=views.device)
     worst = _worst(problem, seen)
     promising = ((worst <= 0) | (panel.unknown(problem) & ~computed)).all(1) & goal.met(logits)
-    held = best.places(problem)
-    better = ~best.met[held] | (norms(images - problem.images) < best.norm[held])
-    due = (way >= torch.where(best.met[held], LATE, _EARLY)) & promising & better
+    held, length = best.places(problem), norms(images - problem.images)
+    found, nearest = best.met[held], best.norm[held]
+    due = (way >= torch.where(found, LATE, _EARLY)) & promising & (~found | (length < nearest))
+    if not last:
+        later = due & found & (length > (1 - _WORTH) * nearest)
+        panel.defer(problem, later, images, logits, views, length)
+        due = due & ~later
+    if last:
+        due = due & problem.affordable(count - 1)
+    else:  # leave the backward pass; where something was found, also a last look in every view
+        due = due & torch.where(found, problem.affordable(2 * count), problem.affordable(count))
     order = worst.masked_fill(computed, -torch.inf).argsort(1, descending=True)
-    for place in range(seen.shape[1] - 1):
-        due = due & problem.affordable(2)
+    for place in range(count - 1):
         some = due.nonzero().flatten()
         if not len(some):
             break
         part, others = problem.select(some), order[some, place]
-        found = part.look(images[some], others)
-        panel.learn(part, logits[some], views[some], others, found)
-        seen[some, others], computed[some, others] = found, True
-        due[some] = part.goal.met(found)
+        looked = part.look(images[some], others)
+        panel.learn(part, logits[some], views[some], others, looked)
+        seen[some, others], computed[some, others] = looked, True
+        due[some] = part.goal.met(looked)
     panel.remember(problem, _worst(problem, seen))
     return seen, computed.all(1)
+
+
+def verify_waiting(problem: Problem, best: Best, panel: Panel) -> None:
+    """Compute the other views of the iterates that wait, and keep those that hold in every view."""
+    waiting = panel.await_(problem)
+    if waiting is None:
+        return
+    rows = waiting.length.isfinite().nonzero().flatten()
+    if len(rows):
+        part, images = problem.select(rows), waiting.images[rows]
+        end = torch.ones_like(waiting.length[rows])
+        logits, computed = verify(part, best, panel, images, waiting.logits[rows], waiting.views[rows], end, last=True)
+        best.update(part, images, logits, computed)
 
 
 def _worst(problem: Problem, seen: Tensor) -> Tensor:

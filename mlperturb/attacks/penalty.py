@@ -30,7 +30,8 @@ def minimise_penalty(problem: Problem, schedule: Schedule) -> Outcome:
         schedule: how long to search.
     """
     best = Best(problem)
-    clean_met = best.update(problem, problem.images, problem.logits(problem.images).detach())
+    clean = problem.logits(problem.images).detach() if problem.clean is None else problem.clean[:, 0]
+    clean_met = best.update(problem, problem.images, clean)
     weight = torch.full_like(best.norm, schedule.initial_weight)
     low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
     last = problem.images.clone()  # where each image's latest descent ended

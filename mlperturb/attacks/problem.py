@@ -19,20 +19,23 @@ from mlperturb.targets import Targets
 
 @dataclass(frozen=True)
 class Meter:
-    """The forward and backward passes spent on each image of a batch, on the CPU.
+    """The forward and backward passes spent on each image of a batch, and those still owed, on the CPU.
 
     Attributes:
         forward: forward passes, (N,), counted in place.
         backward: backward passes, (N,), counted in place.
+        owed: forward passes that the decision on the file will cost, (N,), set in place. A limit on passes holds with
+            them. An attack that has computed every view of its best file owes less.
     """
 
     forward: Tensor
     backward: Tensor
+    owed: Tensor
 
     @classmethod
     def of(cls, count: int) -> Meter:
-        """Return the meter of `count` images, with no passes spent."""
-        return cls(torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long))
+        """Return the meter of `count` images, with no passes spent or owed."""
+        return cls(*torch.zeros(3, count, dtype=torch.long))
 
     def __len__(self) -> int:
         return len(self.forward)
@@ -43,12 +46,49 @@ class Meter:
         return self.forward + self.backward
 
 
-@torch.no_grad()
-def observe(model: Model | Viewed, images: Tensor) -> tuple[Tensor, Meter]:
-    """Return the clean photos' logits in each of V views, (N, V, L), and the meter that counted the passes."""
+@dataclass(frozen=True)
+class Opening:
+    """The forward pass at the clean photos, whose backward pass is still to come.
+
+    Attributes:
+        images: the clean photos, (N, 3, H, W), a leaf of the graph.
+        logits: their logits in the first view, (N, L), with the graph.
+        rows: the places of the images of a problem in it, integers, (n,).
+    """
+
+    images: Tensor
+    logits: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor, forward: Callable[[Tensor], Tensor]) -> Opening:
+        """Compute the logits of photos, (N, 3, H, W)."""
+        leaf = images.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            return cls(leaf, forward(leaf), torch.arange(len(images), device=images.device))
+
+    def select(self, rows: Tensor) -> Opening:
+        """Return the opening of some images."""
+        return replace(self, rows=self.rows[rows])
+
+
+def observe(model: Model | Viewed, images: Tensor, *, opening: bool = False) -> tuple[Tensor, Meter, Opening | None]:
+    """Look at clean photos in each of V views.
+
+    Args:
+        model: maps images in [0, 1] to logits.
+        images: the clean photos, (N, 3, H, W).
+        opening: keep the graph of the first view, for an attack whose first backward pass is at the clean photos.
+
+    Returns:
+        The logits, (N, V, L); the meter that counted the passes; and the opening, or None.
+    """
     meter, count = Meter.of(len(images)), views_of(model)
     meter.forward.add_(count * passes_of(model))
-    return torch.stack([call(model, images, view) for view in range(count)], dim=1), meter
+    kept = Opening.of(images, lambda leaf: call(model, leaf, 0)) if opening else None
+    with torch.no_grad():
+        first = call(model, images, 0) if kept is None else kept.logits.detach()
+        return torch.stack([first, *(call(model, images, view) for view in range(1, count))], dim=1), meter, kept
 
 
 def passes_of(model: Model | Viewed) -> int:
@@ -89,6 +129,7 @@ class Problem:
         meter: the passes spent, shared by all parts of the batch; by default a new meter.
         rows: the places of the images in the whole batch, as the meter counts them, (n,), on the CPU; by default all.
         clean: the logits of the clean photos in each of V views, (n, V, L), if they are known, see `observe`.
+        opening: the forward pass at the clean photos, if it was kept, see `observe`. It serves a single backward pass.
 
     Raises:
         UsageError: if the images are not (n, 3, H, W) with a row of targets for each image.
@@ -106,6 +147,7 @@ class Problem:
     meter: Meter = field(default_factory=lambda: Meter.of(0))
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     clean: Tensor | None = None
+    opening: Opening | None = None
 
     def __post_init__(self) -> None:
         count, wanted = len(self.images), len(self.targets.truth)
@@ -156,6 +198,7 @@ class Problem:
             lattice=self.lattice.select(rows),
             rows=self.rows[rows.cpu()],
             clean=None if self.clean is None else self.clean[rows],
+            opening=None if self.opening is None else self.opening.select(rows),
         )
 
     def logits(self, images: Tensor, view: int = 0) -> Tensor:
@@ -175,10 +218,25 @@ class Problem:
             return self.clean
         return torch.stack([self.logits(self.images, view) for view in range(self.views)], dim=1)
 
-    def gradient(self, losses: Tensor, images: Tensor) -> Tensor:
-        """Return the gradient of each image's own loss, (n,), as (n, 3, H, W): one backward pass for each image."""
+    def open(self) -> Opening:
+        """Return the forward pass at the clean photos, in the first view: one pass for each image, if it is not known.
+
+        A backward pass through it gives a gradient for all images of `Opening.images`; those of this problem are at
+        `Opening.rows`.
+        """
+        return self.opening or Opening.of(self.images, self.logits)
+
+    def gradient(self, losses: Tensor, images: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the gradient of each image's own loss, (n,), as (n, 3, H, W): one backward pass for each image.
+
+        Args:
+            losses: (n,).
+            images: the images of the graph, (N, 3, H, W).
+            rows: where the images of this problem are among them, integers, (n,); None if they are the same.
+        """
         self.meter.backward[self.rows] += self.cost
-        return self.within_region(torch.autograd.grad(losses.sum(), images)[0])
+        gradient = torch.autograd.grad(losses.sum(), images)[0]
+        return self.within_region(gradient if rows is None else gradient[rows])
 
     def jacobian(self, outputs: Tensor, images: Tensor, present: Tensor) -> Tensor:
         """Return d outputs / d images, (n, K, 3, H, W); zero where `present`, (n, K), is false.
@@ -236,13 +294,22 @@ class Problem:
 
     def _affordable(self, passes: int | Tensor) -> Tensor:
         limit = torch.iinfo(torch.long).max if self.limit is None else self.limit
-        return self.spent + self.cost * passes <= limit
+        return self.spent + self.meter.owed[self.rows] + self.cost * passes <= limit
+
+    def settle(self, rows: Tensor) -> None:
+        """Owe no look at the files of these images, booleans, (n,): every view of them is computed."""
+        places = self.rows[rows.cpu()]
+        self.meter.owed[places] = (self.meter.owed[places] - self.views).clamp(min=0)
 
     def iterations_left(self, iterations: int) -> Tensor:
-        """Return how many iterations of two calls each image can afford, at most `iterations`, (n,)."""
+        """Return how many iterations, a backward and a forward pass, each image can afford, 1 to `iterations`, (n,).
+
+        The first forward pass comes before them. What is owed is left out: it falls away if the attack succeeds.
+        """
         if self.limit is None:
             return torch.full((len(self),), float(iterations), device=self.images.device)
-        return ((self.limit - self.spent) // (2 * self.cost)).clamp(1, max(iterations, 1)).to(self.images)
+        left = self.limit - self.spent - self.cost * (self.opening is None)
+        return (left // (2 * self.cost)).clamp(1, max(iterations, 1)).to(self.images)
 
 
 def norms(images: Tensor) -> Tensor:

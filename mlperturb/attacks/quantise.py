@@ -7,6 +7,9 @@ Good perturbations are smaller than the rounding step, so plain rounding erases 
 2. Run the loop of ML-DDN (`attacks.ddn`) from there: the forward pass sees the *rounded* photo, and the gradient passes
    straight through the rounding. The best lattice point is kept.
 
+An attack that knows one view leaves a photo as it is where that view is as asked. If another view is not, the loop runs
+from the photo itself.
+
 A result that is on the lattice already, such as the result of ML-DDN, is returned unchanged.
 """
 
@@ -35,8 +38,8 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     """
     if outcome.on_lattice:
         return outcome
-    problem = problem.aim(outcome.goal)
-    best = Best(problem)
+    problem = replace(problem.aim(outcome.goal), opening=None)
+    best = Best(problem, files=True)
     difference = problem.within_region(outcome.images - problem.images)
     if problem.clean is None and not bool(problem.affordable(problem.views).all()):
         return best.outcome(outcome.goal, on_lattice=True)
@@ -50,6 +53,9 @@ def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations:
     if bool(moved.any()) and iterations:
         latent, rows = difference * spread(torch.minimum(scale, 1.3 * least)), moved.nonzero().flatten()
         descend(problem.select(rows), best, iterations, start=latent[rows], pace=GENTLE, panel=panel)
+    stuck = (~moved & outcome.met & ~best.met).nonzero().flatten()
+    if len(stuck) and iterations:
+        descend(problem.select(stuck), best, iterations, panel=panel)
     return best.outcome(outcome.goal, on_lattice=True)
 
 
@@ -70,7 +76,7 @@ def _search_scale(
         logits, computed = part.logits(images), None
         if panel is not None:
             first, end = torch.zeros_like(rows), torch.ones_like(best.norm[rows])
-            logits, computed = verify(part, best, panel, images, logits, first, end)
+            logits, computed = verify(part, best, panel, images, logits, first, end, last=True)
         met = best.update(part, images, logits, computed)
         met = met if computed is None else met & (computed | (best.norm[rows] < norms(images - part.images)))
         high[rows] = torch.where(met, scale[rows], high[rows])

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlperturb.model.survival import dct_matrix
+from mlperturb.photos.images import Pixels
 from mlperturb.photos.jpeg import Jpeg, Plane, load_jpeglib
+
+Made = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]  # places in the coordinates, and changes there in steps
 
 _COLOURS = ((1.0, 1.0, 1.0), (0.0, -0.344136, 1.772), (1.402, -0.714136, 0.0))  # R, G, B of a change of Y, Cb, Cr
 _LARGEST = 1023  # of a coefficient that a baseline file can hold
@@ -51,6 +55,7 @@ class JpegLattice:
         load_jpeglib()
         self._size = size
         self._files = tuple(None if file is None else _Linear(file, device) for file in files)
+        self._made: tuple[dict[bytes, Made], ...] = tuple({} for _ in files)  # by the pixels, shared by selections
         shapes = [size, *(shape for file in self._files if file is not None for shape in file.shapes)]
         height, width = (max(shape[axis] for shape in shapes) for axis in (0, 1))
         self._steps = torch.full((len(files), 3, height, width), 1 / 255, device=device)
@@ -72,7 +77,7 @@ class JpegLattice:
         """Return the pixels of the files with rounded coordinates, (n, 3, H, W)."""
         height, width = self._size
         points = ((images + latent[:, :, :height, :width]) * 255).round().clamp(0, 255) / 255
-        changes = self.changes(latent)
+        changes = (latent / self._steps).round().to(torch.int32).cpu().numpy()
         rows = [row for row, file in enumerate(self._files) if file is not None]
         for row in rows:
             pixels = self._decode(row, changes[row])
@@ -82,15 +87,19 @@ class JpegLattice:
             )
         return points
 
-    def changes(self, latent: Tensor) -> npt.NDArray[np.int64]:
-        """Return rounded coordinates in steps, (n, 3, H', W'): for a file, what is added to its coefficients."""
-        steps: npt.NDArray[np.int64] = (latent / self._steps).round().to(torch.long).cpu().numpy()
-        return steps
+    def planes(self, row: int, pixels: Pixels) -> tuple[Plane, ...] | None:
+        """Return the coefficients of a file whose pixels, (height, width, 3), were among `points`, or are the photo's.
 
-    def planes(self, row: int, changes: npt.NDArray[np.int64]) -> tuple[Plane, ...] | None:
-        """Return the new coefficients of a photo's file, given its changes, (3, H', W'); None without a file."""
+        None for a photo without a file.
+        """
         file = self._files[row]
-        return None if file is None else file.planes(changes)
+        if file is None:
+            return None
+        changes = np.zeros(self._steps.shape[1:], dtype=np.int32)
+        made = self._made[row].get(_digest(pixels))
+        if made is not None:
+            changes.reshape(-1)[made[0]] = made[1]
+        return file.planes(changes)
 
     def round(self, latent: Tensor) -> Tensor:
         """Return coordinates rounded to steps."""
@@ -131,13 +140,22 @@ class JpegLattice:
         chosen = object.__new__(JpegLattice)
         chosen._size = self._size
         chosen._files = tuple(self._files[row] for row in rows.tolist())
+        chosen._made = tuple(self._made[row] for row in rows.tolist())
         chosen._steps, chosen._may = self._steps[rows], self._may[rows]
         return chosen
 
-    def _decode(self, row: int, changes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    def _decode(self, row: int, changes: npt.NDArray[np.int32]) -> Pixels:
+        """Return the pixels of a file with changed coefficients, and remember the changes."""
         file = self._files[row]
         assert file is not None
-        return file.jpeg.decode(file.planes(changes))
+        pixels = file.jpeg.decode(file.planes(changes))
+        places = np.flatnonzero(changes)
+        self._made[row][_digest(pixels)] = places, changes.reshape(-1)[places]
+        return pixels
+
+
+def _digest(pixels: Pixels) -> bytes:
+    return blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -179,7 +197,7 @@ class _Linear:
         """The change of R, G and B for a change by 1 of each component."""
         return list(_COLOURS[: len(self.jpeg.planes)])
 
-    def planes(self, changes: npt.NDArray[np.int64]) -> tuple[Plane, ...]:
+    def planes(self, changes: npt.NDArray[np.int32]) -> tuple[Plane, ...]:
         """Return the coefficients with the changes, (3, H', W'), added."""
         planes = []
         for number, plane in enumerate(self.jpeg.planes):

@@ -14,7 +14,7 @@ from mlperturb.attacks.best import Outcome
 from mlperturb.attacks.goals import ClassificationGoal, Goal
 from mlperturb.attacks.lattice import PIXELS, Lattice
 from mlperturb.attacks.methods import find_method
-from mlperturb.attacks.problem import Meter, Problem, each_view, observe
+from mlperturb.attacks.problem import Meter, Opening, Problem, each_view, observe
 from mlperturb.attacks.quantise import quantise
 from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
 from mlperturb.labels import Request
@@ -46,6 +46,7 @@ class Found:
         planes: the coefficients of the adversarial JPEG; None where pixels are written.
         goal: the goal of the photo, without a margin, one row.
         before: logits of the photo in each reader, (R, L).
+        after: logits of the adversarial photo in each reader, (R, L), where the search computed them; else None.
         logits: logits of the float result in the first reader, (L,); None if the result is a lattice point.
         met: whether all constraints hold on the float result in the first reader; None if it is a lattice point.
         distortion: distortion of the float result.
@@ -57,6 +58,7 @@ class Found:
     pixels: Pixels
     goal: Goal
     before: Tensor
+    after: Tensor | None
     logits: Tensor | None
     met: bool | None
     distortion: Distortion
@@ -85,8 +87,9 @@ def search(
     started = time.perf_counter()
     images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
     model = ViewedModel.bind(classifier, settings.readers, sizes, settings.survive[0])
-    before, meter = observe(model, images)
-    images, clean = _encoded(model, images, before, meter, photos)
+    before, meter, opening = observe(model, images, opening=find_method(settings.method).opens)
+    images, clean, opening = _encoded(model, images, (before, meter, opening), photos)
+    meter.owed.add_(settings.looks)
     rows = before.isfinite().all(2).all(1).nonzero().flatten()
     found: list[Found | None] = [None] * len(photos)
     if not len(rows):
@@ -101,20 +104,26 @@ def search(
         replace(model.select(rows), purifications=()),
         images[rows],
         ClassificationGoal(make_targets(asked, truth, classifier.boundary, margin=settings.margin)),
-        limit=None if limits.passes is None else limits.passes - settings.looks,
+        limit=limits.passes,
         cap=None if limits.rmsd is None else _norm_cap(limits.rmsd, sizes, images.device),
         bound=None if limits.linf is None else limits.linf / 255,
         region=_region_of(settings.region, chosen, images[rows]),
         grey=_grey_of(chosen, images.device),
+        lattice=_lattice_of(settings.region, chosen, images[rows]),
         meter=meter,
         rows=rows.cpu(),
         clean=clean[rows, :, :labels],
-        lattice=_lattice_of(settings.region, chosen, images[rows]),
     )
     if any(request.any_label for request in asked):
         problem = problem.aim(_resolve_any(problem, asked))
     repeated = ClassificationGoal(repeat_targets(problem.targets, model.passes))
-    whole = replace(problem, model=model.select(rows), goal=repeated, clean=clean[rows])
+    whole = replace(
+        problem,
+        model=model.select(rows),
+        goal=repeated,
+        clean=clean[rows],
+        opening=None if opening is None else opening.select(rows),
+    )
     results = _search(problem, whole, sizes, settings)
     share = (time.perf_counter() - started) / len(rows)
     for row, result in zip(usable, results, strict=True):
@@ -202,8 +211,6 @@ def fits(sizes: Sequence[Size], pixels: float) -> bool:
 def _finish(found: Found, photo: Photo, before: Tensor, seconds: float) -> Found:
     """Return a result with what the search did not know: it saw a photo that becomes a JPEG as that JPEG."""
     found = replace(found, before=before, seconds=seconds)
-    if photo.jpeg is not None and found.planes is None:
-        found = replace(found, planes=photo.jpeg.planes)
     if photo.encoded is None:
         return found
     moved = torch.from_numpy(found.pixels.astype(np.int16) - photo.rgb)
@@ -211,19 +218,20 @@ def _finish(found: Found, photo: Photo, before: Tensor, seconds: float) -> Found
 
 
 def _encoded(
-    model: ViewedModel, images: Tensor, before: Tensor, meter: Meter, photos: Sequence[Photo]
-) -> tuple[Tensor, Tensor]:
-    """Return the photos as their files hold them before the attack, and their logits, counted by the meter."""
+    model: ViewedModel, images: Tensor, observed: tuple[Tensor, Meter, Opening | None], photos: Sequence[Photo]
+) -> tuple[Tensor, Tensor, Opening | None]:
+    """Return the photos as their files hold them before the attack, their logits and opening, counted by the meter."""
+    before, meter, opening = observed
     if all(photo.encoded is None for photo in photos):
-        return images, before
+        return images, before, opening
     images = images.clone()
     for row, photo in enumerate(photos):
         if photo.encoded is not None:
             height, width = photo.encoded.shape[:2]
             images[row, :, :height, :width] = to_tensor(photo.encoded, images.device)
-    clean, again = observe(model, images)
+    clean, again, opening = observe(model, images, opening=opening is not None)
     meter.forward.add_(again.forward)
-    return images, clean
+    return images, clean, opening
 
 
 def _lattice_of(region: Region | None, photos: Sequence[Photo], images: Tensor) -> Lattice:
@@ -275,10 +283,10 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
     bare = whole.goal.aimed_at(replace(whole.targets, margin=0.0))
     asked = each_view(bare.met, whole.look_at_clean()).all(1) & ~problem.targets.flip.any(1)
     rows = (~asked).nonzero().flatten()
-    images, outcome, logits, planes = problem.images.clone(), None, None, {}
+    images, outcome, logits, seen = problem.images.clone(), None, None, None
     if len(rows):
-        outcome, images[rows], logits = _attack(whole.select(rows), settings)
-        planes = _planes_of(whole.select(rows).lattice, outcome)
+        outcome, file, logits = _attack(whole.select(rows), settings)
+        images[rows], seen = file.images, file.logits
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     targets = replace(problem.targets, margin=0.0).cpu()
     goal = problem.goal if outcome is None else outcome.goal
@@ -289,45 +297,43 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
         exact = problem.images[row] if outcome is None or number is None else outcome.images[number]
         one = targets.select(torch.tensor([row]))
         known = None if logits is None or number is None else logits[number, : one.truth.shape[1]].cpu()
+        shown = pixels[row, :height, :width]
         found.append(
             Found(
-                pixels[row, :height, :width],
+                shown,
                 goal.aimed_at(one),
                 problem.look_at_clean()[row].cpu(),
+                None if seen is None or number is None else _finite(seen[number, :, : one.truth.shape[1]].cpu()),
                 known,
                 None if known is None else bool(one.holds(known[None]).all()),
                 distortion((exact * 255 - problem.images[row] * 255)[:, :height, :width]),
                 int(problem.meter.forward[problem.rows[row]]),
                 int(problem.meter.backward[problem.rows[row]]),
                 0.0,
-                None if number is None else planes.get(number),
+                problem.lattice.planes(row, shown) if isinstance(problem.lattice, JpegLattice) else None,
             )
         )
     return found
 
 
-def _planes_of(lattice: Lattice, outcome: Outcome) -> dict[int, tuple[Plane, ...]]:
-    """Return the coefficients of the images of an outcome that are JPEGs, by their number."""
-    if outcome.latent is None or not isinstance(lattice, JpegLattice):
-        return {}
-    changes = lattice.changes(outcome.latent)
-    planes = {number: lattice.planes(number, changes[number]) for number in range(len(changes))}
-    return {number: one for number, one in planes.items() if one is not None}
+def _finite(logits: Tensor) -> Tensor | None:
+    """Return logits; None if one is not finite, as where the search did not compute them."""
+    return logits if bool(logits.isfinite().all()) else None
 
 
-def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Tensor, Tensor | None]:
+def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Outcome, Tensor | None]:
     """Attack a batch, then bring it to 8 bits.
 
     Returns:
-        The attack's own outcome; the 8-bit images, (n, 3, H, W); the logits of the outcome, (n, (1 + Q) L), in
-        the first view, None if it is a lattice point.
+        The attack's own outcome; the outcome on the 8-bit lattice; the logits of the attack's own outcome,
+        (n, (1 + Q) L), in the first view, None if it is a lattice point.
     """
     method = find_method(settings.method)
     tuning = method.tuning(settings.budget, **settings.options)
     scales, iterations = LATTICE[settings.budget]
     if method.writes_lattice(tuning):
         outcome = method.load()(problem, **tuning)
-        return outcome, outcome.images, None
+        return outcome, outcome, None
     short = problem
     if problem.limit is not None:  # some passes are kept for the 8-bit search, and a call for the float result
         reserved = min(problem.cost * (scales + 2 * iterations + 1), problem.limit // 3)
@@ -335,7 +341,7 @@ def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Tensor, Tens
     outcome = method.load()(short, **tuning)
     with torch.no_grad():
         logits = problem.logits(outcome.images)
-    return outcome, quantise(problem, outcome, scales=scales, iterations=iterations).images, logits
+    return outcome, quantise(problem, outcome, scales=scales, iterations=iterations), logits
 
 
 def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Goal:

@@ -8,11 +8,11 @@ from support.counting import Counting
 from support.models import Views, make_net, ragged_targets
 from torch import Tensor
 
-from mlperturb.attacks.best import Best
+from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.ddn import ml_ddn
 from mlperturb.attacks.goals import ClassificationGoal
-from mlperturb.attacks.panel import Panel, verify
-from mlperturb.attacks.problem import Problem, each_view, observe
+from mlperturb.attacks.panel import Panel, verify, verify_waiting
+from mlperturb.attacks.problem import Problem, each_view, norms, observe
 from mlperturb.attacks.quantise import quantise
 
 NET = make_net()
@@ -52,7 +52,7 @@ def test_a_panel_begins_with_the_differences_on_the_clean_photos_and_counts_what
     torch.testing.assert_close(panel.offsets, clean - clean[:, :1])
     assert not panel.learned.any()
     assert problem.meter.forward.tolist() == [3] * 9
-    seen, meter = observe(FADED, problem.images)
+    seen, meter, _ = observe(FADED, problem.images)
     assert meter.forward.tolist() == [3] * 9
     known = replace(problem, clean=seen, meter=meter)
     assert torch.equal(Panel(known).offsets, panel.offsets)
@@ -129,8 +129,8 @@ def found_images(problem: Problem) -> Tensor:
     return outcome.images
 
 
-@pytest.mark.parametrize(("limit", "passes"), [(None, 2), (5, 2), (4, 1), (3, 0)])  # a pass is left for the gradient
-def test_verify_counts_an_iterate_only_where_every_view_is_computed(limit, passes):
+@pytest.mark.parametrize(("limit", "last", "passes"), [(None, 0, 2), (5, 0, 2), (4, 0, 0), (4, 1, 2), (3, 1, 0)])
+def test_verify_counts_an_iterate_only_where_every_view_is_computed(limit, last, passes):
     images = found_images(make_problem(VIEWED))
     counted = Counting(VIEWED, 9)
     problem = make_problem(counted, clean=in_every_view(VIEWED, make_problem(VIEWED).images), limit=limit)
@@ -139,7 +139,7 @@ def test_verify_counts_an_iterate_only_where_every_view_is_computed(limit, passe
     logits = in_every_view(VIEWED, images)[:, 0]
     best, panel = Best(problem), Panel(problem)
     met = each_view(problem.goal.met, in_every_view(VIEWED, images)).all(1)
-    seen, whole = verify(problem, best, panel, images, logits, first, torch.ones(9, dtype=torch.bool))
+    seen, whole = verify(problem, best, panel, images, logits, first, torch.ones(9, dtype=torch.bool), last=bool(last))
     torch.testing.assert_close(seen, in_every_view(VIEWED, images))  # computed or expected
     assert whole.tolist() == (met & (passes == 2)).tolist()
     spent = counted.tally.forward
@@ -196,3 +196,67 @@ def test_a_model_of_one_view_is_attacked_as_a_model_that_knows_none(rounding):
         meters.append(problem.meter.spent.tolist())
     assert torch.equal(outcomes[0].images, outcomes[1].images)
     assert meters[0] == meters[1]
+
+
+def test_a_photo_as_asked_in_the_first_view_alone_is_attacked_in_the_others():
+    images, targets = ragged_targets(NET)
+    photo, logits = images[:1], NET(images[:1])[0]
+    label = int(logits.argmin())  # absent, and to stay so; the second view sees it a little above its threshold
+    offsets = torch.zeros(2, len(logits), dtype=torch.double)
+    offsets[1, label] = 0.05 - logits[label]
+    keep = torch.zeros_like(targets.keep[:1])
+    keep[0, label] = True
+    goal = ClassificationGoal(
+        replace(
+            targets.select(torch.tensor([0])), flip=torch.zeros_like(keep), keep=keep, truth=2 * (NET(photo) > 0) - 1
+        )
+    )
+    problem = Problem(Views(NET, offsets), photo, goal)
+    asked = Outcome(photo.clone(), goal.met(NET(photo)), goal)
+    assert bool(asked.met)
+    found = quantise(problem, asked)
+    assert bool(found.met)
+    assert bool(each_view(goal.met, in_every_view(problem.model, found.images)).all())
+
+
+def test_an_iterate_a_little_nearer_waits_for_the_end():
+    images = found_images(make_problem(VIEWED))
+    counted = Counting(VIEWED, 9)
+    problem = make_problem(counted, clean=in_every_view(VIEWED, make_problem(VIEWED).images))
+    first, end = torch.zeros(9, dtype=torch.long), torch.ones(9)
+    best, panel = Best(problem, files=True), Panel(problem)
+    best.update(problem, problem.images + 1.01 * (images - problem.images), in_every_view(VIEWED, images))
+    kept, shorter = best.norm.clone(), best.met & (norms(images - problem.images) < best.norm)
+    assert int(shorter.sum()) >= 6
+    verify(problem, best, panel, images, in_every_view(VIEWED, images)[:, 0], first, end)
+    assert counted.tally.forward.sum() == 0
+    assert torch.equal(best.norm, kept)
+    verify_waiting(problem, best, panel)
+    assert counted.tally.forward[shorter].tolist() == [2] * int(shorter.sum())
+    assert bool((best.norm[shorter] < kept[shorter]).all())
+    torch.testing.assert_close(best.logits[best.met], in_every_view(VIEWED, best.images)[best.met])
+
+
+@pytest.mark.parametrize("model", [NET, FADED], ids=["one view", "views"])
+def test_no_pass_is_spent_on_the_photo_twice_nor_on_a_gradient_that_is_not_used(model):
+    images, targets = ragged_targets(NET)
+    counted = Counting(model, 9)
+    clean, meter, opening = observe(counted, images, opening=True)
+    looks = clean.shape[1]
+    meter.owed.add_(looks)
+    problem = Problem(counted, images, ClassificationGoal(targets), limit=40, meter=meter, clean=clean, opening=opening)
+    outcome = ml_ddn(problem, iterations=100)
+    assert meter.forward.tolist() == counted.tally.forward.tolist()
+    assert meter.backward.tolist() == counted.tally.used.tolist() or looks > 1
+    assert bool((meter.spent + meter.owed <= 40).all())
+    moved = (outcome.images != images).flatten(1).any(1)
+    assert meter.owed[outcome.met].tolist() == [0] * int(outcome.met.sum())  # every view of the file is known
+    torch.testing.assert_close(outcome.logits[outcome.met], in_every(model, outcome.images)[outcome.met])
+    if looks == 1:
+        assert meter.spent[outcome.met & moved].unique().tolist() == [39]  # 1 at the photo, 19 of two passes
+    else:
+        assert int(meter.spent[outcome.met & moved].min()) >= 40 - looks
+
+
+def in_every(model, images: Tensor) -> Tensor:
+    return in_every_view(model, images) if isinstance(model, Views) else model(images).unsqueeze(1)

@@ -42,7 +42,7 @@ from mlperturb.attacks.best import Best
 from mlperturb.attacks.ddn import descend
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.panel import Panel
-from mlperturb.attacks.problem import Problem, norms
+from mlperturb.attacks.problem import Opening, Problem, norms
 from mlperturb.experiment.cases import align, parse_cases
 from mlperturb.labels import Request
 from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
@@ -132,9 +132,9 @@ class Forgetful(Panel):
 
 
 def attack_float(batch: Batch, targets: Targets, best: Callable[[Problem], Best], passes: int) -> Problem:
-    problem = batch.problem(OneView(batch.model), targets, passes - 1, 1)
+    problem = batch.problem(OneView(batch.model), targets, passes, 1)
+    problem = replace(problem, opening=Opening.of(batch.images, lambda leaf: batch.model(leaf, 0)))
     descend(problem, best(problem), ENDLESS)
-    problem.meter.forward.add_(1)
     return problem
 
 
@@ -162,9 +162,11 @@ def attack_drawn(batch: Batch, targets: Targets, best: Callable[[Problem], Best]
 
 
 def attack_views(batch: Batch, targets: Targets, best: Callable[[Problem], Best], passes: int) -> Problem:
-    problem = batch.problem(batch.model, targets, passes - READERS, READERS, batch.clean)
+    problem = batch.problem(batch.model, targets, passes, READERS, batch.clean)
+    problem = replace(problem, opening=Opening.of(batch.images, lambda leaf: batch.model(leaf, 0)))
+    problem.meter.owed.add_(READERS)
     descend(problem, best(problem), ENDLESS)
-    problem.meter.forward.add_(READERS)
+    problem.meter.forward.add_(problem.meter.owed)
     return problem
 
 
@@ -231,7 +233,7 @@ def attack(
     started = time.perf_counter()
 
     def keep(problem: Problem) -> Best:
-        made.append(Best(problem))
+        made.append(Best(problem, files=True))
         return made[0]
 
     problem = WAYS[way](batch, targets, keep, passes)

@@ -132,7 +132,7 @@ def test_the_passes_of_views_and_compressions_are_counted(classifier):
     classifier.network.register_forward_hook(lambda _, __, output: calls.append(len(output)))
     batch, sizes = to_batch(make_photos())
     model = ViewedModel.bind(classifier, READERS[:3], sizes, COMPRESSED)
-    clean, meter = observe(model, batch)
+    clean, meter, _ = observe(model, batch)
     assert clean.shape == (5, 3, 12)
     assert meter.forward.tolist() == [9] * 5
     assert sum(calls) == 45

@@ -43,7 +43,7 @@ def make_found(flip: tuple[bool, ...] = (True, False, False), pixels: np.ndarray
     flipped = torch.tensor([flip])
     goal = ClassificationGoal(Targets(flipped, ~flipped, torch.tensor([[1.0, -1.0, 1.0]]), torch.zeros(3)))
     before = torch.tensor([BEFORE] * 3)
-    return Found(pixels, goal, before, None, None, Distortion(0.0, 0.0, 0.0), 5, 4, 0.1)
+    return Found(pixels, goal, before, None, None, None, Distortion(0.0, 0.0, 0.0), 5, 4, 0.1)
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_a_file_made_for_floats_alone_is_judged_in_all_readers_by_their_real_cod
         (job,) = plan_outputs([path])
         (found,) = search(classifier, [photo], [every.request], floats)
         clean = torch.cat([verdict.read_logits(classifier, rgb, reader) for reader in every.readers])
-        found = replace(found, before=clean)
+        found = replace(found, before=clean, after=None)
         saved = verdict.save(job, photo, found, tmp_path, every)
         record = verdict.judge(classifier, job, photo, found, saved, tmp_path, every)
         seen = verdict.look(classifier, found.pixels, rgb, found, every)
@@ -227,3 +227,18 @@ def test_unchanged_photos_are_counted_apart_everywhere(mixed, cli, tiny, tmp_pat
                         "--out", out, "--device", "cpu", "--overwrite")  # fmt: skip
     assert code == 0
     assert any(line.split() == ["unchanged", "4"] for line in text.splitlines())
+
+
+def test_the_pixels_that_the_search_found_cost_no_pass_and_other_pixels_a_pass_a_reader(tiny):
+    classifier = load_checkpoint(tiny, device="cpu")[0]
+    settings = Settings("ml-ddn", "fast", parse_request(TINY_LABELS, flip=["cat"], keep=["rest"]))
+    photo = Photo(TINY_PIXELS, None, "0" * 64)
+    (found,) = search(classifier, [photo], [settings.request], settings)
+    assert found.after is not None
+    seen = verdict.look(classifier, found.pixels.copy(), photo.rgb, found, settings)
+    assert seen.passes == 0
+    fresh = torch.cat([verdict.read_logits(classifier, found.pixels, reader) for reader in settings.readers])
+    torch.testing.assert_close(seen.logits, fresh, atol=1e-4, rtol=1e-4)
+    other = found.pixels.copy()
+    other[0, 0, 0] ^= 1
+    assert verdict.look(classifier, other, photo.rgb, found, settings).passes == 3
