@@ -52,7 +52,7 @@ def make(arguments: argparse.Namespace) -> None:
     generator = np.random.default_rng(arguments.seed)
     reader = parse_reader(DEFAULT_READERS[0])
     cases = {"Person": Case("person", "reduce", classifier.labels.index("person")), "Random": Case("random", "random")}
-    chosen: dict[str, list[tuple[Path, Any]]] = {name: [] for name in cases}
+    chosen: dict[str, list[tuple[Path, Any]]] = {name: [] for name in arguments.cases}
     for row in generator.permutation(len(dataset.paths)):
         wanting = [name for name, rows in chosen.items() if len(rows) < arguments.images]
         if not wanting:
@@ -154,6 +154,7 @@ if __name__ == "__main__":
     making.add_argument("--voc", type=Path, required=True)
     making.add_argument("--out", type=Path, required=True)
     making.add_argument("--images", type=int, default=25)
+    making.add_argument("--cases", nargs="+", choices=("Person", "Random"), default=["Person", "Random"])
     making.add_argument("--seed", type=int, default=0)
     making.add_argument("--budget", default="balanced")
     making.set_defaults(go=lambda arguments: make(arguments))
