@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlperturb.errors import CheckpointError, UsageError
+from mlperturb.labels import list_names
 from mlperturb.limits import MARGIN, Limits
 from mlperturb.metrics import distortion
 from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
@@ -23,9 +24,10 @@ from mlperturb.model.readers import parse_reader
 from mlperturb.model.views import read_logits
 from mlperturb.photos.formats import to_image
 from mlperturb.photos.images import Photo, Pixels, convert_photo, read_photo
+from mlperturb.photos.regions import name_region
 from mlperturb.run.record import Status
 from mlperturb.run.search import Found, Searcher
-from mlperturb.run.settings import Settings, Words, read_settings
+from mlperturb.run.settings import Settings, Words, check_seed, read_settings
 from mlperturb.run.verdict import look
 from mlperturb.system.devices import prepare
 
@@ -94,7 +96,7 @@ def load(
 
     Raises:
         CheckpointError: if the file is missing, is not a checkpoint, or does not fit `arch` and `labels`.
-        UsageError: if this machine does not have the device.
+        UsageError: if this machine does not have the device, or `labels` is not a list of names.
     """
     path = bundled_checkpoint() if checkpoint is None else Path(checkpoint)
     if not path.is_file():
@@ -117,6 +119,7 @@ def predict(classifier: Classifier, images: Images, *, reader: str | None = None
         ImageError: if a path cannot be read.
         UsageError: if the images have none of the forms of `attack`, or the reader is unknown.
     """
+    _check_classifier(classifier)
     chosen = parse_reader(reader or classifier.preprocess.readers[0])
     rows = [read_logits(classifier, photo.rgb, chosen) for photo, _ in _open(images)]
     return torch.sigmoid(torch.cat(rows)) if rows else torch.empty(0, len(classifier.labels))
@@ -136,7 +139,7 @@ def attack(
     survive: Names = (),
     reader: Names = (),
     margin: float = MARGIN,
-    region: str | tuple[int, int, int, int] | None = None,
+    region: str | Path | tuple[int, int, int, int] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     **options: str,
@@ -148,7 +151,8 @@ def attack(
         images: a float batch (N, 3, H, W) in [0, 1], or a list of any sizes of tensors (3, H, W) (float in [0, 1] or
             uint8), NumPy arrays (H, W, 3) (float in [0, 1] or uint8), PIL images, or paths. Floats are rounded to 8
             bits first.
-        flip: names of labels to reverse, present or not; or `all`; or `any`, the label nearest to its threshold.
+        flip: names of labels to reverse, present or not; or `all`; or `any`, the label nearest to its threshold. In
+            all four sets labels are named, not numbered.
         keep: names of labels whose decision is to stay; or `rest`, every label not named elsewhere.
         add: names of labels to be present: flipped where they are absent, kept elsewhere.
         remove: names of labels to be absent: flipped where they are present, kept elsewhere.
@@ -161,7 +165,7 @@ def attack(
         margin: by how much each logit must clear its threshold during the search.
         region: the pixels that may change: a rectangle (left, top, width, height), or the path of a mask image, in
             which they are not black. None for all pixels.
-        seed: of the random numbers.
+        seed: of the random numbers, from 0 to 2**32 - 1.
         progress: called with the number of images done, and the number of images.
         options: the method's `space`, `rounding`, `solver`, `between`; see `mlperturb.attacks.methods.CHOICES`.
 
@@ -173,14 +177,14 @@ def attack(
         ImageError: if a path cannot be read, or the region lies outside an image.
         UsageError: if an argument is out of its range or does not fit the others.
     """
-    if isinstance(region, tuple):
-        region = ",".join(map(str, region))
-    words = Words(_names(flip), _names(keep), _names(add), _names(remove), _names(survive), _names(reader), region)
+    _check_classifier(classifier)
+    given = {"flip": flip, "keep": keep, "add": add, "remove": remove, "survive": survive, "reader": reader}
+    words = Words(**{name: list_names(names, name) for name, names in given.items()}, region=name_region(region))
     settings = read_settings(
         words, classifier.labels, method=method, budget=budget, limits=limits, margin=margin,
         readers=classifier.preprocess.readers, options=dict(options),
     )  # fmt: skip
-    return _run(classifier, images, settings, seed, progress)
+    return _run(classifier, images, settings, check_seed(seed), progress)
 
 
 def _run(
@@ -305,9 +309,9 @@ def _result(
     )
 
 
-def _names(names: Names) -> list[str]:
-    """Return a name, or several names, as a list."""
-    return [names] if isinstance(names, str) else list(names)
+def _check_classifier(classifier: object) -> None:
+    if not isinstance(classifier, Classifier):
+        raise UsageError(f"expected a Classifier, such as Classifier(network, labels), got a {_form(classifier)}")
 
 
 Restore: TypeAlias = "Callable[[Pixels], Tensor | npt.NDArray[np.generic] | Image.Image]"

@@ -35,6 +35,7 @@ def present_labels(probabilities: Mapping[str, float], thresholds: Mapping[str, 
     return [label for label, value in probabilities.items() if value >= thresholds[label]]
 
 
+_SETS = ("flip", "keep", "add", "remove")
 _WORDS = {"all": "`flip`", "any": "`flip`", "rest": "`keep`"}
 
 
@@ -42,6 +43,36 @@ def split_names(values: Iterable[str], labels: Sequence[str] = ()) -> list[str]:
     """Split repeated, comma-separated values into names without surrounding space; a whole label stays whole."""
     parts = [[value] if value in labels else value.split(",") for value in values]
     return [name.strip() for names in parts for name in names if name.strip()]
+
+
+def list_names(names: object, parameter: str) -> list[str]:
+    """Return a name, or several names, as a list; a label is named, not numbered: its name may itself be a number.
+
+    Raises:
+        UsageError: if `names` is neither a text nor made of texts; the message names the parameter.
+    """
+    if isinstance(names, str):
+        return [names]
+    found: list[str] = []
+    for name in names if isinstance(names, Iterable) and not isinstance(names, bytes) else [names]:
+        if not isinstance(name, str):
+            shown, wanted = f"{' '.join(repr(name).split())[:60]} ({type(name).__name__})", f"names for `{parameter}`"
+            if parameter in _SETS:
+                wanted = f"label {wanted}" + (f", such as labels[{name}]" if isinstance(name, int) else "")
+            raise UsageError(f"expected {wanted}, got {shown}")
+        found.append(name)
+    return found
+
+
+def check_labels(labels: object) -> tuple[str, ...]:
+    """Return the label names of a classifier; a text alone is refused: its letters would be the names.
+
+    Raises:
+        UsageError: if `labels` is not a list of texts.
+    """
+    if isinstance(labels, str):
+        raise UsageError(f"expected a list of names for `labels`, got the text {labels!r:.60}")
+    return tuple(list_names(labels, "labels"))
 
 
 def find_label(name: str, labels: Sequence[str]) -> int:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from mlperturb.errors import UsageError
 
 MIN_PASSES = 10
 MARGIN = 0.01  # of a logit beyond its threshold: another batch size or device adds in another order
+
+
+def is_number(value: object, kind: type = Real) -> bool:
+    """Say whether a value is a number, NumPy's too, of a kind of the module `numbers`; a boolean is not a number."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Limits:
         linf: the most grey levels, 1 to 255, by which a pixel may change, in the float result and the PNG.
 
     Raises:
-        UsageError: if a limit is out of its range.
+        UsageError: if a limit is not a number or out of its range.
     """
 
     passes: int | None = None
@@ -28,6 +34,11 @@ class Limits:
     linf: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("passes", Integral), ("rmsd", Real), ("linf", Integral)):
+            value = getattr(self, name)
+            if value is not None and not is_number(value, kind):
+                words = "a whole number" if kind is Integral else "a number"
+                raise UsageError(f"expected {words} for `{name}`, got {value!r:.60}")
         if self.passes is not None and self.passes < MIN_PASSES:
             raise UsageError(f"expected `passes` of at least {MIN_PASSES}, got {self.passes}")
         if self.rmsd is not None and not 0 < self.rmsd < float("inf"):

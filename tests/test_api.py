@@ -265,6 +265,93 @@ def test_bad_words_are_refused_before_any_pass(classifier):
         mlperturb.attack(classifier, photos(1), flip=LABELS[0], region=(900, 0, 4, 4))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"limits": {"passes": 40}}, "expected `limits` such as Limits(passes=100, rmsd=2.0), got a dict"),
+        ({"flip": [14]}, "expected label names for `flip`, such as labels[14], got 14 (int)"),
+        ({"flip": 14}, "expected label names for `flip`, such as labels[14], got 14 (int)"),
+        ({"keep": [LABELS[1], 2.5]}, "expected label names for `keep`, got 2.5 (float)"),
+        ({"remove": None}, "expected label names for `remove`, got None (NoneType)"),
+        ({"add": torch.tensor([[1], [2]])}, "expected label names for `add`, got tensor([1]) (Tensor)"),
+        ({"flip": b"cat"}, "expected label names for `flip`, got b'cat' (bytes)"),
+        ({"survive": 75}, "expected names for `survive`, got 75 (int)"),
+        ({"reader": [1]}, "expected names for `reader`, got 1 (int)"),
+        ({"margin": "x"}, "expected a `margin` of at least 0, got 'x'"),
+        ({"margin": True}, "expected a `margin` of at least 0, got True"),
+        ({"seed": -1}, "expected a whole number from 0 to 2**32 - 1 for `seed`, got -1"),
+        ({"seed": 2**32}, "expected a whole number from 0 to 2**32 - 1 for `seed`, got 4294967296"),
+        ({"seed": "x"}, "expected a whole number from 0 to 2**32 - 1 for `seed`, got 'x'"),
+        ({"region": 5}, "expected (left, top, width, height) or the path of a mask for `region`, got int"),
+        ({"method": []}, "unknown method []"),
+        ({"budget": []}, "unknown budget []"),
+        ({"classifier": torch.nn.ReLU()}, "expected a Classifier, such as Classifier(network, labels), got a ReLU"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_in_a_line(classifier, arguments, message):
+    with pytest.raises(UsageError) as told:
+        mlperturb.attack(**{"classifier": classifier, "images": photos(1), "flip": LABELS[0], **arguments})
+    assert str(told.value).startswith(message)
+    assert "\n" not in str(told.value)
+
+
+def test_names_and_numbers_of_numpy_are_taken(classifier):
+    limits = Limits(passes=np.int64(40), rmsd=np.float32(9), linf=np.int32(200))
+    same = [
+        mlperturb.attack(classifier, photos(1), flip=flip, limits=limits, margin=margin, seed=seed, region=region)
+        for flip, margin, seed, region in (
+            (LABELS[0], 0.25, 5, (1, 2, 9, 9)),
+            (np.array([LABELS[0]]), np.float32(0.25), np.int64(5), [1, 2, 9, 9]),
+            ({LABELS[0]}, 0.25, 5, "1,2,9,9"),
+        )
+    ]
+    for result in same[1:]:
+        np.testing.assert_array_equal(result.images[0], same[0].images[0])
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"passes": "x"}, "expected a whole number for `passes`, got 'x'"),
+        ({"passes": 40.5}, "expected a whole number for `passes`, got 40.5"),
+        ({"rmsd": "x"}, "expected a number for `rmsd`, got 'x'"),
+        ({"linf": 1.5}, "expected a whole number for `linf`, got 1.5"),
+        ({"linf": True}, "expected a whole number for `linf`, got True"),
+    ],
+)
+def test_a_limit_that_is_not_a_number_is_refused(limits, message):
+    with pytest.raises(UsageError) as told:
+        Limits(**limits)
+    assert str(told.value) == message
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("abc", "expected a list of names for `labels`, got the text 'abc'"),
+        ([1, 2, 3], "expected names for `labels`, got 1 (int)"),
+        (5, "expected names for `labels`, got 5 (int)"),
+    ],
+)
+def test_labels_are_a_list_of_names(classifier, tmp_path, labels, message):
+    weights = tmp_path / "plain.pt"
+    torch.save({"weight": torch.zeros(3)}, weights)
+    for make in (
+        lambda: mlperturb.load(weights, arch="resnet18", labels=labels),
+        lambda: Classifier(classifier.network, labels),
+    ):
+        with pytest.raises(UsageError) as told:
+            make()
+        assert str(told.value) == message
+
+
+def test_predict_wants_a_classifier_and_the_name_of_a_reader(classifier):
+    with pytest.raises(UsageError, match=r"expected a Classifier, such as .*, got a Sequential"):
+        mlperturb.predict(classifier.network, photos(1))
+    with pytest.raises(UsageError, match=r"expected the name of a reader, got \['float'\]"):
+        mlperturb.predict(classifier, photos(1), reader=["float"])
+
+
 def test_load_takes_our_checkpoints_and_plain_weights(tiny, tmp_path):
     ours = mlperturb.load(tiny)
     assert ours.labels == LABELS

@@ -19,6 +19,7 @@ from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.lattice import lattice_scale
 from mlperturb.attacks.panel import LATE, Panel, verify, verify_waiting
 from mlperturb.attacks.problem import Problem, each_view, norms, spread
+from mlperturb.attacks.walk import Walk
 from mlperturb.targets import Space
 
 Rounding = Literal["inside", "after"]
@@ -81,10 +82,10 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
        mu_j, and the other constraints the weight 0.
     9. If the problem has several views of each photo (`mlperturb.model.views`), step 2 computes one of them. The logits
        of the others are expected to differ from it by as much as they last did (`attacks.panel`), and v_j is the
-       largest of all views. An iterate that may be the first to hold everywhere, or late on the way the best so far, is
-       computed in every view.
-    10. Steps 2 to 9 are repeated `iterations` times. Of the points with the most constraints met in every view, the
-        nearest is kept.
+       largest of all views. An iterate that may be the first to hold everywhere, or late on the way by far the best so
+       far, is computed in every view; an iterate a little nearer than the best waits for the end.
+    10. Steps 2 to 9 are repeated `iterations` times, and a last look follows. Of the points with the most
+        constraints met in every view, the nearest is kept.
 
     Sources: separate direction and norm, Rony et al. 2019 (DDN), which rounds its iterates to 8 bits too
     (`levels=256`); multipliers that follow the violations, as in an augmented Lagrangian, Rony et al. 2021 (ALMA, there
@@ -134,7 +135,7 @@ def descend(
         panel: the known differences between views; by default a new panel, if the problem has several views.
     """
     panel = panel or Panel.of(problem)
-    walk = _Walk.begin(problem, start, iterations)  # step 1
+    walk = Walk.begin(problem, start, iterations)  # step 1
     for step in range(iterations + 1):
         problem, walk = _dismiss(problem, walk, best, panel, lattice=lattice, all_=step == iterations)
         if not len(problem):
@@ -170,51 +171,6 @@ def descend(
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """The state of the loop, for each of n images with J constraints.
-
-    Attributes:
-        latent: r before any rounding, (n, 3, H, W).
-        radius: ||r||_2 as step 5 set it, before the clip of step 6, (n,); 0 at the clean photo.
-        multipliers: mu, (n, J), or (n, 1) before the first forward pass.
-        allowed: K, the iterations that the image can afford, (n,).
-        begun: passes spent before the first iteration, (n,), on the CPU.
-        done: whether the clean photo meets the goal, so that the image leaves the batch, (n,).
-        least: the least ||r||_2 with which an iterate met the goal, in the views not computed as expected, (n,);
-            infinite before.
-        restarted: whether the image has restarted (step 8), (n,).
-        fresh: whether this is the first iteration, from clean photos; one value for all images.
-    """
-
-    latent: Tensor
-    radius: Tensor
-    multipliers: Tensor
-    allowed: Tensor
-    begun: Tensor
-    done: Tensor
-    least: Tensor
-    restarted: Tensor
-    fresh: bool
-
-    @classmethod
-    def begin(cls, problem: Problem, start: Tensor | None, iterations: int) -> _Walk:
-        """Step 1: r = 0 (or `start`), every multiplier 1."""
-        latent = problem.lattice.zeros(problem.images)
-        if start is not None:
-            latent = problem.lattice.clip(start, problem.images, *problem.pixel_range)
-        radius = norms(latent)
-        no, never = torch.zeros_like(radius, dtype=torch.bool), torch.full_like(radius, torch.inf)
-        ones = torch.ones_like(radius).unsqueeze(1)
-        left = problem.iterations_left(iterations)
-        return cls(latent, radius, ones, left, problem.spent, no, never, no, start is None)
-
-    def select(self, rows: Tensor) -> _Walk:
-        """Return the state of some images."""
-        names = ("latent", "radius", "multipliers", "allowed", "done", "least", "restarted")
-        return replace(self, begun=self.begun[rows.cpu()], **{name: getattr(self, name)[rows] for name in names})
-
-
-@dataclass(frozen=True)
 class _Seen:
     """The results of a forward pass.
 
@@ -241,8 +197,8 @@ class _Seen:
 
 
 def _dismiss(
-    problem: Problem, walk: _Walk, best: Best, panel: Panel | None, *, lattice: bool, all_: bool
-) -> tuple[Problem, _Walk]:
+    problem: Problem, walk: Walk, best: Best, panel: Panel | None, *, lattice: bool, all_: bool
+) -> tuple[Problem, Walk]:
     """Look a last time, without a gradient, at images that cannot afford another iteration; return the others.
 
     Another iteration is a forward pass, a backward pass, and a look in every view at what comes of it. Clean photos
@@ -280,7 +236,7 @@ def _dismiss(
 
 def _look(
     problem: Problem,
-    walk: _Walk,
+    walk: Walk,
     best: Best,
     panel: Panel | None,
     view: Tensor | None,
@@ -327,14 +283,14 @@ def _look(
     return _Seen(images.detach(), leaf, rows, known, computed, violations, present, weights)
 
 
-def _perturbed(problem: Problem, walk: _Walk, *, lattice: bool) -> Tensor:
+def _perturbed(problem: Problem, walk: Walk, *, lattice: bool) -> Tensor:
     """Return the photos in the first iteration, then x + r, or its point on the lattice, (n, 3, H, W)."""
     if walk.fresh:
         return problem.images.clone()
     return problem.lattice.points(problem.images, walk.latent) if lattice else problem.images + walk.latent
 
 
-def _progress(problem: Problem, walk: _Walk, share: float) -> Tensor:
+def _progress(problem: Problem, walk: Walk, share: float) -> Tensor:
     """Return how far each image is on its way: its share of the iterations or of its passes, whichever is larger, (n,).
 
     Views that are verified cost passes, so that fewer iterations may be left than step 1 counted.
@@ -345,7 +301,7 @@ def _progress(problem: Problem, walk: _Walk, share: float) -> Tensor:
     return shares.to(problem.images)
 
 
-def _linearised_loss(walk: _Walk, seen: _Seen, pace: Pace) -> Tensor:
+def _linearised_loss(walk: Walk, seen: _Seen, pace: Pace) -> Tensor:
     """Return d ||g||: the wanted fall of the linearised loss, where d is the distance to go (steps 3 and 5), (n,).
 
     By the chain rule g = sum_j w_j s_j grad v_j, where s_j = sigmoid(sharpness v_j) is the slope of the softplus. To
@@ -358,12 +314,12 @@ def _linearised_loss(walk: _Walk, seen: _Seen, pace: Pace) -> Tensor:
     return (share * seen.weights * seen.violations.clamp(min=0)).sum(1)
 
 
-def _step_length(walk: _Walk, decay: Tensor, pace: Pace) -> Tensor:
+def _step_length(walk: Walk, decay: Tensor, pace: Pace) -> Tensor:
     """Steps 3 and 4: the length of the step along -g, (n,): a share of ||r||; 1 from r = 0, where step 5 sets ||r||."""
     return torch.where(walk.radius == 0, 1.0, pace.rate * decay * walk.radius)
 
 
-def _radius(problem: Problem, walk: _Walk, met: Tensor, distance: Tensor, decay: Tensor, pace: Pace) -> Tensor:
+def _radius(problem: Problem, walk: Walk, met: Tensor, distance: Tensor, decay: Tensor, pace: Pace) -> Tensor:
     """Step 5: the new ||r||, (n,): shorter if all constraints hold, else longer by at least `distance`; capped.
 
     Without a cap at the least ||r|| that sufficed, ||r|| may grow without end where the steps, which are shares of
@@ -388,7 +344,7 @@ def _stretch(latent: Tensor, radius: Tensor, scale: Tensor) -> tuple[Tensor, Ten
     return spread(scale) * latent, scale * radius
 
 
-def _multipliers(walk: _Walk, seen: _Seen, decay: Tensor) -> Tensor:
+def _multipliers(walk: Walk, seen: _Seen, decay: Tensor) -> Tensor:
     """Step 7: the new mu, (n, J): mu_j grows while v_j > 0 and shrinks while v_j <= 0; the largest is 1."""
     change = torch.exp(torch.where(seen.violations > 0, _RISE, _FALL) * decay.unsqueeze(1))
     multipliers = walk.multipliers * seen.present * change
@@ -396,7 +352,7 @@ def _multipliers(walk: _Walk, seen: _Seen, decay: Tensor) -> Tensor:
     return (multipliers / largest).clamp(min=_SMALLEST) * seen.present
 
 
-def _restart(walk: _Walk, step: int) -> _Walk:
+def _restart(walk: Walk, step: int) -> Walk:
     """Step 8: move images that have not met their goal by iteration K / 4 back near the photo."""
     restart = walk.least.isinf() & (walk.allowed >= _ENOUGH) & (step == walk.allowed // _RESTART_AFTER)
     latent, radius = _stretch(walk.latent, walk.radius, torch.where(restart, _NEAR, torch.ones_like(walk.radius)))

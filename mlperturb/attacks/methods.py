@@ -59,7 +59,7 @@ class Method:
         Raises:
             UsageError: if the budget, an option of this method or a value is unknown.
         """
-        if budget not in self.budgets:
+        if budget not in tuple(self.budgets):
             raise UsageError(f"unknown budget {budget!r}: expected {', '.join(self.budgets)}")
         given = {name: value for name, value in options.items() if value is not None}
         for name, value in given.items():
@@ -147,6 +147,6 @@ def find_method(name: str) -> Method:
     Raises:
         UsageError: if the name is unknown.
     """
-    if name not in METHODS:
+    if name not in tuple(METHODS):
         raise UsageError(f"unknown method {name!r}: expected {', '.join(METHODS)}")
     return METHODS[name]

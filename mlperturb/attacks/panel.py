@@ -18,7 +18,7 @@ from mlperturb.attacks.problem import Problem, each_view, norms
 
 _FRESH = 0.5  # the weight of a new difference in the running mean
 LATE = 0.6  # of the way: from there on better iterates are verified, and the worst view is computed
-_WORTH = 0.05  # an iterate nearer than the best by less than this share waits for the end
+_WORTH = 0.2  # an iterate nearer than the best by less than this share waits for the end
 _EARLY = 0.25  # of the way: from there on the first iterate that holds in every view is looked for
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,7 +75,11 @@ def attack(
     margin: Margin = MARGIN,
     survive: Annotated[
         list[str] | None,
-        typer.Option(metavar="jpeg:Q", help="Succeed after JPEG compression too: jpeg:75, jpeg:60-95; repeatable."),
+        typer.Option(
+            metavar="KIND:SETTING",
+            help="Succeed after a compression too: jpeg:QUALITY or a range such as jpeg:60-95, webp:QUALITY, "
+            "resize:PERCENT, median:WIDTH, bits:N; repeatable.",
+        ),
     ] = None,
     region: Annotated[
         str | None,
@@ -129,9 +134,9 @@ def attack(
     """
     source = find_source(checkpoint, arch, labels)
 
-    from mlperturb.photos.images import find_photos
+    from mlperturb.photos.images import describe_left_out, find_photos
     from mlperturb.run.jobs import plan_outputs
-    from mlperturb.run.outputs import Outputs
+    from mlperturb.run.outputs import Outputs, is_own
     from mlperturb.run.settings import Words, read_settings
 
     settings = read_settings(
@@ -147,13 +152,18 @@ def attack(
         keep_metadata=keep_metadata,
         options={"between": between, "solver": solver, "rounding": rounding, "space": space},
     )
-    photos = find_photos(paths, recursive=recursive)
+    left_out: list[Path] = []
+    photos = find_photos(paths, recursive=recursive, own=is_own, left_out=left_out)
+    notes = [describe_left_out(left_out)] if left_out else []
     outputs = Outputs(out, report or out / "report.json", html)
     jobs = plan_outputs(photos, paths, settings.format)
     settings.check_files(job.adversarial for job in jobs)
     raise typer.Exit(
-        run(source, jobs, settings, outputs, overwrite=overwrite, device=device, seed=seed, json=json, quiet=quiet)
-    )
+        run(
+            source, jobs, settings, outputs,
+            overwrite=overwrite, device=device, seed=seed, json=json, quiet=quiet, notes=notes,
+        )
+    )  # fmt: skip
 
 
 def run(
@@ -167,8 +177,9 @@ def run(
     seed: int = 0,
     json: bool = False,
     quiet: bool = False,
+    notes: Sequence[str] = (),
 ) -> int:
-    """Attack photos; return the exit code."""
+    """Attack photos, and print notes on how they were found; return the exit code."""
     from mlperturb.cli.attack_run import AttackRun
     from mlperturb.cli.longrun import LongRun
     from mlperturb.run.outputs import fingerprint, prepare_folder
@@ -177,6 +188,8 @@ def run(
     long, existing = LongRun(join(), quiet=quiet), frozenset[str]()
     overwrite = long.starts_again(overwrite)
     if long.share.first:
+        for note in notes:
+            long.note(note)
         existing = prepare_folder(outputs, jobs, overwrite=overwrite)
     planned = fingerprint([settings.batch_size, *((str(job.source), job.adversarial) for job in jobs)])
     long.share.agree(planned, "photos")

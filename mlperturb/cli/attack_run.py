@@ -177,15 +177,18 @@ class AttackRun:
         return os.path.relpath(folder, report.parent)
 
     def _print_tables(self, told: Told, seconds: float) -> None:
-        from mlperturb.show.tables import image_line, image_table, summary_table
+        from mlperturb.show.tables import image_line, image_table, readers_line, summary_table
 
+        summary = told.summary.to_dict(seconds)
         if len(told.first) <= SHOWN:
             for record in told.first:
                 stdout.print(image_line(record), soft_wrap=True)
                 if record.probabilities:
                     stdout.print(image_table(record))
+            if (line := readers_line(summary)) is not None:
+                stdout.print(line, soft_wrap=True)
         else:
-            stdout.print(summary_table(told.summary.to_dict(seconds)))
+            stdout.print(summary_table(summary))
         told.notes.print(print_note)
         page = f", page {printable(str(self.outputs.page))}" if self.outputs.page else ""
         folder, report = printable(str(self.outputs.folder)), printable(str(self.outputs.report))

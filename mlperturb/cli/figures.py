@@ -14,7 +14,7 @@ from mlperturb.cli.console import print_error, print_note
 from mlperturb.cli.options import ANYWHERE, Overwrite
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.labels import split_names
-from mlperturb.run.outputs import folder_of, make_folder, refuse_existing
+from mlperturb.run.outputs import DEFENCE, FIGURES, folder_of, make_folder, refuse_existing
 from mlperturb.system.text import file_stem, printable
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def figures(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw the paper's figures: a case study for each image, histograms over all, the JPEG defence."""
+    """Draw the paper's figures: a case study for each attacked image, histograms over all, the JPEG defence."""
     from mlperturb.show.figures import FORMATS, save_figure
 
     if kind not in KINDS:
@@ -53,7 +53,7 @@ def figures(
     known = {name for _, _, report in attacks for image in report["images"] for name in image["flip"]}
     if set(chosen) - known:
         raise UsageError(f"no image of these reports was asked to flip {sorted(set(chosen) - known)[0]!r}")
-    folder = out or folder_of(reports[0]) / "figures"
+    folder = out or folder_of(reports[0]) / FIGURES
     make_folder(folder)
     planned: dict[Path, Callable[[], Figure]] = {}
     for stem, draw in _plan(attacks, defences, kind, chosen):
@@ -77,22 +77,22 @@ def figures(
 
 def _read(paths: list[Path], kind: str) -> tuple[list[tuple[Path, Path, dict[str, Any]]], list[dict[str, Any]]]:
     """Return the reports of `attack`, each with its path and the folder of its PNGs; and results of `jpeg-defend`."""
-    from mlperturb.experiment.defence import SCHEMA
-    from mlperturb.run.report import read_json, read_report, reading
+    from mlperturb.experiment.defence import EARLIER, SCHEMA
+    from mlperturb.run.report import is_unchanged, read_json, read_report, reading
 
     attacks, defences = [], []
     for path in paths:
-        beside = path / "jpeg-defence.json" if path.is_dir() else path
-        is_defence = beside.name == "jpeg-defence.json" and beside.is_file()
+        beside = path / DEFENCE if path.is_dir() else path
+        is_defence = beside.name == DEFENCE and beside.is_file()
         if is_defence:
-            defences.append(read_json(beside, SCHEMA))
+            defences.append(read_json(beside, SCHEMA, *EARLIER))
         if path.is_dir() and is_defence and (kind == "jpeg" or not (path / "report.json").exists()):
             continue
         if path.is_dir() or not is_defence:
             report, folder = read_report(path)
             with reading(path):  # the names of the figures need these values
                 for image in report["images"]:
-                    image["files"]["adversarial"], report["settings"]["method"], [*image["flip"]]
+                    image["files"]["adversarial"], report["settings"]["method"], [*image["flip"]], is_unchanged(image)
             attacks.append((path, folder, report))
     if kind == "jpeg" and not defences:
         raise UsageError("expected a jpeg-defence.json for --kind jpeg, got none: run `mlperturb jpeg-defend` first")
@@ -105,14 +105,15 @@ def _plan(
     attacks: list[tuple[Path, Path, dict[str, Any]]], defences: list[dict[str, Any]], kind: str, labels: list[str]
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Yield each figure's name and the function that draws it."""
-    from mlperturb.photos.formats import strip_ending
+    from mlperturb.photos.kinds import strip_ending
+    from mlperturb.run.report import is_unchanged
     from mlperturb.show.figures import attacked_labels, draw_case, draw_curve, draw_histogram, draw_jpeg_histogram
 
     if kind in ("case", "all"):
         for path, folder, report in attacks:
             prefix = f"case-{report['settings']['method']}" if len(attacks) > 1 else "case"
             for image in report["images"]:
-                if image["files"]["adversarial"] is not None:
+                if image["files"]["adversarial"] is not None and not is_unchanged(image):
                     name = strip_ending(str(image["files"]["adversarial"]))
                     yield f"{prefix}-{name}", _guarded(path, partial(draw_case, report, image, folder))
     if kind in ("histogram", "all") and attacks:
@@ -124,8 +125,8 @@ def _plan(
             yield f"histogram-{label}", _guarded(attacks[0][0], partial(draw_histogram, reports, label))
     if kind in ("jpeg", "all"):
         for result in defences:
-            yield "jpeg-curve", _guarded(Path("jpeg-defence.json"), partial(draw_curve, result))
-            yield "jpeg-histogram", _guarded(Path("jpeg-defence.json"), partial(draw_jpeg_histogram, result))
+            yield "jpeg-curve", _guarded(Path(DEFENCE), partial(draw_curve, result))
+            yield "jpeg-histogram", _guarded(Path(DEFENCE), partial(draw_jpeg_histogram, result))
 
 
 def _guarded(path: Path, draw: Callable[[], Figure]) -> Callable[[], Figure]:

@@ -25,14 +25,15 @@ from mlperturb.cli.options import (
 )
 from mlperturb.errors import UsageError
 from mlperturb.labels import parse_request
-from mlperturb.run.outputs import folder_of, make_folder, refuse_existing
+from mlperturb.run.outputs import CHARTS, DEFENCE, folder_of, make_folder, refuse_existing
 from mlperturb.system.text import printable
 
 if TYPE_CHECKING:
     from mlperturb.experiment.defence import Attacked
+    from mlperturb.model.readers import Reader
     from mlperturb.photos.purify import Purification
 
-OUTPUTS = ("jpeg-defence.json", "jpeg-histogram.png", "jpeg-curve.png")
+OUTPUTS = (DEFENCE, *CHARTS)
 
 
 def jpeg_defend(
@@ -70,6 +71,14 @@ def jpeg_defend(
         bool,
         typer.Option("--adaptive", help="Attack the photos again for each defence, so that the result survives it."),
     ] = False,
+    reader: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Program in which a decision must hold, as for `attack`; repeatable. "
+            "Default: the readers of the report; of PNGs without a report, those of the checkpoint.",
+        ),
+    ] = None,
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
@@ -85,6 +94,7 @@ def jpeg_defend(
 
     It writes jpeg-defence.json, jpeg-histogram.png (the paper's Figure 3) and jpeg-curve.png.
     """
+    from mlperturb.model.readers import parse_readers
     from mlperturb.photos.purify import QUALITIES, parse_purifications, parse_qualities
 
     qualities = parse_qualities(quality) if quality is not None else QUALITIES
@@ -94,9 +104,10 @@ def jpeg_defend(
     by_hand = bool(flip) or bool(keep)
     if by_hand:
         source = find_source(checkpoint, arch, labels)
-        attacked = _name_attacked(source, paths, flip or [], keep or [], photos)
+        attacked, names = _name_attacked(source, paths, flip or [], keep or [], photos), source.readers
     else:
-        source, attacked = _read_reports(paths, checkpoint, arch, labels, photos)
+        source, attacked, names = _read_reports(paths, checkpoint, arch, labels, photos, chosen=bool(reader))
+    readers = parse_readers(reader or names)
     attacked = list({one.adversarial.resolve(): one for one in attacked}.values())
     folder = out or (Path("mlperturb-defence") if by_hand else folder_of(paths[0]))
     make_folder(folder)
@@ -107,17 +118,18 @@ def jpeg_defend(
             f"the photos of {missing} of {len(attacked)} PNGs are missing or changed, so these have no control: "
             "give the folder of the photos as --photos"
         )
-    task = _Defence(source, attacked, purifications, folder, paths, adaptive)
+    task = _Defence(source, attacked, purifications, readers, folder, paths, adaptive)
     raise typer.Exit(_run(task, device=device, json=json, quiet=quiet))
 
 
 @dataclass(frozen=True)
 class _Defence:
-    """What to try: the classifier, the PNGs, the purifications, and where the results go."""
+    """What to try: the classifier, the PNGs, the purifications, the readers, and where the results go."""
 
     source: Source
     attacked: list[Attacked]
     purifications: tuple[Purification, ...]
+    readers: tuple[Reader, ...]
     folder: Path
     paths: list[Path]
     adaptive: bool
@@ -127,10 +139,9 @@ def _run(defence: _Defence, *, device: str, json: bool, quiet: bool) -> int:
     """Try every purification, write the results, print; return the exit code."""
     from mlperturb.experiment.adaptive import adapt
     from mlperturb.experiment.defence import sweep
-    from mlperturb.model.readers import parse_readers
     from mlperturb.run.report import reading, to_json
     from mlperturb.show.figures import draw_curve, draw_jpeg_histogram, save_figure
-    from mlperturb.show.tables import adaptive_table, defence_table
+    from mlperturb.show.tables import adaptive_table, best_line, defence_table
     from mlperturb.system.devices import prepare
     from mlperturb.system.files import write_file
 
@@ -145,13 +156,13 @@ def _run(defence: _Defence, *, device: str, json: bool, quiet: bool) -> int:
             print_error(error)
 
     with bar, reading(paths[0]):
-        result = sweep(classifier, defence.attacked, purifications, done)
+        result = sweep(classifier, defence.attacked, purifications, defence.readers, done)
         if defence.adaptive:
             bar.reset(task, description="attacking", total=len(defence.attacked) * len(purifications))
-            readers = parse_readers(defence.source.readers)
             again = adapt(
-                classifier, defence.attacked, purifications, readers, done=lambda count: bar.update(task, advance=count)
-            )
+                classifier, defence.attacked, purifications, defence.readers,
+                done=lambda count: bar.update(task, advance=count),
+            )  # fmt: skip
             for row, adapted in zip(result["qualities"], again, strict=True):
                 row["adaptive"] = adapted
     settings = {"inputs": list(map(str, paths)), "subsampling": purifications[0].subsampling}
@@ -165,25 +176,32 @@ def _run(defence: _Defence, *, device: str, json: bool, quiet: bool) -> int:
         stdout.print(defence_table(result))
         if defence.adaptive:
             stdout.print(adaptive_table(result))
-        best = result["best"]
-        if best["score"] is not None:
-            equals = f"; equal: {', '.join(best['equals'])}" if best["equals"] else ""
-            text = f"best: {best['defence']} {best['quality']} ({best['score']:.3f}: {best['criterion']}{equals})"
-            stdout.print(text, soft_wrap=True)
+        stdout.print(best_line(result), soft_wrap=True)
         stdout.print(f"{', '.join(OUTPUTS)} in {printable(str(folder))}", soft_wrap=True)
     return int(any("error" in image for image in result["images"]))
 
 
 def _read_reports(
-    paths: list[Path], checkpoint: Path | None, arch: str | None, labels: Path | None, photos: Path | None
-) -> tuple[Source, list[Attacked]]:
-    """Read the images of reports, and the classifier, which must be the same in all of them."""
+    paths: list[Path],
+    checkpoint: Path | None,
+    arch: str | None,
+    labels: Path | None,
+    photos: Path | None,
+    *,
+    chosen: bool,
+) -> tuple[Source, list[Attacked], tuple[str, ...]]:
+    """Read the attacked images of reports, and the classifier and readers, which must be the same in all of them.
+
+    With `chosen`, the user names the readers, and the reports may have different readers.
+    """
     from mlperturb.experiment.defence import find_attacked
-    from mlperturb.run.report import read_report, reading
+    from mlperturb.run.report import is_unchanged, read_report, readers_of, reading
     from mlperturb.system.files import file_sha256
 
     attacked: list[Attacked] = []
     described: dict[str, Any] = {}
+    readers: tuple[str, ...] = ()
+    unchanged = images = 0
     for path in paths:
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
             raise UsageError(f"{path} does not say which labels were flipped: give --flip, or the folder of its report")
@@ -191,16 +209,27 @@ def _read_reports(
         with reading(path):
             if described and described["sha256"] != report["classifier"]["sha256"]:
                 raise UsageError(f"expected reports on the same classifier, got another classifier in {path}")
-            described = report["classifier"]
+            described, own = report["classifier"], readers_of(report)
+            if readers and not chosen and own != readers:
+                raise UsageError(
+                    f"expected reports on the same readers, got {', '.join(own)} in {path} and {', '.join(readers)} "
+                    "before: give --reader"
+                )
+            readers = own
             attacked += find_attacked(report, folder, photos)
+            unchanged += sum(map(is_unchanged, report["images"]))
+            images += len(report["images"])
     if not attacked:
-        raise UsageError(f"no adversarial PNG in {', '.join(map(str, paths))}: no attack there wrote one")
+        why = "every photo was as asked already" if unchanged == images else "no attack there wrote one"
+        raise UsageError(f"no adversarial PNG in {', '.join(map(str, paths))}: {why}")
+    if unchanged:
+        print_note(f"{unchanged} of {images} photos were as asked already and were not attacked: they are left out")
     with reading(paths[0]):
         source = find_source(checkpoint, arch, labels) if checkpoint else named_source(described)
         same = file_sha256(source.path) == described["sha256"]
     if not same:
         raise UsageError(f"{source.path} is not the checkpoint that was attacked ({described['sha256']!s:.12}...)")
-    return source, attacked
+    return source, attacked, readers
 
 
 def _name_attacked(
@@ -208,8 +237,8 @@ def _name_attacked(
 ) -> list[Attacked]:
     """Return adversarial photos without a report, with the labels named by hand; in folders, the files NAME.adv.*."""
     from mlperturb.experiment.defence import Attacked
-    from mlperturb.photos.formats import is_adversarial, strip_ending
     from mlperturb.photos.images import EXTENSIONS, is_output
+    from mlperturb.photos.kinds import is_adversarial, strip_ending
 
     if not flip:
         raise UsageError("expected --flip with --keep for PNGs without a report, got --keep alone")

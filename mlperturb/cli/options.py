@@ -104,6 +104,9 @@ def _readers_of(preprocess: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names) if known and names else DEFAULT_READERS
 
 
+_NEEDLESS = "; a .safetensors checkpoint that `mlperturb train` wrote needs neither"
+
+
 def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) -> Source:
     """Find the checkpoint, the bundled one by default, and read its label names.
 
@@ -113,8 +116,14 @@ def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) 
     """
     from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
 
-    if (arch is None) != (labels is None) or (arch is not None and checkpoint is None):
-        raise UsageError("expected --checkpoint, --arch and --labels together for plain weights")
+    given = {"--arch": arch, "--labels": labels, "--checkpoint": checkpoint}
+    missing = [option for option, value in given.items() if value is None]
+    if missing and (arch is not None or labels is not None):
+        needless = "" if checkpoint is None or checkpoint.suffix != ".safetensors" else _NEEDLESS
+        raise UsageError(
+            "expected --checkpoint, --arch and --labels together for plain weights, "
+            f"got no {' and no '.join(missing)}{needless}"
+        )
     path = checkpoint or bundled_checkpoint()
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlperturb.cli.console import out, print_error
+from mlperturb.cli.console import out, print_error, print_note
 from mlperturb.cli.options import Arch, Checkpoint, Device, Json, Labels, Paths, Readers, Recursive, Source, find_source
 from mlperturb.errors import ImageError
 
@@ -30,11 +30,21 @@ def predict(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Show the labels that a classifier sees in photos, adversarial PNGs included."""
-    from mlperturb.photos.images import find_photos
+    """Show the labels that a classifier sees in photos, adversarial photos included."""
+    from mlperturb.photos.images import describe_left_out, find_photos
+    from mlperturb.photos.kinds import is_adversarial
+    from mlperturb.run.outputs import is_own
 
     source = find_source(checkpoint, arch, labels)
-    photos = find_photos(paths, recursive=recursive)
+    left_out: list[Path] = []
+    photos = find_photos(
+        paths,
+        recursive=recursive,
+        own=lambda path: is_own(path) and not is_adversarial(path),
+        left_out=left_out,
+    )
+    if left_out:
+        print_note(describe_left_out(left_out))
     raise typer.Exit(run(source, photos, readers=reader or [], device=device, json=json))
 
 

@@ -38,7 +38,7 @@ def adapt(
         classifier: the classifier that was attacked.
         attacked: the PNGs; those without a label to flip, or whose clean photo is missing, are left out.
         purifications: the defences.
-        readers: readers in which the result must hold.
+        readers: readers in all of which the result must hold.
         budget: a name of `attacks.BUDGETS`.
         done: called with the number of photos attacked, after each batch.
 

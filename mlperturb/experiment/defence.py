@@ -1,9 +1,13 @@
-"""Purification as a defence (Section IV-H2): the flipped labels that it recovers, and the labels that it damages."""
+"""Purification as a defence (Section IV-H2): the flipped labels that it recovers, and the labels that it damages.
+
+A file is judged as `success` is: a decision counts as flipped, as kept or as recovered only if every reader of the run
+sees it so.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +17,22 @@ from torch import Tensor
 from mlperturb import __version__
 from mlperturb.errors import ImageError
 from mlperturb.model.classifier import Classifier
-from mlperturb.model.preprocess import to_tensor
+from mlperturb.model.preprocess import pad_batch, to_tensor
+from mlperturb.model.readers import Reader
+from mlperturb.model.views import ViewedModel
 from mlperturb.photos.images import Pixels, read_photo
 from mlperturb.photos.purify import Purification
 from mlperturb.run.record import Failure
-from mlperturb.run.report import find_output, find_photo
+from mlperturb.run.report import find_output, find_photo, is_unchanged
 from mlperturb.targets import present
 
-SCHEMA = "mlperturb.jpeg-defence/1"
+SCHEMA = "mlperturb.jpeg-defence/2"
+EARLIER = ("mlperturb.jpeg-defence/1",)  # schemas that are read too
 CRITERIA = {  # by whether every clean photo is found
     True: "share of the flipped labels recovered, less share of the clean photos' labels damaged",
     False: "share of the flipped labels recovered, less share of the PNGs' kept labels damaged",
 }
-_TOGETHER = 8  # largest number of views in a batch
+_TOGETHER = 8  # largest number of pictures in a batch
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class Attacked:
         clean: the photo that it was made of; None if the photo is not found.
         flip: the labels of A.
         keep: the labels of B.
-        truth: y, the decisions on the photo. If None, y is taken from the decisions on the PNG, reversed for A.
+        truth: y, the decisions on the photo in the first reader. If None, y is taken from the decisions on the PNG,
+            reversed for A.
     """
 
     adversarial: Path
@@ -49,11 +57,11 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Views:
-    """The decisions on one photo and the logits of its views, (L,) each, in the classifier's order of labels.
+    """The decisions on one photo and the logits of its views, (R, L) each: R readers, the classifier's L labels.
 
     Attributes:
-        truth: y, boolean.
-        asked: masks of A and of B, boolean.
+        truth: y, boolean, (L,).
+        asked: masks of A and of B, boolean, (L,) each.
         adversarial: logits of the PNG.
         clean: logits of the photo; None if the photo is not found.
         defended: logits of the purified PNG, for each purification.
@@ -69,9 +77,19 @@ class Views:
     control: list[Tensor] | None
     size: list[int | None]
 
+    def before(self, logits: Tensor, boundary: Tensor) -> Tensor:
+        """Say which labels are as on the photo in every reader, boolean, (L,)."""
+        return (present(logits, boundary) == self.truth).all(0)
+
+    def reversed(self, logits: Tensor, boundary: Tensor) -> Tensor:
+        """Say which labels are reversed in every reader, boolean, (L,)."""
+        return (present(logits, boundary) != self.truth).all(0)
+
 
 def find_attacked(report: dict[str, Any], folder: Path, photos: Path | None = None) -> list[Attacked]:
-    """Return the images of a report that have an adversarial PNG in `folder`, with their photos.
+    """Return the images of a report that were attacked and have an adversarial PNG in `folder`, with their photos.
+
+    A photo that was as asked already is left out: no purification can undo an attack there.
 
     Raises:
         ImageError: if the report names a file outside the folder.
@@ -81,7 +99,7 @@ def find_attacked(report: dict[str, Any], folder: Path, photos: Path | None = No
     found = []
     for image in report["images"]:
         png = find_output(image, "adversarial", folder)
-        if png is None:
+        if png is None or is_unchanged(image):
             continue
         truth, flip, keep = image["truth"], tuple(image["flip"]), tuple(image["keep"])
         if not labels <= truth.keys() or not labels >= {*flip, *keep}:
@@ -94,6 +112,7 @@ def sweep(
     classifier: Classifier,
     attacked: Sequence[Attacked],
     purifications: Sequence[Purification],
+    readers: Sequence[Reader],
     done: Callable[[str | None], None] | None = None,
 ) -> dict[str, Any]:
     """Apply every purification to every PNG, and to its photo as a control; return the counts and probabilities.
@@ -102,16 +121,17 @@ def sweep(
         classifier: the classifier that was attacked.
         attacked: the PNGs.
         purifications: the purifications to try.
+        readers: the readers of the run, in all of which a decision must hold; the first decided on the photos.
         done: called after each PNG, with the error if the PNG or its photo could not be read, else with None.
     """
-    labels, boundary = classifier.labels, classifier.boundary.cpu()
-    tallies = [_Tally(purification, len(labels)) for purification in purifications]
+    names, boundary = [reader.name for reader in readers], classifier.boundary.cpu()
+    tallies = [_Tally(purification, classifier.labels, names) for purification in purifications]
     images: list[dict[str, Any]] = []
     for one in attacked:
         entry: dict[str, Any] = {"adversarial": str(one.adversarial), "source": one.clean and str(one.clean)}
         images.append(entry)
         try:
-            views = _look(classifier, one, purifications)
+            views = _look(classifier, one, purifications, readers)
         except ImageError as error:
             entry["error"] = asdict(Failure.of(error))
             if done:
@@ -119,77 +139,117 @@ def sweep(
             continue
         for number, tally in enumerate(tallies):
             tally.add(views, number, boundary)
-        entry |= _describe(one, views, labels, purifications)
+        entry |= _describe(one, views, classifier.labels, purifications, names)
         if done:
             done(None)
     control = all(tally.controls == tally.images for tally in tallies)
-    rows = [tally.row(labels, control=control) for tally in tallies]
-    scores = [row["score"] if row["score"] is not None else -2.0 for row in rows]
-    equals = [row for row, score in zip(rows, scores, strict=True) if score == max(scores)]
-    best = max((row for row in equals if row["defence"] == equals[0]["defence"]), key=lambda row: row["quality"])
-    ties = [f"{row['defence']} {row['quality']}" for row in equals if row is not best]
+    rows = [tally.row(control=control) for tally in tallies]
     return {
         "schema": SCHEMA,
         "version": __version__,
+        "readers": names,
         "qualities": rows,
-        "best": {key: best[key] for key in ("defence", "quality", "score")}
-        | {"criterion": CRITERIA[control], "equals": ties},
+        "best": _best(rows, CRITERIA[control]),
         "images": images,
     }
 
 
-class _Tally:
-    """The counts of one purification over all photos."""
+def _best(rows: Sequence[dict[str, Any]], criterion: str) -> dict[str, Any] | None:
+    """Return the setting of the highest score; None if no setting recovers more than it breaks."""
+    scores = [row["score"] or 0.0 for row in rows]
+    if max(scores) <= 0:
+        return None
+    equals = [row for row, score in zip(rows, scores, strict=True) if score == max(scores)]
+    best = max((row for row in equals if row["defence"] == equals[0]["defence"]), key=lambda row: row["quality"])
+    ties = [f"{row['defence']} {row['quality']}" for row in equals if row is not best]
+    return {key: best[key] for key in ("defence", "quality", "score")} | {"criterion": criterion, "equals": ties}
 
-    def __init__(self, purification: Purification, labels: int) -> None:
-        self.purification = purification
-        self.images = self.restored = self.controls = self.asked = self.survived = 0
-        self.recovered, self.damaged, self.clean = [0, 0], [0, 0], [0, 0]
-        self.shift = torch.zeros(labels, dtype=torch.double)
+
+@dataclass
+class _Counts:
+    """The counts of one purification in some of the readers, over all photos; a pair is a part and its whole."""
+
+    recovered: list[int] = field(default_factory=lambda: [0, 0])
+    damaged: list[int] = field(default_factory=lambda: [0, 0])
+    clean: list[int] = field(default_factory=lambda: [0, 0])
+    flipped: int = 0  # photos on which a label was flipped
+    restored: int = 0
+    survived: int = 0
+
+    def add(self, views: Views, number: int, boundary: Tensor, rows: slice) -> None:
+        """Count the labels of one photo under purification `number`, in the readers of `rows`."""
+        flip, keep = views.asked
+        png, defended = views.adversarial[rows], views.defended[number][rows]
+        flipped, held = flip & views.reversed(png, boundary), keep & views.before(png, boundary)
+        back, stays = views.before(defended, boundary), views.reversed(defended, boundary)
+        _add(self.recovered, back, flipped)
+        _add(self.damaged, ~back, held)
+        self.flipped += bool(flipped.any())
+        self.restored += bool(flipped.any()) and bool((back | ~(flip | keep)).all())
+        self.survived += bool(flip.any()) and bool((~flip | stays).all()) and bool((~keep | back).all())
+        if views.control is not None and views.clean is not None:
+            there = (flip | keep) & views.before(views.clean[rows], boundary)
+            _add(self.clean, ~views.before(views.control[number][rows], boundary), there)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the counts in the form of the JSON."""
+        return {
+            "recovered": _count(self.recovered),
+            "damaged": _count(self.damaged),
+            "flipped_images": self.flipped,
+            "restored_images": self.restored,
+            "clean_damaged": _count(self.clean),
+        }
+
+
+def _add(pair: list[int], part: Tensor, whole: Tensor) -> None:
+    """Count a mask within another mask."""
+    pair[0] += int((part & whole).sum())
+    pair[1] += int(whole.sum())
+
+
+class _Tally:
+    """The counts of one purification over all photos: in all readers together, and in each."""
+
+    def __init__(self, purification: Purification, labels: Sequence[str], readers: Sequence[str]) -> None:
+        self.purification, self.labels = purification, labels
+        self.everywhere, self.each = _Counts(), {name: _Counts() for name in readers}
+        self.images = self.controls = self.asked = 0
+        self.shift = torch.zeros(len(labels), dtype=torch.double)
         self.bytes: list[int] = []
 
     def add(self, views: Views, number: int, boundary: Tensor) -> None:
         """Count the labels of one photo under purification `number`."""
-        defended, size = views.defended[number], views.size[1 + number]
-        flip, keep = views.asked
-        png, after = present(views.adversarial, boundary), present(defended, boundary)
-        flipped, held = flip & (png != views.truth), keep & (png == views.truth)
-        back = after == views.truth
+        self.everywhere.add(views, number, boundary, slice(None))
+        for row, counts in enumerate(self.each.values()):
+            counts.add(views, number, boundary, slice(row, row + 1))
         self.images += 1
-        for pair, these, among in ((self.recovered, back, flipped), (self.damaged, ~back, held)):
-            pair[0] += int((these & among).sum())
-            pair[1] += int(among.sum())
-        self.asked += bool(flip.any())
-        self.survived += bool(flip.any()) and bool((~flip | ~back).all()) and bool((~keep | back).all())
-        self.restored += bool(flipped.any()) and bool((back | ~(flip | keep)).all())
-        self.shift += torch.sigmoid(defended.double()) - torch.sigmoid(views.adversarial.double())
-        if views.control is not None:
-            self.controls += 1
-            self.clean[0] += int(((present(views.control[number], boundary) != views.truth) & (flip | keep)).sum())
-            self.clean[1] += int((flip | keep).sum())
+        self.controls += views.control is not None
+        self.asked += bool(views.asked[0].any())
+        after, before = views.defended[number][0].double(), views.adversarial[0].double()
+        self.shift += torch.sigmoid(after) - torch.sigmoid(before)
+        size = views.size[1 + number]
         if size is not None:
             self.bytes.append(size)
 
-    def row(self, labels: Sequence[str], *, control: bool) -> dict[str, Any]:
+    def row(self, *, control: bool) -> dict[str, Any]:
         """Return the counts in the form of the JSON; the score (see `CRITERIA`) is None if no label was flipped."""
-        score = None
-        if self.recovered[1]:
-            broken = self.clean if control else self.damaged
-            score = self.recovered[0] / self.recovered[1] - broken[0] / max(broken[1], 1)
+        score, counts = None, self.everywhere
+        if counts.recovered[1]:
+            broken = counts.clean if control else counts.damaged
+            score = counts.recovered[0] / counts.recovered[1] - broken[0] / max(broken[1], 1)
         shift = (self.shift / max(self.images, 1)).tolist()
         return {
             "defence": self.purification.kind,
             "quality": self.purification.setting,
             "images": self.images,
-            "recovered": _count(self.recovered),
-            "damaged": _count(self.damaged),
-            "restored_images": self.restored,
-            "plain": {"images": self.asked, "successes": self.survived},
+            **counts.describe(),
+            "plain": {"images": self.asked, "successes": counts.survived},
             "clean_images": self.controls,
-            "clean_damaged": _count(self.clean),
             "score": score,
             "bytes": sum(self.bytes) / len(self.bytes) if self.bytes else None,
-            "probability_shift": dict(zip(labels, shift, strict=True)),
+            "probability_shift": dict(zip(self.labels, shift, strict=True)),
+            "readers": {name: one.describe() | {"successes": one.survived} for name, one in self.each.items()},
         }
 
 
@@ -197,8 +257,10 @@ def _count(pair: Sequence[int]) -> dict[str, int]:
     return {"labels": pair[0], "total": pair[1]}
 
 
-def _look(classifier: Classifier, one: Attacked, purifications: Sequence[Purification]) -> Views:
-    """Classify a PNG, its photo, and the purified versions of both.
+def _look(
+    classifier: Classifier, one: Attacked, purifications: Sequence[Purification], readers: Sequence[Reader]
+) -> Views:
+    """Classify a PNG, its photo, and the purified versions of both, in every reader.
 
     Raises:
         ImageError: if the PNG or the photo cannot be read.
@@ -211,19 +273,13 @@ def _look(classifier: Classifier, one: Attacked, purifications: Sequence[Purific
     pixels: list[Pixels] = [png, *(rgb for rgb, _ in purified)]
     if photo is not None:
         pixels += [photo, *(purification.apply(photo)[0] for purification in purifications)]
-    with torch.no_grad():
-        logits = torch.cat(
-            [
-                classifier([to_tensor(rgb, classifier.device) for rgb in pixels[start : start + _TOGETHER]]).cpu()
-                for start in range(0, len(pixels), _TOGETHER)
-            ]
-        )
+    logits = _read(classifier, pixels, readers)
     count = 1 + len(purifications)
     flip, keep = (torch.tensor([label in names for label in classifier.labels]) for names in (one.flip, one.keep))
     if one.truth is not None:
         truth = torch.tensor([one.truth[label] for label in classifier.labels])
     else:
-        truth = present(logits[0], classifier.boundary.cpu()) ^ flip
+        truth = present(logits[0, 0], classifier.boundary.cpu()) ^ flip
     return Views(
         truth,
         (flip, keep),
@@ -235,22 +291,37 @@ def _look(classifier: Classifier, one: Attacked, purifications: Sequence[Purific
     )
 
 
-def _describe(
-    one: Attacked, views: Views, labels: Sequence[str], purifications: Sequence[Purification]
-) -> dict[str, Any]:
-    """Return the probabilities of the labels of A in every view."""
+@torch.no_grad()
+def _read(classifier: Classifier, pixels: Sequence[Pixels], readers: Sequence[Reader]) -> Tensor:
+    """Return the logits of pictures in every reader, (n, R, L), on the CPU."""
+    parts = []
+    for start in range(0, len(pixels), _TOGETHER):
+        images, sizes = pad_batch([to_tensor(rgb, classifier.device) for rgb in pixels[start : start + _TOGETHER]])
+        model = ViewedModel.bind(classifier, readers, sizes)
+        parts.append(torch.stack([model(images, view) for view in range(model.views)], dim=1).cpu())
+    return torch.cat(parts)
 
-    def of(logits: Tensor | None) -> dict[str, float] | None:
+
+def _describe(
+    one: Attacked, views: Views, labels: Sequence[str], purifications: Sequence[Purification], readers: Sequence[str]
+) -> dict[str, Any]:
+    """Return the probabilities of the labels of A in every view, in the first reader and in each."""
+
+    def of(logits: Tensor | None, reader: int) -> dict[str, float] | None:
         if logits is None:
             return None
-        values = torch.sigmoid(logits.double()).tolist()
+        values = torch.sigmoid(logits[reader].double()).tolist()
         return {label: value for label, value in zip(labels, values, strict=True) if label in one.flip}
 
-    defended = {p.name: of(logits) for p, logits in zip(purifications, views.defended, strict=True)}
+    def probabilities(reader: int) -> dict[str, Any]:
+        defended = {p.name: of(seen, reader) for p, seen in zip(purifications, views.defended, strict=True)}
+        return {"clean": of(views.clean, reader), "adversarial": of(views.adversarial, reader), "defended": defended}
+
     truth = {label: bool(there) for label, there in zip(labels, views.truth.tolist(), strict=True) if label in one.flip}
     return {
         "flip": list(one.flip),
         "truth": truth,
         "bytes": views.size[0],
-        "probabilities": {"clean": of(views.clean), "adversarial": of(views.adversarial), "defended": defended},
+        "probabilities": probabilities(0),
+        "readers": {name: probabilities(row) for row, name in enumerate(readers)},
     }

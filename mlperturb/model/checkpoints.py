@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlperturb.errors import CheckpointError
+from mlperturb.labels import check_labels
 from mlperturb.model.architectures import build_network as build_network
 from mlperturb.model.architectures import check_architecture as check_architecture
 from mlperturb.model.architectures import default_preprocess as default_preprocess
@@ -140,6 +141,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: if the file is not a checkpoint, or does not fit the architecture and labels.
+        UsageError: if `labels` is not a list of names.
     """
     from mlperturb.model.classifier import Classifier, fold_batch_norm
     from mlperturb.model.preprocess import Preprocess
@@ -152,8 +154,9 @@ def load_checkpoint(
         raise CheckpointError("expected both `architecture` and `labels` for plain weights")
     else:
         check_architecture(architecture)
-        thresholds = (0.5,) * len(labels)
-        metadata = Metadata(architecture, tuple(labels), thresholds, default_preprocess(architecture).to_dict())
+        names = check_labels(labels)
+        thresholds = (0.5,) * len(names)
+        metadata = Metadata(architecture, names, thresholds, default_preprocess(architecture).to_dict())
     network = build_network(metadata.architecture, len(metadata.labels), meta=True)
     _fill(network, read_tensors(path), path, len(metadata.labels))
     if any(buffer.is_meta for buffer in network.buffers()):  # some timm models have buffers that are not saved

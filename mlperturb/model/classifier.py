@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mlperturb.errors import CheckpointError, UsageError
+from mlperturb.labels import check_labels
 from mlperturb.model.preprocess import Preprocess, Resizer, Size, pad_batch
 
 
@@ -28,6 +29,7 @@ class Classifier(nn.Module):
         preprocess: how a photo becomes network input.
 
     Raises:
+        UsageError: if `labels` is not a list of names.
         CheckpointError: if names repeat, a threshold is outside (0, 1), or their numbers differ.
     """
 
@@ -41,7 +43,7 @@ class Classifier(nn.Module):
         preprocess: Preprocess | None = None,
     ) -> None:
         super().__init__()
-        self.labels = tuple(labels)
+        self.labels = check_labels(labels)
         self.thresholds = tuple(thresholds) if thresholds is not None else (0.5,) * len(self.labels)
         self.preprocess = preprocess or Preprocess()
         if len(set(self.labels)) != len(self.labels) or not self.labels:

@@ -86,6 +86,8 @@ def parse_reader(name: str) -> Reader:
     Raises:
         UsageError: if the engine is unknown, or does not have the filter or `no-antialias`.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"expected the name of a reader, got {name!r:.60}")
     engine, *parts = name.split(":")
     if engine not in FILTERS:
         raise UsageError(f"unknown reader {name!r}: expected {', '.join(FILTERS)}, with or without :FILTER")

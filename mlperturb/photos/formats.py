@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +14,15 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mlperturb.errors import ImageError, OutputError, UsageError
-from mlperturb.photos.images import ADVERSARIAL, Beside, Photo, Pixels, read_photo
+from mlperturb.errors import ImageError, OutputError
+from mlperturb.photos.images import Beside, Photo, Pixels, read_photo
 from mlperturb.photos.jpeg import Plane, make_jpeg, orientation_of, read_jpeg, turn_upright
+from mlperturb.photos.kinds import FileFormat
 from mlperturb.system.files import write_file
 
-CHOICES = ("png", "webp", "jpeg", "jpeg:Q", "same")
-QUALITY = 95  # of a JPEG that is made of another file
-_SAME = {".webp": ".webp", ".jpg": ".jpg", ".jpeg": ".jpg"}
 _COMPRESSION = 1  # zlib's level: a third of the time of 6 for 4% more bytes (tests/benchmarks/encoding.py)
 _EFFORT = 50  # of 100, WebP's search for a small file
 _LONGEST_WEBP = 16383  # pixels of a side
-
-
-@dataclass(frozen=True)
-class FileFormat:
-    """The format of the adversarial photos.
-
-    Attributes:
-        kind: `png`; `webp`, without loss; `jpeg`, whose coefficients are those that the attack found; or `same`: JPEG
-            for photos named `.jpg` or `.jpeg`, WebP for `.webp`, PNG for the others.
-        quality: of a JPEG that is made of a photo in another format, 1 to 100.
-    """
-
-    kind: str = "png"
-    quality: int = QUALITY
-
-    @property
-    def name(self) -> str:
-        """The name on the command line."""
-        return self.kind if self.quality == QUALITY else f"{self.kind}:{self.quality}"
-
-    def suffix(self, source: Path) -> str:
-        """Return the end of the name of the file that is made of a photo, such as `.png`."""
-        if self.kind == "same":
-            return _SAME.get(source.suffix.lower(), ".png")
-        return ".jpg" if self.kind == "jpeg" else f".{self.kind}"
-
-
-def parse_format(name: str) -> FileFormat:
-    """Read the name of a format.
-
-    Raises:
-        UsageError: if the format is unknown.
-    """
-    kind, colon, text = name.partition(":")
-    if kind not in CHOICES or (colon and kind != "jpeg"):
-        raise UsageError(f"unknown `format` {name!r}: expected {', '.join(CHOICES)}")
-    if not colon:
-        return FileFormat(kind)
-    if not re.fullmatch(r"\d{1,3}", text) or not 1 <= int(text) <= 100:
-        raise UsageError(f"expected `format` jpeg:Q with a quality of 1 to 100, got {name!r}")
-    return FileFormat(kind, int(text))
 
 
 def open_photo(source: Path, name: str, form: FileFormat) -> Photo:
@@ -139,16 +95,6 @@ def decode_elsewhere(path: Path) -> dict[str, Pixels]:
         if pixels is not None:
             found["opencv"] = turn_upright(np.ascontiguousarray(pixels[..., ::-1]), orientation)
     return found
-
-
-def strip_ending(name: str) -> str:
-    """Return the name of an adversarial photo without its ending, such as `.adv.png`."""
-    return re.sub("|".join(f"{re.escape(end)}$" for end in ADVERSARIAL), "", name, flags=re.IGNORECASE)
-
-
-def is_adversarial(path: Path) -> bool:
-    """Say whether a file name is that of an adversarial photo."""
-    return strip_ending(path.name) != path.name
 
 
 def to_image(rgb: Pixels, alpha: Pixels | None = None, *, grey: bool = False) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlperturb.errors import ImageError, UsageError
+from mlperturb.photos.kinds import ADVERSARIAL
 from mlperturb.system.files import is_remote, reaching
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ Pixels = npt.NDArray[np.uint8]
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"} | {".avif", ".heic", ".heif"}
 )
-ADVERSARIAL = (".adv.png", ".adv.webp", ".adv.jpg")  # the ends of the names of adversarial photos
 MAX_PIXELS = 100_000_000
 _ORIENTATION = 0x0112  # the tag of EXIF
 _SPACES = {"RGB": b"RGB ", "L": b"GRAY"}  # of the ICC profiles that fit the pixels that are written
@@ -86,22 +86,42 @@ class Photo:
         return None if self.alpha is None or bool(self.alpha.all()) else self.alpha > 0
 
 
-def find_photos(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]:
-    """Return the photos among `paths` and in its folders, in name order, without the outputs of `attack`.
+def is_output(path: Path) -> bool:
+    """Say whether a file name is that of an adversarial photo or of a map of `attack`."""
+    return path.name.lower().endswith((*ADVERSARIAL, ".map.png"))
+
+
+def find_photos(
+    paths: Iterable[Path],
+    *,
+    recursive: bool = False,
+    own: Callable[[Path], bool] = is_output,
+    left_out: list[Path] | None = None,
+) -> list[Path]:
+    """Return the photos among `paths` and in its folders, in name order; a path of a file is always a photo.
+
+    Args:
+        paths: files and folders.
+        recursive: whether to search subfolders too.
+        own: says of a picture in a folder whether it is left out, because mlperturb wrote it.
+        left_out: a list to which the pictures left out are added, hidden files too.
 
     Raises:
         UsageError: if a path does not exist or cannot be read, or no photo is found.
     """
     found: dict[Path, None] = {}
-    folders = []
+    folders, skipped = [], [] if left_out is None else left_out
     for path in paths:
         try:
             with reaching(path):
                 if path.is_dir():
                     folders.append(path)
                     for inside in _list_files(path, recursive=recursive):
-                        if inside.suffix.lower() in EXTENSIONS and not is_output(inside):
-                            found.setdefault(inside)
+                        if inside.suffix.lower() in EXTENSIONS:
+                            if inside.name.startswith(".") or own(inside):
+                                skipped.append(inside)
+                            else:
+                                found.setdefault(inside)
                 elif path.exists():
                     found.setdefault(path)
                 else:
@@ -111,8 +131,15 @@ def find_photos(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]
     if not found:
         where = ", ".join(map(str, folders)) or "the paths given"
         hint = "" if recursive else " (add -r to search subfolders)"
+        hint += f"; {describe_left_out(skipped)}" if skipped else ""
         raise UsageError(f"no photo found in {where}: expected {', '.join(sorted(EXTENSIONS))}{hint}")
     return list(found)
+
+
+def describe_left_out(paths: Sequence[Path]) -> str:
+    """Return the words on the pictures that `find_photos` left out."""
+    count = f"{len(paths)} files, such as" if len(paths) > 1 else "the file"
+    return f"left out {count} {paths[0]}: hidden, or written by mlperturb"
 
 
 def _list_files(folder: Path, *, recursive: bool) -> Iterator[Path]:
@@ -135,11 +162,6 @@ def _walk(folder: Path, *, recursive: bool) -> Iterator[Path]:
                 path = folder / entry.name
                 if entry.is_file(follow_symlinks=False) or path.is_file():  # a link may be broken, or point to itself
                     yield path
-
-
-def is_output(path: Path) -> bool:
-    """Say whether a file name is that of an output of `attack`, or hidden."""
-    return path.name.lower().endswith((*ADVERSARIAL, ".map.png")) or path.name.startswith(".")
 
 
 def read_photo(path: Path, *, whole: bool = False) -> Photo:

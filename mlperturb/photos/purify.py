@@ -143,6 +143,8 @@ def parse_survival(values: Iterable[str]) -> tuple[tuple[Purification, ...], tup
             raise UsageError(f"expected `survive` KIND:SETTING or KIND:LOW-HIGH of {kinds}, got {name!r}")
         kind, low, high = match[1], int(match[2]), int(match[3] or match[2])
         _, allowed, words = KINDS[kind]
+        if low > high:
+            raise UsageError(f"expected the lower setting first for `survive`, {kind}:{high}-{low}, got {name!r}")
         settings = [setting for setting in range(low, high + 1) if allowed(setting)]
         if not settings or not allowed(low) or not allowed(high):
             raise UsageError(f"expected {words} for `survive` {kind}, got {name!r}")

@@ -40,6 +40,23 @@ class Region:
         return allowed
 
 
+def name_region(region: object) -> str | None:
+    """Return a region, None, a rectangle or the path of a mask, as the text that `parse_region` reads.
+
+    Raises:
+        UsageError: if it is of another type.
+    """
+    if region is None or isinstance(region, str):
+        return region
+    if isinstance(region, tuple | list):
+        return ",".join(map(str, region))
+    if isinstance(region, Path):
+        return str(region)
+    raise UsageError(
+        f"expected (left, top, width, height) or the path of a mask for `region`, got {type(region).__name__}"
+    )
+
+
 def parse_region(text: str) -> Region:
     """Read `x,y,w,h`, or a mask image's path; pixels neither black nor transparent in the mask may change.
 

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from mlperturb.labels import Request
-from mlperturb.photos.formats import FileFormat
+from mlperturb.photos.kinds import FileFormat
 
 _LONGEST = 230  # bytes of a photo's name that the names of its outputs keep; file systems allow 255
 

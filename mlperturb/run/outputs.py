@@ -14,6 +14,10 @@ from mlperturb.system.files import is_remote, list_names, reaching
 from mlperturb.system.journal import find_journal, remove_journal
 
 JOURNAL = "journal.jsonl"  # in the output folder
+DEFENCE = "jpeg-defence.json"  # of `jpeg-defend`
+CHARTS = ("jpeg-histogram.png", "jpeg-curve.png")  # beside DEFENCE
+FIGURES = "figures"  # the folder of `figures`, beside the first report
+_DRAWN = ("case-", "histogram-", "jpeg-")  # how the names of figures begin
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,30 @@ def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> fro
 def subfolders(names: Iterable[str]) -> set[str]:
     """Return the folders of outputs, relative to the output folder: empty or with a slash at the end."""
     return {"".join(name.rpartition("/")[:2]) for name in names} | {""}
+
+
+def is_own(path: Path) -> bool:
+    """Say whether mlperturb wrote a picture: `attack` by its ending, a chart or figure by the report beside it.
+
+    The files of `attack` are told by their endings alone, since a run that was stopped has no report yet. A picture
+    that merely has the name of a chart is a photo.
+    """
+    from mlperturb.photos.images import is_output  # NumPy and Pillow, which the help of a command does not need
+
+    folder = path.parent if is_remote(path) else path.absolute().parent
+    if path.name in CHARTS and _is_ours(folder / DEFENCE):
+        return True
+    if folder.name == FIGURES and path.name.startswith(_DRAWN):
+        return any(_is_ours(folder.parent / name) for name in ("report.json", DEFENCE))
+    return is_output(path)
+
+
+def _is_ours(report: Path) -> bool:
+    """Say whether a file begins as our JSON files do, with a schema of mlperturb."""
+    if not report.is_file():
+        return False
+    with report.open("rb") as stream:
+        return b'"schema": "mlperturb.' in stream.read(100)
 
 
 def identity(path: Path) -> tuple[int, int] | None:

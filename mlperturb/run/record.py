@@ -109,7 +109,7 @@ class Record:
 class Summary:
     """Counts of statuses and costs, and the RMSD of the successes, gathered from records one at a time.
 
-    Photos that were as asked already count in neither the success rate nor the RMSD.
+    Photos that were as asked already count in neither the success rate nor the means of RMSD and passes.
     """
 
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(get_args(Status), 0))
@@ -118,6 +118,7 @@ class Summary:
     readers: dict[str, int] = field(default_factory=dict)  # photos whose constraints all hold, by reader
     forward: int = 0
     backward: int = 0
+    spent: list[int] = field(default_factory=lambda: [0, 0])  # forward and backward passes for the attacked photos
 
     def add(self, record: Record) -> None:
         """Count a record."""
@@ -125,6 +126,9 @@ class Summary:
         self.errors += record.error is not None
         self.forward += int(record.cost["forward"])
         self.backward += int(record.cost["backward"])
+        if record.status not in ("unreadable", "unchanged"):
+            self.spent[0] += int(record.cost["forward"])
+            self.spent[1] += int(record.cost["backward"])
         for name, reader in (record.readers or {}).items():
             holds = record.status != "unchanged" and not reader["violated"]
             self.readers[name] = self.readers.get(name, 0) + holds
@@ -147,12 +151,18 @@ class Summary:
         return statistics.fmean(self.sizes) if self.sizes else None
 
     @property
+    def mean_passes(self) -> tuple[float, float] | None:
+        """The mean forward and backward passes of the attacked photos; None without such photos."""
+        return (self.spent[0] / self.attacked, self.spent[1] / self.attacked) if self.attacked else None
+
+    @property
     def exit_code(self) -> int:
         """0 if every image was processed, 1 if an image could not be read, classified or written."""
         return int(self.errors > 0)
 
     def to_dict(self, seconds: float) -> dict[str, Any]:
         """Return the `summary` of a report."""
+        passes = self.mean_passes
         return {
             "images": sum(self.counts.values()),
             **self.counts,
@@ -160,6 +170,7 @@ class Summary:
             "rmsd": {"mean": self.mean_rmsd, "median": statistics.median(self.sizes) if self.sizes else None},
             "forward": self.forward,
             "backward": self.backward,
+            "passes": None if passes is None else {"forward": passes[0], "backward": passes[1]},
             "seconds": round(seconds, 3),
             "readers": {name: count / self.attacked if self.attacked else None for name, count in self.readers.items()},
         }

@@ -128,6 +128,17 @@ def find_photo(
     return next((place for place in places if is_file_of(place, image["sha256"])), None)
 
 
+def readers_of(report: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of the readers of a report's run; before version 2 there was the float reader alone."""
+    return ("float",) if report["schema"] in EARLIER else tuple(report["settings"]["readers"])
+
+
+def is_unchanged(image: dict[str, Any]) -> bool:
+    """Say whether a photo was as asked already, so that no pixel was changed; version 1 calls it a success."""
+    untouched = image["distortion"] is not None and not image["distortion"]["rmsd"]
+    return image["status"] == "unchanged" or (untouched and not image["flip"])
+
+
 def thresholds_of(classifier: dict[str, Any]) -> dict[str, float]:
     """Return the thresholds by label of the classifier that a report describes."""
     return dict(zip(classifier["labels"], classifier["thresholds"], strict=True))

@@ -15,8 +15,9 @@ import torch
 from mlperturb.errors import ImageError
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Preprocess, Size
-from mlperturb.photos.formats import FileFormat, open_photo
+from mlperturb.photos.formats import open_photo
 from mlperturb.photos.images import Photo
+from mlperturb.photos.kinds import FileFormat
 from mlperturb.run.jobs import Job
 from mlperturb.run.record import NOT_FINITE, Failure, Record
 from mlperturb.run.search import Found, Searcher, fits

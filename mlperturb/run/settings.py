@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any
 
 from mlperturb.attacks.methods import DEFAULT_METHOD, find_method
 from mlperturb.errors import UsageError
 from mlperturb.labels import Request, parse_request
-from mlperturb.limits import MARGIN, Limits
+from mlperturb.limits import MARGIN, Limits, is_number
 from mlperturb.model.readers import DEFAULT_READERS, Reader, parse_readers
-from mlperturb.photos.formats import FileFormat, parse_format
 from mlperturb.photos.jpeg import load_jpeglib
+from mlperturb.photos.kinds import FileFormat, parse_format
 from mlperturb.photos.purify import Purification, parse_survival
 from mlperturb.photos.regions import Region, parse_region
 
@@ -81,6 +82,10 @@ class Settings:
     words: Words = field(default_factory=Words)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.limits, Limits):
+            raise UsageError(
+                f"expected `limits` such as Limits(passes=100, rmsd=2.0), got a {type(self.limits).__name__}"
+            )
         find_method(self.method).tuning(self.budget, **self.options)
         seen = 1 + len(self.survive[0])  # views of the attack: the photo, and each compressed photo
         passes, least = self.limits.passes, self.looks + len(self.readers) * seen + 4 * seen
@@ -88,8 +93,8 @@ class Settings:
             raise UsageError(
                 f"expected at least {least} `passes`, got {passes}: each reader and each compression needs its own"
             )
-        if not 0 <= self.margin < float("inf"):
-            raise UsageError(f"expected a `margin` of at least 0, got {self.margin}")
+        if not is_number(self.margin) or not 0 <= self.margin < float("inf"):
+            raise UsageError(f"expected a `margin` of at least 0, got {self.margin!r:.60}")
 
     def check_files(self, names: Iterable[str]) -> None:
         """Refuse settings with which JPEGs, if there are any among these names of files, cannot be made.
@@ -142,6 +147,17 @@ class Settings:
         }
 
 
+def check_seed(seed: object) -> int:
+    """Return a seed of random numbers.
+
+    Raises:
+        UsageError: if it is not a whole number from 0 to 2**32 - 1.
+    """
+    if not is_number(seed, Integral) or not 0 <= int(seed) < 2**32:  # type: ignore[call-overload]
+        raise UsageError(f"expected a whole number from 0 to 2**32 - 1 for `seed`, got {seed!r:.60}")
+    return int(seed)  # type: ignore[call-overload, no-any-return]
+
+
 def read_settings(
     words: Words,
     labels: Sequence[str],
@@ -180,7 +196,7 @@ def read_settings(
         method,
         budget,
         request,
-        limits or Limits(),
+        Limits() if limits is None else limits,
         batch_size,
         margin,
         survive=parse_survival(words.survive),

@@ -168,8 +168,12 @@ def _histogram(series: dict[str, list[float]], label: str, threshold: float) -> 
 
 
 def draw_jpeg_histogram(result: dict[str, Any]) -> Figure:
-    """Draw Figure 3 from `jpeg-defend`: the label flipped most often, on clean, attacked and defended photos."""
-    best = f"{result['best']['defence']}:{result['best']['quality']}"
+    """Draw Figure 3 from `jpeg-defend`: the label flipped most often, on clean, attacked and defended photos.
+
+    The defence is the best setting, or the last setting if none is best; the probabilities are the first reader's.
+    """
+    chosen = result["best"] or result["qualities"][-1]
+    best = f"{chosen['defence']}:{chosen['quality']}"
     images = [image for image in result["images"] if "probabilities" in image]
     thresholds = thresholds_of(result["classifier"])
     flips: Counter[str] = Counter()

@@ -41,11 +41,21 @@ def image_line(record: Record) -> Text:
     lost = [name for name, reader in (record.readers or {}).items() if reader["violated"]]
     if lost:
         line += f"; does not hold in {', '.join(lost)}"
-    if record.survival:
-        held = [name for name, one in record.survival.items() if not one["violated"]]
-        names = ", ".join(held) if len(held) <= 4 else f"{len(held)} compressions"
-        line += f"; holds after {names or 'none'} of {len(record.survival)} to survive"
-    return Text(line)
+    return Text(line + _survival(record.survival or {}))
+
+
+def _survival(survival: dict[str, dict[str, Any]]) -> str:
+    """Return the words on the compressions after which a file holds, and on those after which it does not."""
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    for name, one in survival.items():
+        parts[not one["violated"]].append(name)
+    words = {True: "holds after", False: "does not hold after"}
+    few = len(survival) <= 4
+    return "".join(
+        f"; {words[held]} {', '.join(names) if few else f'{len(names)} of {len(survival)} compressions'}"
+        for held, names in parts.items()
+        if names
+    )
 
 
 def image_table(record: Record) -> Table:
@@ -74,15 +84,27 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for status in ("success", "unchanged", "partial", "failed", "unreadable"):
         table.add_row(status, str(summary[status]))
     table.add_row("all", str(summary["images"]))
-    rmsd, photos = summary["rmsd"], max(summary["images"] - summary["unreadable"], 1)
+    rmsd, passes = summary["rmsd"], summary["passes"]
     if rmsd["mean"] is not None:
         table.add_row("RMSD mean, median", f"{rmsd['mean']:.3f}, {rmsd['median']:.3f}")
-    if len(set(summary["readers"].values())) > 1:
-        for name, share in summary["readers"].items():
-            table.add_row(f"hold in {name}", "-" if share is None else f"{share:.0%}")
-    table.add_row("passes a photo", f"{summary['forward'] / photos:.0f} + {summary['backward'] / photos:.0f}")
+    for name, share in _reader_shares(summary).items():
+        table.add_row(f"hold in {name}", share)
+    if passes is not None:
+        table.add_row("passes an attacked photo", f"{passes['forward']:.0f} + {passes['backward']:.0f}")
     table.add_row("seconds", f"{summary['seconds']:.1f}")
     return table
+
+
+def readers_line(summary: dict[str, Any]) -> Text | None:
+    """Return one line on the share of the attacked photos that holds in each reader; None for a single reader."""
+    shares = _reader_shares(summary)
+    return Text("hold in " + ", ".join(f"{name} {share}" for name, share in shares.items())) if shares else None
+
+
+def _reader_shares(summary: dict[str, Any]) -> dict[str, str]:
+    """Return the share of the attacked photos that holds in each reader; empty for a single reader or no such photo."""
+    shares: dict[str, float | None] = summary["readers"]
+    return {name: f"{share:.0%}" for name, share in shares.items() if share is not None and len(shares) > 1}
 
 
 def prediction_table(probabilities: dict[str, float], thresholds: dict[str, float]) -> Table:
@@ -99,16 +121,31 @@ def prediction_table(probabilities: dict[str, float], thresholds: dict[str, floa
 def defence_table(result: dict[str, Any]) -> Table:
     """Show the labels that each purification recovered and damaged; mark the best purification."""
     table = _table("defence", "recovered", "damaged", "restored", "clean damaged", "KB", "")
-    best = (result["best"]["defence"], result["best"]["quality"])
+    best = result["best"] and (result["best"]["defence"], result["best"]["quality"])
     for row in result["qualities"]:
         name = f"{row['defence']} {row['quality']}"
         shares = [_share(row[key]["labels"], row[key]["total"]) for key in ("recovered", "damaged")]
-        shares.append(_share(row["restored_images"], row.get("plain", row)["images"]))
+        shares.append(_share(row["restored_images"], row["flipped_images"]))
         shares.append(_share(row["clean_damaged"]["labels"], row["clean_damaged"]["total"]))
         size = "" if row["bytes"] is None else f"{row['bytes'] / 1000:.0f}"
-        mark = "best" if (row["defence"], row["quality"]) == best and row["score"] is not None else ""
-        table.add_row(name, *shares, size, mark)
+        table.add_row(name, *shares, size, "best" if (row["defence"], row["quality"]) == best else "")
     return table
+
+
+def best_line(result: dict[str, Any]) -> Text:
+    """Return one line on the best setting of `jpeg-defend`, or why there is none, and on the readers that decided."""
+    best, rows = result["best"], result["qualities"]
+    readers = "; decided in " + ", ".join(result["readers"]) if len(result["readers"]) > 1 else ""
+    if best:
+        equals = f"; equal: {', '.join(best['equals'])}" if best["equals"] else ""
+        text = f"best: {best['defence']} {best['quality']} ({best['score']:.3f}: {best['criterion']}{equals})"
+    elif not any(row["recovered"]["total"] for row in rows):
+        text = "best: none, no label was flipped"
+    elif not any(row["recovered"]["labels"] for row in rows):
+        text = "best: none, no flipped label came back"
+    else:
+        text = "best: none, no setting recovers more than it breaks"
+    return Text(text + readers)
 
 
 def adaptive_table(result: dict[str, Any]) -> Table:

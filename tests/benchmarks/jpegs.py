@@ -38,8 +38,8 @@ def make(arguments: argparse.Namespace) -> None:
     from mlperturb.model.readers import DEFAULT_READERS, parse_reader
     from mlperturb.model.views import read_logits
     from mlperturb.photos.datasets import read_voc
-    from mlperturb.photos.formats import parse_format
     from mlperturb.photos.images import read_photo
+    from mlperturb.photos.kinds import parse_format
     from mlperturb.run.jobs import plan_outputs
     from mlperturb.run.record import Record
     from mlperturb.run.runner import run_attack

@@ -236,7 +236,7 @@ def test_a_few_photos_get_a_table_each_and_many_a_summary(attack, photo, tmp_pat
     code, stdout, _, report = attack(tmp_path, "--flip", "cat", "--overwrite")
     assert code == 0
     assert report["summary"]["images"] == 5
-    assert "passes a photo" in stdout
+    assert "passes an attacked photo" in stdout
 
 
 # --- which labels
@@ -500,6 +500,46 @@ def test_labels_of_an_unknown_architecture_are_not_shown(cli, tiny, tmp_path):
 def test_the_labels_are_those_of_the_checkpoint(attack, photo):
     refused(attack(photo, "--flip", "person"), "unknown label 'person'", "cat")
     refused(attack(photo, "--flip", "cats", "--checkpoint", bundled_checkpoint()), "unknown label 'cats'", "cat")
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        (["--checkpoint", "w.pt", "--arch", "resnet18"], "got no --labels\n"),
+        (["--checkpoint", "w.pt", "--labels", "n.txt"], "got no --arch\n"),
+        (["--arch", "resnet18"], "got no --labels and no --checkpoint\n"),
+        (["--checkpoint", "w.safetensors", "--arch", "resnet18"], "got no --labels; a .safetensors checkpoint that"),
+    ],
+)
+def test_what_plain_weights_lack_is_named(cli, photo, options, missing):
+    code, _, err = cli("predict", photo, *options)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "expected --checkpoint, --arch and --labels together for plain weights, " + missing in err
+
+
+def test_a_folder_of_results_is_predicted_and_attacked_without_what_we_drew(attack, cli, photo, tiny, tmp_path):
+    out, run = tmp_path / "out", ("--checkpoint", tiny, "--device", "cpu")
+    assert attack(photo, "--flip", "cat")[0] == 0
+    code, text, err = cli("predict", out, *run, "--json")
+    assert [Path(image["source"]).name for image in json.loads(text)["images"]] == ["photo.adv.png"]
+    assert (code, err) == (
+        0, f"mlperturb: left out the file {out / 'photo.map.png'}: hidden, or written by mlperturb\n"
+    )  # fmt: skip
+    assert cli("jpeg-defend", out, "--quality", 50, "--device", "cpu")[0] == 0
+    assert cli("figures", out)[0] == 0
+    code, text, err = cli("predict", out, "-r", *run, "--json")
+    assert [Path(image["source"]).name for image in json.loads(text)["images"]] == ["photo.adv.png"]
+    assert err.startswith("mlperturb: left out 7 files, such as ")
+    code, text, _ = cli("predict", out / "photo.map.png", out / "jpeg-curve.png", *run, "--json")
+    assert (code, len(json.loads(text)["images"])) == (0, 2)  # a file that is named is never left out
+    again = ("--flip", "cat", "--recursive")
+    refused(attack(out, *again, out=tmp_path / "again"), "no photo found", "left out 8 files, such as")
+    photo.rename(out / "photo.png")
+    code, _, err, report = attack(out, *again, out=tmp_path / "again")
+    assert (code, len(report["images"])) == (0, 1)
+    first = out / "figures" / "case-photo.png"
+    assert err == f"mlperturb: left out 8 files, such as {first}: hidden, or written by mlperturb\n"
+    assert attack(out, *again, "--quiet", out=tmp_path / "quiet")[2] == ""
 
 
 def test_plain_weights_need_an_architecture_and_labels_that_fit(attack, photo, tiny, tmp_path):

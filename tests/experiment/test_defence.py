@@ -1,23 +1,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from support.models import TINY_LABELS, TINY_PIXELS
 
 from mlperturb.errors import UsageError
-from mlperturb.experiment.defence import SCHEMA, find_attacked, sweep
+from mlperturb.experiment.defence import SCHEMA, Attacked, Views, find_attacked, sweep
 from mlperturb.model.checkpoints import load_checkpoint
-from mlperturb.model.preprocess import to_tensor
+from mlperturb.model.readers import DEFAULT_READERS, parse_readers
+from mlperturb.model.views import read_logits
 from mlperturb.photos.images import read_photo
 from mlperturb.photos.purify import parse_purifications
 from mlperturb.run.report import read_report
+from mlperturb.show.tables import best_line, defence_table
 
 QUALITIES = ("jpeg:20", "jpeg:95", "median:3")
+READERS = parse_readers(DEFAULT_READERS)
 
 
 @pytest.fixture
@@ -35,38 +40,189 @@ def attacked(cli, tiny, tmp_path) -> Path:
 
 
 def decide(classifier, rgb) -> np.ndarray:
-    with torch.no_grad():
-        return (classifier([to_tensor(rgb, classifier.device)])[0] >= classifier.boundary).numpy()
+    """Return the decisions in every reader, (R, L)."""
+    rows = [read_logits(classifier, rgb, reader)[0] >= classifier.boundary for reader in READERS]
+    return torch.stack(rows).numpy()
 
 
 def test_counts_are_those_of_predicting_each_picture_by_itself(attacked, tiny):
     classifier, _ = load_checkpoint(tiny, device="cpu")
     purifications = parse_purifications(QUALITIES)
-    result = sweep(classifier, find_attacked(*read_report(attacked)), purifications)
+    result = sweep(classifier, find_attacked(*read_report(attacked)), purifications, READERS)
     assert result["schema"] == SCHEMA
-    truth = {}
+    assert result["readers"] == [reader.name for reader in READERS]
+    cat = np.array([label == "cat" for label in TINY_LABELS])
     for row, purification in zip(result["qualities"], purifications, strict=True):
-        recovered = damaged = restored = broken = total = kept = 0
+        counts = np.zeros((len(READERS) + 1, 8), dtype=int)
         for image in read_report(attacked)[0]["images"]:
             clean = np.array(Image.open(image["source"]))
             png = np.array(Image.open(attacked / image["files"]["adversarial"]))
-            before, flipped = decide(classifier, clean), decide(classifier, png)
-            after, control = (decide(classifier, purification.apply(rgb)[0]) for rgb in (png, clean))
-            truth[image["source"]] = before
-            cat = np.array([label == "cat" for label in TINY_LABELS])
-            gone, held = cat & (flipped != before), ~cat & (flipped == before)
-            recovered, total = recovered + int((gone & (after == before)).sum()), total + int(gone.sum())
-            damaged, kept = damaged + int((held & (after != before)).sum()), kept + int(held.sum())
-            restored += bool(gone.any() and (after == before).all())
-            broken += int((control != before).sum())
-        assert row["images"] == 3
-        assert total == 3
-        assert row["recovered"] == {"labels": recovered, "total": total}
-        assert row["damaged"] == {"labels": damaged, "total": kept}
-        assert row["restored_images"] == restored
-        assert row["clean_damaged"] == {"labels": broken, "total": 12}
+            views = [decide(classifier, rgb) for rgb in (clean, png)]
+            truth = views[0][0]
+            views += [decide(classifier, purification.apply(rgb)[0]) for rgb in (png, clean)]
+            for number, rows in enumerate([slice(None), *(slice(one, one + 1) for one in range(len(READERS)))]):
+                before, _, back, control = ((view[rows] == truth).all(0) for view in views)
+                gone, stays = ((view[rows] != truth).all(0) for view in views[1:3])
+                kept = ~cat & (views[1][rows] == truth).all(0)
+                counts[number] += [
+                    (cat & gone & back).sum(), (cat & gone).sum(), (kept & ~back).sum(), kept.sum(),
+                    (cat & gone).any() and back.all(), (~control & before).sum(), before.sum(),
+                    (np.where(cat, stays, back)).all(),
+                ]  # fmt: skip
+        assert row["images"] == row["flipped_images"] == 3
+        for one, part in zip(counts.tolist(), [row, *row["readers"].values()], strict=True):
+            assert part["recovered"] == {"labels": one[0], "total": one[1]}
+            assert part["damaged"] == {"labels": one[2], "total": one[3]}
+            assert part["restored_images"] == one[4]
+            assert part["clean_damaged"] == {"labels": one[5], "total": one[6]}
+            assert (part["successes"] if "successes" in part else part["plain"]["successes"]) == one[7]
+        assert list(row["readers"]) == result["readers"]
         assert (row["bytes"] is None) == (row["defence"] == "median")
     assert any(row["recovered"]["labels"] for row in result["qualities"])
+
+
+@pytest.fixture
+def seen(monkeypatch, tiny):
+    """Return a function that sweeps views whose logits are given, of two labels and two readers, A the first."""
+    classifier, _ = load_checkpoint(tiny, device="cpu")
+    classifier.labels, classifier.boundary = ("a", "b"), torch.zeros(2)
+
+    def run(*photos: tuple[list[list[int]], list[list[int]]]):
+        """Sweep photos that have both labels, each given by the logits of its PNG and of the purified PNG."""
+        tensors = [[torch.tensor(logits).float() for logits in photo] for photo in photos]
+        asked = torch.tensor([True, False]), torch.tensor([False, True])
+        views = iter(
+            [Views(torch.ones(2).bool(), asked, png, torch.ones(2, 2), [after], [torch.ones(2, 2)], [9, 9])
+             for png, after in tensors]
+        )  # fmt: skip
+        monkeypatch.setattr("mlperturb.experiment.defence._look", lambda *_: next(views))
+        photo = Attacked(Path("a.adv.png"), Path("a.png"), ("a",), ("b",))
+        return sweep(classifier, [photo] * len(photos), parse_purifications(["jpeg:50"]), READERS[:2])
+
+    return run
+
+
+FLIPPED = [[-1, 1], [-1, 1]]
+
+
+def test_a_label_is_back_or_kept_only_in_every_reader(seen):
+    row = seen((FLIPPED, [[1, 1], [-1, 1]]))["qualities"][0]
+    assert (row["recovered"], row["restored_images"]) == ({"labels": 0, "total": 1}, 0)
+    assert row["plain"]["successes"] == 0  # it does not hold in the first reader
+    assert [one["recovered"]["labels"] for one in row["readers"].values()] == [1, 0]
+    assert [one["successes"] for one in row["readers"].values()] == [0, 1]
+    row = seen((FLIPPED, [[1, 1], [1, -1]]))["qualities"][0]
+    assert (row["recovered"], row["restored_images"]) == ({"labels": 1, "total": 1}, 0)
+    assert row["damaged"] == {"labels": 1, "total": 1}
+    assert [one["damaged"]["labels"] for one in row["readers"].values()] == [0, 1]
+    row = seen(([[-1, 1], [1, -1]], [[1, 1], [1, 1]]))["qualities"][0]  # in one reader nothing flipped, b was lost
+    assert row["recovered"] == row["damaged"] == {"labels": 0, "total": 0}
+    assert (row["flipped_images"], row["restored_images"]) == (0, 0)
+
+
+def test_restored_is_a_share_of_the_photos_on_which_a_label_was_flipped(seen):
+    result = seen((FLIPPED, [[1, 1], [1, 1]]), ([[1, 1], [1, 1]], [[1, 1], [1, 1]]))
+    row = result["qualities"][0]
+    assert (row["images"], row["flipped_images"], row["restored_images"]) == (2, 1, 1)
+    result["qualities"][0]["bytes"] = None
+    console = Console(record=True, width=100)
+    console.print(defence_table(result))
+    assert console.export_text().splitlines()[1].split()[2:8] == ["1/1", "100%", "0/2", "0%", "1/1", "100%"]
+
+
+@pytest.mark.parametrize(
+    ("after", "line"),
+    [
+        ([[1, 1], [1, 1]], "best: jpeg 50 (1.000: "),
+        (FLIPPED, "best: none, no flipped label came back; decided in float, pillow"),
+        ([[1, 1], [-1, 1]], "best: none, no flipped label came back"),
+    ],
+)
+def test_no_setting_is_best_if_nothing_came_back(seen, after, line):
+    assert best_line(seen((FLIPPED, after))).plain.startswith(line)
+
+
+def test_without_a_flipped_label_nothing_can_come_back(seen):
+    result = seen(([[1, 1], [1, 1]], [[1, 1], [1, 1]]))
+    assert (result["best"], result["qualities"][0]["score"]) == (None, None)
+    assert best_line(result).plain.startswith("best: none, no label was flipped")
+
+
+def test_a_defence_that_does_nothing_is_not_best_and_is_drawn_all_the_same(cli, attacked):
+    code, text, err = cli("jpeg-defend", attacked, "--defence", "bits:8", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert "best: none, no flipped label came back; decided in float, pillow, torchvision" in text
+    assert json.loads((attacked / "jpeg-defence.json").read_text())["best"] is None
+    assert cli("figures", attacked, "--kind", "jpeg")[0] == 0
+
+
+def defended(cli, *arguments: object) -> dict:
+    code, text, err = cli("jpeg-defend", *arguments, "--quality", 50, "--json", "--device", "cpu", "--overwrite")
+    assert code == 0, err
+    return json.loads(text)
+
+
+def to_version_1(folder: Path) -> None:
+    """Rewrite a report as version 1 had it: no readers, and photos that were as asked already as successes."""
+    path = folder / "report.json"
+    report = json.loads(path.read_text())
+    report["schema"] = "mlperturb.report/1"
+    del report["settings"]["readers"], report["summary"]["readers"], report["summary"]["unchanged"]
+    for image in report["images"]:
+        del image["readers"]
+        image["status"] = "success" if image["status"] == "unchanged" else image["status"]
+    path.write_text(json.dumps(report))
+
+
+def test_the_readers_are_those_of_the_report_or_those_named(cli, attacked, tmp_path):
+    assert defended(cli, attacked)["readers"] == ["float", "pillow", "torchvision"]
+    named = defended(cli, attacked, "--reader", "pillow:bicubic", "--reader", "float")
+    assert named["readers"] == list(named["qualities"][0]["readers"]) == ["pillow:bicubic", "float"]
+    assert list(named["images"][0]["readers"]) == ["pillow:bicubic", "float"]
+    assert named["images"][0]["probabilities"] == named["images"][0]["readers"]["pillow:bicubic"]
+    earlier = tmp_path / "earlier"
+    shutil.copytree(attacked, earlier)
+    to_version_1(earlier)
+    assert defended(cli, earlier)["readers"] == ["float"]
+    code, _, err = cli("jpeg-defend", attacked, earlier, "--device", "cpu", "--overwrite")
+    assert code == 2
+    assert "expected reports on the same readers, got float in" in err
+    assert "give --reader" in err
+    assert defended(cli, attacked, earlier, "--reader", "float")["qualities"][0]["images"] == 6
+    code, _, err = cli("jpeg-defend", attacked, "--reader", "skimage", "--device", "cpu")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "unknown reader 'skimage'" in err
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_photos_that_were_as_asked_already_are_left_out(cli, tiny, tmp_path, version):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    Image.fromarray(TINY_PIXELS).save(photos / "cat.png")
+    Image.fromarray(255 - TINY_PIXELS).save(photos / "other.png")
+    start = ("attack", photos, "--remove", "cat", "--keep", "rest", "--budget", "fast", "--checkpoint", tiny)
+    assert cli(*start, "--out", out, "--device", "cpu")[0] == 0
+    statuses = {Path(image["source"]).stem: image["status"] for image in read_report(out)[0]["images"]}
+    assert statuses == {"cat": "success", "other": "unchanged"}
+    if version == 1:
+        to_version_1(out)
+    code, text, err = cli("jpeg-defend", out, "--quality", 50, "--json", "--device", "cpu")
+    assert (code, err) == (
+        0,
+        "mlperturb: 1 of 2 photos were as asked already and were not attacked: they are left out\n",
+    )
+    result = json.loads(text)
+    row = result["qualities"][0]
+    assert [Path(image["source"]).stem for image in result["images"]] == ["cat"]
+    assert (row["images"], row["clean_images"]) == (1, 1)
+    assert (row["recovered"]["total"], row["damaged"]["total"], row["clean_damaged"]["total"]) == (1, 3, 4)
+    (photos / "cat.png").unlink()
+    assert cli(*start, "--out", tmp_path / "none", "--device", "cpu")[0] == 0
+    if version == 1:
+        to_version_1(tmp_path / "none")
+    code, _, err = cli("jpeg-defend", tmp_path / "none", "--device", "cpu")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "every photo was as asked already" in err
 
 
 def test_jpeg_defend_writes_its_table_and_figure_3(cli, attacked):

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image, ImageCms, features
 
 from mlperturb.errors import ImageError, OutputError, UsageError
-from mlperturb.photos.formats import is_adversarial, parse_format, read_pixels, strip_ending, write_pixels
+from mlperturb.photos.formats import read_pixels, write_pixels
 from mlperturb.photos.images import Beside, find_photos, is_output, read_photo
+from mlperturb.photos.kinds import is_adversarial, parse_format, strip_ending
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5

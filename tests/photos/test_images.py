@@ -4,6 +4,7 @@ import hashlib
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from mlperturb.errors import ImageError, OutputError, UsageError
 from mlperturb.photos.formats import read_pixels, write_pixels
-from mlperturb.photos.images import MAX_PIXELS, find_photos, is_output, magnify, read_photo
+from mlperturb.photos.images import MAX_PIXELS, describe_left_out, find_photos, is_output, magnify, read_photo
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -258,6 +259,19 @@ def test_files_are_taken_as_named_and_once(folder):
     assert find_photos(named) == [folder / "notes.txt", folder / "b.PNG", folder / "a.jpg", folder / "a.adv.png"]
 
 
+def test_what_is_left_out_of_a_folder_is_told(folder):
+    left_out: list[Path] = []
+    found = find_photos(
+        [folder, folder / "a.adv.png"], own=lambda path: path.name in ("a.jpg", "a.adv.png"), left_out=left_out
+    )
+    assert found == [folder / "a.MAP.png", folder / "b.PNG", folder / "a.adv.png"]
+    assert left_out == [folder / ".hidden.png", folder / "a.adv.png", folder / "a.jpg"]
+    assert describe_left_out(left_out) == (
+        f"left out 3 files, such as {folder / '.hidden.png'}: hidden, or written by mlperturb"
+    )
+    assert describe_left_out(left_out[2:]).startswith(f"left out the file {folder / 'a.jpg'}: ")
+
+
 def test_a_missing_path_is_a_usage_error_even_beside_good_ones(folder):
     with pytest.raises(UsageError, match=r"no such file or folder: .*none"):
         find_photos([folder, folder / "none"])
@@ -272,15 +286,15 @@ def test_nothing_found_names_the_folder_and_the_way_out(tmp_path, save_photo):
     save_photo("sub/a.adv.png")
     with pytest.raises(UsageError, match=rf"no photo found in {tmp_path}: .*\.jpg.*add -r"):
         find_photos([tmp_path])
-    with pytest.raises(UsageError, match=r"no photo found in [^(]*$"):
+    with pytest.raises(UsageError, match=r"no photo found in [^(]*\.webp; left out the file .*a\.adv\.png: [^(]*$"):
         find_photos([tmp_path], recursive=True)
     with pytest.raises(UsageError, match="no photo found in the paths given"):
         find_photos([])
 
 
 def test_our_outputs_are_told_by_their_names(tmp_path):
-    names = ["a.adv.png", "A.ADV.PNG", "a.map.png", ".a.png", "a.png", "adv.png", "a.adv.gif"]
-    assert [is_output(tmp_path / name) for name in names] == [True] * 4 + [False] * 3
+    names = ["a.adv.png", "A.ADV.PNG", "a.map.png", "a.png", "adv.png", "a.adv.gif"]
+    assert [is_output(tmp_path / name) for name in names] == [True] * 3 + [False] * 3
 
 
 def test_a_png_that_cannot_be_written_is_an_output_error_and_leaves_nothing(tmp_path):

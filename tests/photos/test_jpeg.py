@@ -8,9 +8,10 @@ import pytest
 from PIL import Image, ImageCms
 
 from mlperturb.errors import ImageError, UsageError
-from mlperturb.photos.formats import FileFormat, decode_elsewhere, open_photo, write_jpeg
+from mlperturb.photos.formats import decode_elsewhere, open_photo, write_jpeg
 from mlperturb.photos.images import read_photo
 from mlperturb.photos.jpeg import Jpeg, read_jpeg
+from mlperturb.photos.kinds import FileFormat
 
 pytest.importorskip("jpeglib")
 

@@ -81,3 +81,16 @@ NO_SURVIVAL = ["jpeg", "jpeg:90-60", "jpeg:0", "jpeg:101", "jpeg:60-", "webp:101
 def test_what_cannot_be_survived_is_refused(value):
     with pytest.raises(UsageError, match="`survive`"):
         parse_survival([value])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("jpeg:95-60", "expected the lower setting first for `survive`, jpeg:60-95, got 'jpeg:95-60'"),
+        ("95-60", "expected `survive` KIND:SETTING or KIND:LOW-HIGH of jpeg, webp, median, bits, resize, got '95-60'"),
+    ],
+)
+def test_a_range_has_the_lower_setting_first_and_a_kind(value, message):
+    with pytest.raises(UsageError) as told:
+        parse_survival([value])
+    assert str(told.value) == message

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.text import Text
 from support.models import TINY_LABELS, TINY_PIXELS
 
 from mlperturb.attacks.goals import ClassificationGoal
@@ -27,7 +28,7 @@ from mlperturb.run.jobs import plan_outputs
 from mlperturb.run.record import Record, Status, Summary
 from mlperturb.run.search import Found, search
 from mlperturb.run.settings import Settings
-from mlperturb.show.tables import image_line, summary_table
+from mlperturb.show.tables import image_line, readers_line, summary_table
 from mlperturb.targets import Targets
 
 LABELS = ("cat", "dog", "cow")
@@ -143,6 +144,65 @@ def test_a_summary_says_the_share_that_holds_in_each_reader_without_unchanged_ph
     assert ["unchanged", "1"] in lines
     assert ["hold", "in", "float", "67%"] in lines
     assert ["hold", "in", "pillow", "33%"] in lines
+    assert readers_line(summary.to_dict(1.0)).plain == "hold in float 67%, pillow 33%"
+
+
+def test_a_summary_names_every_reader_also_where_all_hold_but_no_single_reader():
+    def texts(*names: str, status: Status = "success") -> tuple[str, Text | None]:
+        summary = Summary()
+        summary.add(to_record("a", dict.fromkeys(names, True), status))
+        console = Console(width=80, file=io.StringIO(), record=True)
+        console.print(summary_table(summary.to_dict(1.0)))
+        return console.export_text(), readers_line(summary.to_dict(1.0))
+
+    table, line = texts("float", "pillow")
+    assert [row.split() for row in table.splitlines() if "hold in" in row] == [
+        ["hold", "in", "float", "100%"],
+        ["hold", "in", "pillow", "100%"],
+    ]
+    assert line.plain == "hold in float 100%, pillow 100%"
+    for table, line in (texts("float"), texts("float", "pillow", status="unchanged")):
+        assert "hold in" not in table
+        assert line is None
+
+
+def test_the_mean_passes_are_those_of_attacked_photos():
+    summary = Summary()
+    for status, forward, backward in (("success", 60, 40), ("partial", 30, 20), ("unchanged", 6, 0)):
+        record = to_record("a", {"float": True}, status)
+        summary.add(replace(record, cost={"forward": forward, "backward": backward, "seconds": 1.0}))
+    summary.add(Record(source="e"))
+    values = summary.to_dict(1.0)
+    assert (values["forward"], values["backward"]) == (96, 60)
+    assert values["passes"] == {"forward": 45, "backward": 30}
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(summary_table(values))
+    assert "passes an attacked photo  45 + 30" in console.export_text()
+    nothing = Summary()
+    nothing.add(to_record("a", {"float": True}, "unchanged"))
+    assert nothing.to_dict(1.0)["passes"] is None
+
+
+@pytest.mark.parametrize(
+    ("survived", "words"),
+    [
+        ({"jpeg:75": True}, "; holds after jpeg:75"),
+        ({"jpeg:75": False}, "; does not hold after jpeg:75"),
+        (
+            {"jpeg:75": True, "bits:5": False, "jpeg:90": True},
+            "; holds after jpeg:75, jpeg:90; does not hold after bits:5",
+        ),
+        ({f"jpeg:{n}": True for n in range(60, 70)}, "; holds after 10 of 10 compressions"),
+        (
+            {f"jpeg:{n}": n > 62 for n in range(60, 70)},
+            "; holds after 7 of 10 compressions; does not hold after 3 of 10 compressions",
+        ),
+    ],
+)
+def test_the_line_on_a_file_names_the_compressions_after_which_it_holds(survived, words):
+    record = to_record("a.png", {"float": True}, "success")
+    survival = {name: {"violated": [] if held else ["cat"]} for name, held in survived.items()}
+    assert image_line(replace(record, survival=survival)).plain == "a.png: success" + words
 
 
 def test_a_file_made_for_floats_alone_is_judged_in_all_readers_by_their_real_code(tiny, tmp_path):

@@ -129,3 +129,16 @@ def test_a_folder_of_jpeg_defend_alone_is_drawn(cli, report, tmp_path):
     code, _, err = cli("figures", tmp_path / "jd", "--overwrite")
     assert code == 2
     assert err.count("\n") == 1
+
+
+def test_a_photo_that_was_as_asked_has_no_case_study(cli, tiny, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.fromarray(TINY_PIXELS).save(photos / "cat.png")
+    Image.fromarray(255 - TINY_PIXELS).save(photos / "other.png")
+    start = ("attack", photos, "--remove", "cat", "--budget", "fast", "--checkpoint", tiny, "--device", "cpu")
+    assert cli(*start, "--out", tmp_path / "out")[0] == 0
+    statuses = [image["status"] for image in json.loads((tmp_path / "out" / "report.json").read_text())["images"]]
+    assert statuses == ["success", "unchanged"]
+    assert cli("figures", tmp_path / "out", "--kind", "case")[0] == 0
+    assert [path.name for path in (tmp_path / "out" / "figures").iterdir()] == ["case-cat.png"]

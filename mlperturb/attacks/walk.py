@@ -1,0 +1,55 @@
+"""The state of the loop of ML-DDN, see `mlperturb.attacks.ddn`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mlperturb.attacks.problem import Problem, norms
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The state of the loop, for each of n images with J constraints.
+
+    Attributes:
+        latent: r before any rounding, in the lattice's coordinates, (n, 3, H', W').
+        radius: ||r||_2 as step 5 set it, before the clip of step 6, (n,); 0 at the clean photo.
+        multipliers: mu, (n, J), or (n, 1) before the first forward pass.
+        allowed: K, the iterations that the image can afford, (n,).
+        begun: passes spent before the first iteration, (n,), on the CPU.
+        done: whether the clean photo meets the goal, so that the image leaves the batch, (n,).
+        least: the least ||r||_2 with which an iterate met the goal, in the views not computed as expected, (n,);
+            infinite before.
+        restarted: whether the image has restarted (step 8), (n,).
+        fresh: whether this is the first iteration, from clean photos; one value for all images.
+    """
+
+    latent: Tensor
+    radius: Tensor
+    multipliers: Tensor
+    allowed: Tensor
+    begun: Tensor
+    done: Tensor
+    least: Tensor
+    restarted: Tensor
+    fresh: bool
+
+    @classmethod
+    def begin(cls, problem: Problem, start: Tensor | None, iterations: int) -> Walk:
+        """Step 1: r = 0 (or `start`), every multiplier 1."""
+        latent = problem.lattice.zeros(problem.images)
+        if start is not None:
+            latent = problem.lattice.clip(start, problem.images, *problem.pixel_range)
+        radius = norms(latent)
+        no, never = torch.zeros_like(radius, dtype=torch.bool), torch.full_like(radius, torch.inf)
+        ones = torch.ones_like(radius).unsqueeze(1)
+        left = problem.iterations_left(iterations)
+        return cls(latent, radius, ones, left, problem.spent, no, never, no, start is None)
+
+    def select(self, rows: Tensor) -> Walk:
+        """Return the state of some images."""
+        names = ("latent", "radius", "multipliers", "allowed", "done", "least", "restarted")
+        return replace(self, begun=self.begun[rows.cpu()], **{name: getattr(self, name)[rows] for name in names})
