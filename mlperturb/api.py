@@ -22,7 +22,8 @@ from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.readers import parse_reader
 from mlperturb.model.views import read_logits
-from mlperturb.photos.images import Photo, Pixels, convert_image, read_photo
+from mlperturb.photos.formats import to_image
+from mlperturb.photos.images import Photo, Pixels, convert_photo, read_photo
 from mlperturb.photos.regions import name_region
 from mlperturb.run.record import Status
 from mlperturb.run.search import Found, Searcher
@@ -44,7 +45,7 @@ class Result:
 
     Attributes:
         images: the adversarial images, in the form of the input: a batch (N, 3, H, W), or a list of tensors, arrays
-            or PIL images (PIL images for paths too). Floats are multiples of 1/255.
+            or PIL images (PIL images for paths too, with the colour profile). Floats are multiples of 1/255.
         success: whether every constraint holds on these 8-bit pixels, in every reader and after the compressions,
             boolean, (N,).
         readers: for each reader's name, whether every constraint holds in this reader, boolean, (N,).
@@ -330,10 +331,10 @@ def _open(images: Images) -> list[tuple[Photo, Restore]]:
 def _open_image(image: ImageLike) -> tuple[Photo, Restore]:
     if isinstance(image, str | Path):
         photo = read_photo(Path(image))
-        return photo, lambda pixels: _to_pil(pixels, photo.alpha)
+        return photo, lambda pixels: _to_pil(pixels, photo)
     if isinstance(image, Image.Image):
-        rgb, alpha = convert_image(image)
-        return _photo(rgb, alpha), lambda pixels: _to_pil(pixels, alpha)
+        photo = convert_photo(image, sha256(image.tobytes()).hexdigest())
+        return photo, lambda pixels: _to_pil(pixels, photo)
     if isinstance(image, Tensor):
         return _open_tensor(image)
     if isinstance(image, np.ndarray):
@@ -383,12 +384,15 @@ def _to_pixels(values: npt.NDArray[np.generic]) -> Pixels:
     return np.ascontiguousarray((values.astype(np.float64) * 255).round(), dtype=np.uint8)
 
 
-def _to_pil(pixels: Pixels, alpha: Pixels | None) -> Image.Image:
-    return Image.fromarray(pixels if alpha is None else np.dstack([pixels, alpha]))
+def _to_pil(pixels: Pixels, photo: Photo) -> Image.Image:
+    image = to_image(pixels, photo.alpha, grey=photo.grey)
+    if photo.beside.profile is not None:
+        image.info["icc_profile"] = photo.beside.profile  # `Image.save` writes it
+    return image
 
 
-def _photo(rgb: Pixels, alpha: Pixels | None = None) -> Photo:
-    return Photo(rgb, alpha, sha256(rgb.tobytes()).hexdigest())
+def _photo(rgb: Pixels) -> Photo:
+    return Photo(rgb, None, sha256(rgb.tobytes()).hexdigest())
 
 
 def _form(value: object) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.goals import ClassificationGoal
-from mlperturb.attacks.lattice import lattice_scale, to_lattice
+from mlperturb.attacks.lattice import lattice_scale
 from mlperturb.attacks.panel import LATE, Panel, verify, verify_waiting
 from mlperturb.attacks.problem import Problem, each_view, norms, spread
 from mlperturb.attacks.walk import Walk
@@ -27,7 +27,7 @@ Rounding = Literal["inside", "after"]
 # The constants of the rules below. Those of steps 3 to 7, and `Pace`, were measured at half and at twice their value
 # (`tests/benchmarks/constants.py`, docs/experiments.md); those of step 8 were chosen on a few photos of Extreme.
 _OVERSHOOT = 1.3  # step 3: factor on the linearised distance, because logits curve away from their linearisation
-_LEAST = 0.55 / 255  # step 5: the least max|r|, a little over half a grey level, below which r rounds to 0
+_LEAST = 0.55 / 255  # step 5: the least max|r|, a little over half a step of the lattice, below which r rounds to 0
 _RISE, _FALL = 0.4, -0.1  # step 7: change of log mu_j while v_j > 0, and while v_j <= 0; times `decay`
 _SMALLEST = 1e-3  # step 7: the least multiplier; the largest multiplier of an image is 1
 _RESTART_AFTER = 4  # step 8: an image that has not met its goal by iteration K / 4 restarts
@@ -146,7 +146,7 @@ def descend(
         met = best.update(problem, seen.images, seen.logits, seen.computed)
         walk = replace(walk, least=torch.where(met & (walk.radius > 0), walk.least.minimum(walk.radius), walk.least))
         losses = (seen.weights * functional.softplus(seen.violations, beta=pace.sharpness)).sum(1)
-        gradient = problem.gradient(losses, seen.leaf, seen.rows)
+        gradient = problem.lattice.pull(problem.gradient(losses, seen.leaf, seen.rows), seen.images)
         seen = replace(seen, violations=seen.violations.detach())
         gradient_norm = norms(gradient).clamp(min=_TINY)
         distance = _linearised_loss(walk, seen, pace) / gradient_norm
@@ -154,12 +154,13 @@ def descend(
         radius = _radius(problem, walk, met, distance, decay, pace)  # step 5
         latent = latent * spread(radius / norms(latent).clamp(min=_TINY))
         if lattice and walk.fresh:  # step 3
-            latent, radius = _stretch(latent, radius, lattice_scale(latent, gradient, distance * gradient_norm))
+            scale = lattice_scale(problem.lattice, latent, gradient, distance * gradient_norm)
+            latent, radius = _stretch(latent, radius, scale)
         if lattice:
-            latent, radius = _stretch(latent, radius, _lift(latent, met))
+            latent, radius = _stretch(latent, radius, _lift(problem, latent, met))
         walk = replace(
             walk,
-            latent=problem.clip(problem.images + latent) - problem.images,  # step 6
+            latent=problem.lattice.clip(latent, problem.images, *problem.pixel_range),  # step 6
             radius=radius,
             multipliers=_multipliers(walk, seen, decay),  # step 7
             done=met & (walk.radius == 0),
@@ -264,8 +265,7 @@ def _look(
         images, leaf, rows = problem.images, opening.images, opening.rows
         logits = opening.logits[rows]
     else:
-        images = problem.images + walk.latent
-        leaf = images = (to_lattice(images) if lattice and not walk.fresh else images).requires_grad_()
+        leaf = images = _perturbed(problem, walk, lattice=lattice).requires_grad_()
         logits = problem.logits(images) if view is None else problem.look(images, view)
     violations = problem.goal.violations(logits)
     present = violations.isfinite()
@@ -281,6 +281,13 @@ def _look(
     counted = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))
     weights = torch.where(walk.restarted.unsqueeze(1), counted & present, walk.multipliers * present)
     return _Seen(images.detach(), leaf, rows, known, computed, violations, present, weights)
+
+
+def _perturbed(problem: Problem, walk: Walk, *, lattice: bool) -> Tensor:
+    """Return the photos in the first iteration, then x + r, or its point on the lattice, (n, 3, H, W)."""
+    if walk.fresh:
+        return problem.images.clone()
+    return problem.lattice.points(problem.images, walk.latent) if lattice else problem.images + walk.latent
 
 
 def _progress(problem: Problem, walk: Walk, share: float) -> Tensor:
@@ -326,9 +333,9 @@ def _radius(problem: Problem, walk: Walk, met: Tensor, distance: Tensor, decay: 
     return radius if problem.cap is None else radius.minimum(problem.cap)
 
 
-def _lift(latent: Tensor, met: Tensor) -> Tensor:
+def _lift(problem: Problem, latent: Tensor, met: Tensor) -> Tensor:
     """Step 5, on the lattice: the scale >= 1 with which round(r) is not 0; 1 where the goal is met; (n,)."""
-    largest = latent.flatten(1).abs().amax(1).clamp(min=_TINY)
+    largest = problem.lattice.largest(latent).clamp(min=_TINY)
     return torch.where(met, 1.0, _LEAST / largest).clamp(min=1.0)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.goals import Goal
+from mlperturb.attacks.lattice import PIXELS, Lattice
 from mlperturb.errors import UsageError
 from mlperturb.model.protocol import Model, Viewed, narrow
 from mlperturb.targets import Targets
@@ -122,6 +123,9 @@ class Problem:
         cap: the largest ||x* - x||_2 allowed, in [0, 1] units, (n,); None for no cap.
         bound: the largest ||x* - x||_infinity allowed, in [0, 1] units; None for no bound.
         region: the pixels that may change, 1 or 0, (n, 1, H, W); None for all. Gradients vanish outside it.
+        grey: which images have a single channel of colour, boolean, (n,); None for none. Their three channels are
+            equal and stay so: gradients are averaged over the channels.
+        lattice: the points that the files can hold.
         meter: the passes spent, shared by all parts of the batch; by default a new meter.
         rows: the places of the images in the whole batch, as the meter counts them, (n,), on the CPU; by default all.
         clean: the logits of the clean photos in each of V views, (n, V, L), if they are known, see `observe`.
@@ -138,6 +142,8 @@ class Problem:
     cap: Tensor | None = None
     bound: float | None = None
     region: Tensor | None = None
+    grey: Tensor | None = None
+    lattice: Lattice = PIXELS
     meter: Meter = field(default_factory=lambda: Meter.of(0))
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     clean: Tensor | None = None
@@ -188,6 +194,8 @@ class Problem:
             goal=self.goal.select(rows),
             cap=None if self.cap is None else self.cap[rows],
             region=None if self.region is None else self.region[rows],
+            grey=None if self.grey is None else self.grey[rows],
+            lattice=self.lattice.select(rows),
             rows=self.rows[rows.cpu()],
             clean=None if self.clean is None else self.clean[rows],
             opening=None if self.opening is None else self.opening.select(rows),
@@ -248,12 +256,14 @@ class Problem:
         full = packed.new_zeros(outputs.shape[1], *images.shape)
         rows = torch.arange(len(images), device=images.device).expand(slots, -1)
         full[order.T, rows] = packed * present.gather(1, order).T.view(slots, -1, 1, 1, 1)
-        jacobian = full.transpose(0, 1)
-        return jacobian if self.region is None else jacobian * self.region.unsqueeze(1)
+        return self.within_region(full.transpose(0, 1))
 
     def within_region(self, values: Tensor) -> Tensor:
-        """Return gradients or perturbations, (n, 3, H, W), set to 0 outside the region."""
-        return values if self.region is None else values * self.region
+        """Return gradients or perturbations, (n, ..., 3, H, W), set to 0 outside the region, and grey where asked."""
+        between = (1,) * (values.dim() - 4)
+        if self.grey is not None:
+            values = torch.where(self.grey.view(-1, 1, 1, 1, *between), values.mean(-3, keepdim=True), values)
+        return values if self.region is None else values * self.region.view(-1, *between, *self.region.shape[1:])
 
     @cached_property
     def pixel_range(self) -> tuple[Tensor, Tensor]:

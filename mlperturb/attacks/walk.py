@@ -15,7 +15,7 @@ class Walk:
     """The state of the loop, for each of n images with J constraints.
 
     Attributes:
-        latent: r before any rounding, (n, 3, H, W).
+        latent: r before any rounding, in the lattice's coordinates, (n, 3, H', W').
         radius: ||r||_2 as step 5 set it, before the clip of step 6, (n,); 0 at the clean photo.
         multipliers: mu, (n, J), or (n, 1) before the first forward pass.
         allowed: K, the iterations that the image can afford, (n,).
@@ -40,9 +40,9 @@ class Walk:
     @classmethod
     def begin(cls, problem: Problem, start: Tensor | None, iterations: int) -> Walk:
         """Step 1: r = 0 (or `start`), every multiplier 1."""
-        latent = torch.zeros_like(problem.images)
+        latent = problem.lattice.zeros(problem.images)
         if start is not None:
-            latent = problem.clip(problem.images + start) - problem.images
+            latent = problem.lattice.clip(start, problem.images, *problem.pixel_range)
         radius = norms(latent)
         no, never = torch.zeros_like(radius, dtype=torch.bool), torch.full_like(radius, torch.inf)
         ones = torch.ones_like(radius).unsqueeze(1)

@@ -32,6 +32,7 @@ from mlperturb.cli.options import (
 from mlperturb.limits import MARGIN, Limits
 
 if TYPE_CHECKING:
+    from mlperturb.run.jobs import Job
     from mlperturb.run.outputs import Outputs
     from mlperturb.run.settings import Settings
 
@@ -99,13 +100,24 @@ def attack(
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
-    out: Annotated[Path, typer.Option(**ANYWHERE, help="Folder, or URL, for the PNGs and report.json.")] = Path(
+    out: Annotated[Path, typer.Option(**ANYWHERE, help="Folder, or URL, for the outputs and report.json.")] = Path(
         "mlperturb-out"
     ),
     report: Annotated[
         Path | None,
         typer.Option(**ANYWHERE, help="File of the report; default: OUT/report.json."),
     ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Format of the adversarial photos: png; webp, lossless and smaller; jpeg, or jpeg:Q for "
+            "the quality of photos that are not JPEGs; same: as the photo.",
+        ),
+    ] = "png",
+    keep_metadata: Annotated[
+        bool, typer.Option("--keep-metadata", help="Keep EXIF data, GPS included, XMP and text; dropped by default.")
+    ] = False,
     html: Annotated[bool, typer.Option("--html", help="Write OUT/index.html too, a page of the results.")] = False,
     overwrite: Overwrite = False,
     recursive: Recursive = False,
@@ -115,13 +127,15 @@ def attack(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write adversarial PNGs that reverse the --flip labels and keep the --keep labels.
+    """Write adversarial photos that reverse the --flip labels and keep the --keep labels.
 
-    Each photo gives NAME.adv.png and NAME.map.png, the magnified perturbation; all photos together give report.json.
+    Each photo gives NAME.adv.png (.webp, .jpg) and NAME.map.png, the magnified perturbation, in the photo's subfolder;
+    all photos together give report.json. The colour profile, alpha and a single channel of grey are kept.
     """
     source = find_source(checkpoint, arch, labels)
 
     from mlperturb.photos.images import describe_left_out, find_photos
+    from mlperturb.run.jobs import plan_outputs
     from mlperturb.run.outputs import Outputs, is_own
     from mlperturb.run.settings import Words, read_settings
 
@@ -134,15 +148,19 @@ def attack(
         batch_size=parse_batch_size(batch_size),
         margin=margin,
         readers=source.readers,
+        format=format,
+        keep_metadata=keep_metadata,
         options={"between": between, "solver": solver, "rounding": rounding, "space": space},
     )
     left_out: list[Path] = []
     photos = find_photos(paths, recursive=recursive, own=is_own, left_out=left_out)
     notes = [describe_left_out(left_out)] if left_out else []
     outputs = Outputs(out, report or out / "report.json", html)
+    jobs = plan_outputs(photos, paths, settings.format)
+    settings.check_files(job.adversarial for job in jobs)
     raise typer.Exit(
         run(
-            source, photos, settings, outputs,
+            source, jobs, settings, outputs,
             overwrite=overwrite, device=device, seed=seed, json=json, quiet=quiet, notes=notes,
         )
     )  # fmt: skip
@@ -150,7 +168,7 @@ def attack(
 
 def run(
     source: Source,
-    photos: list[Path],
+    jobs: list[Job],
     settings: Settings,
     outputs: Outputs,
     *,
@@ -164,24 +182,16 @@ def run(
     """Attack photos, and print notes on how they were found; return the exit code."""
     from mlperturb.cli.attack_run import AttackRun
     from mlperturb.cli.longrun import LongRun
-    from mlperturb.run.jobs import plan_outputs
     from mlperturb.run.outputs import fingerprint, prepare_folder
     from mlperturb.system.processes import join
 
-    jobs = plan_outputs(photos)
     long, existing = LongRun(join(), quiet=quiet), frozenset[str]()
     overwrite = long.starts_again(overwrite)
     if long.share.first:
         for note in notes:
             long.note(note)
         existing = prepare_folder(outputs, jobs, overwrite=overwrite)
-        renamed = [job for job in jobs if job.adversarial != f"{job.source.stem}.adv.png"]
-        if renamed:
-            first = renamed[0]
-            long.note(
-                f"{len(renamed)} photos have the name of another photo; {first.source} becomes {first.adversarial}"
-            )
-    planned = fingerprint([(str(job.source), job.adversarial) for job in jobs])
+    planned = fingerprint([settings.batch_size, *((str(job.source), job.adversarial) for job in jobs)])
     long.share.agree(planned, "photos")
     place = long.prepare(device, seed)
     described = settings.describe(seed=seed, device=long.device)

@@ -20,7 +20,7 @@ from mlperturb.cli.options import Source
 from mlperturb.errors import StorageError
 from mlperturb.run.jobs import Job
 from mlperturb.run.ledger import Ledger, Part, size_of
-from mlperturb.run.outputs import JOURNAL, Outputs
+from mlperturb.run.outputs import JOURNAL, Outputs, subfolders
 from mlperturb.run.record import Record, Summary
 from mlperturb.run.report import report_lines
 from mlperturb.run.runner import run_attack
@@ -53,7 +53,7 @@ class AttackRun:
 
         Args:
             device: the device of this process.
-            photos: a fingerprint of the jobs.
+            photos: a fingerprint of the jobs and their batches.
             existing: names of outputs that exist already.
         """
         started = time.perf_counter()
@@ -64,6 +64,7 @@ class AttackRun:
                 run_attack(
                     classifier, self.jobs, self.outputs.folder, self.settings, self._done, finished=self._finished,
                     claims=lambda count: long.share.claims("attack", count), hold=interrupts.hold, warn=long.note,
+                    filled=self.filled,
                 )  # fmt: skip
                 long.gather()
             if long.stopped is not None:
@@ -92,7 +93,7 @@ class AttackRun:
 
         Args:
             checkpoint: the SHA-256 of the checkpoint's file.
-            photos: a fingerprint of the jobs.
+            photos: a fingerprint of the jobs and their batches.
             existing: names of outputs that exist already.
         """
         out, long = self.outputs.folder, self.long
@@ -100,9 +101,13 @@ class AttackRun:
         with long.journal(out / JOURNAL, self._key(checkpoint)) as (journal, interrupts):
             self.ledger = Ledger(journal, [self.part])
             if long.share.first:
-                self.ledger.begin(photos, self.part, existing)
+                self.filled = self.ledger.begin(photos, self.part, existing)
+                long.share.tell("filled", str(self.filled))
+            else:
+                self.filled = long.share.ask("filled") == "True"
             if long.share.size == 1:
-                remove_temporary(out)
+                for folder in subfolders(job.adversarial for job in self.jobs):
+                    remove_temporary(out / folder)
             if len(self.ledger) and long.share.first:
                 long.note(
                     f"going on: {len(self.ledger)} of {len(self.jobs)} photos are in the journal; "
@@ -111,8 +116,9 @@ class AttackRun:
             yield interrupts
 
     def _key(self, checkpoint: str) -> dict[str, Any]:
-        """Return everything that decides the results, except the photos themselves."""
+        """Return everything that decides the results, except the photos themselves and their batches."""
         key, region = dict(self.described), self.settings.region
+        del key["batch_size"]
         if region is not None and region.mask is not None:
             key["region"] = sha256(region.mask.tobytes()).hexdigest()
         return self.long.key(checkpoint, **key)

@@ -19,6 +19,7 @@ def demo(
     """Attack the public-domain portrait that ships inside Matplotlib: flip `person`, keep the rest."""
     import matplotlib
 
+    from mlperturb.run.jobs import plan_outputs
     from mlperturb.run.outputs import Outputs
     from mlperturb.run.settings import Words, read_settings
 
@@ -28,6 +29,5 @@ def demo(
     source = find_source(None, None, None)
     settings = read_settings(Words(flip=["person"], keep=["rest"]), source.labels, readers=source.readers)
     predict.run(source, [portrait], device=device)
-    raise typer.Exit(
-        attack.run(source, [portrait], settings, Outputs(out, out / "report.json"), overwrite=True, device=device)
-    )
+    jobs, outputs = plan_outputs([portrait]), Outputs(out, out / "report.json")
+    raise typer.Exit(attack.run(source, jobs, settings, outputs, overwrite=True, device=device))

@@ -105,6 +105,7 @@ def _plan(
     attacks: list[tuple[Path, Path, dict[str, Any]]], defences: list[dict[str, Any]], kind: str, labels: list[str]
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Yield each figure's name and the function that draws it."""
+    from mlperturb.photos.kinds import strip_ending
     from mlperturb.run.report import is_unchanged
     from mlperturb.show.figures import attacked_labels, draw_case, draw_curve, draw_histogram, draw_jpeg_histogram
 
@@ -113,7 +114,7 @@ def _plan(
             prefix = f"case-{report['settings']['method']}" if len(attacks) > 1 else "case"
             for image in report["images"]:
                 if image["files"]["adversarial"] is not None and not is_unchanged(image):
-                    name = str(image["files"]["adversarial"]).removesuffix(".adv.png")
+                    name = strip_ending(str(image["files"]["adversarial"]))
                     yield f"{prefix}-{name}", _guarded(path, partial(draw_case, report, image, folder))
     if kind in ("histogram", "all") and attacks:
         reports = [report for _, _, report in attacks]

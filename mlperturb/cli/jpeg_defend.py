@@ -203,7 +203,7 @@ def _read_reports(
     readers: tuple[str, ...] = ()
     unchanged = images = 0
     for path in paths:
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
             raise UsageError(f"{path} does not say which labels were flipped: give --flip, or the folder of its report")
         report, folder = read_report(path)
         with reading(path):
@@ -235,28 +235,32 @@ def _read_reports(
 def _name_attacked(
     source: Source, paths: list[Path], flip: list[str], keep: list[str], photos: Path | None
 ) -> list[Attacked]:
-    """Return PNGs without a report, with the labels named by hand; in folders, the files NAME.adv.png."""
+    """Return adversarial photos without a report, with the labels named by hand; in folders, the files NAME.adv.*."""
     from mlperturb.experiment.defence import Attacked
-    from mlperturb.photos.images import EXTENSIONS
+    from mlperturb.photos.images import EXTENSIONS, is_output
+    from mlperturb.photos.kinds import is_adversarial, strip_ending
 
     if not flip:
         raise UsageError("expected --flip with --keep for PNGs without a report, got --keep alone")
     request = parse_request(source.labels, flip=flip, keep=keep, add=(), remove=())
     if request.any_label:
         raise UsageError("expected the name of the flipped label, got --flip any")
-    pngs = []
+    files: dict[Path, str] = {}  # and the name of the photo, from the folder that was given
     for path in paths:
         if path.is_dir():
-            pngs += sorted(path.glob("*.adv.png"))
+            inside = sorted(file for file in path.rglob("*") if is_adversarial(file))
+            files |= {file: strip_ending(file.relative_to(path).as_posix()) for file in inside}
         elif path.is_file():
-            pngs.append(path)
+            files[path] = strip_ending(path.name)
         else:
             raise UsageError(f"no such file or folder: {path}")
-    if not pngs:
-        raise UsageError(f"no NAME.adv.png in {', '.join(map(str, paths))}")
+    if not files:
+        raise UsageError(f"no NAME.adv.png, .webp or .jpg in {', '.join(map(str, paths))}")
     flipped, kept = (tuple(source.labels[number] for number in part) for part in (request.flip, request.keep))
     clean: dict[str, Path] = {}
-    for photo in sorted(photos.iterdir()) if photos is not None else ():
-        if photo.suffix.lower() in EXTENSIONS and not photo.name.endswith((".adv.png", ".map.png")):
-            clean.setdefault(photo.stem, photo)
-    return [Attacked(png, clean.get(png.name.removesuffix(".adv.png")), flipped, kept) for png in pngs]
+    for photo in sorted(photos.rglob("*")) if photos is not None else ():
+        if photo.suffix.lower() in EXTENSIONS and not is_output(photo):
+            name = photo.relative_to(photos).as_posix() if photos is not None else photo.name
+            clean.setdefault(name, photo)  # a name as `plan_outputs` gives it to photos of the same stem
+            clean.setdefault(name.removesuffix(photo.suffix), photo)
+    return [Attacked(file, clean.get(name), flipped, kept) for file, name in files.items()]

@@ -30,8 +30,9 @@ def predict(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Show the labels that a classifier sees in photos, adversarial PNGs included."""
+    """Show the labels that a classifier sees in photos, adversarial photos included."""
     from mlperturb.photos.images import describe_left_out, find_photos
+    from mlperturb.photos.kinds import is_adversarial
     from mlperturb.run.outputs import is_own
 
     source = find_source(checkpoint, arch, labels)
@@ -39,7 +40,7 @@ def predict(
     photos = find_photos(
         paths,
         recursive=recursive,
-        own=lambda path: is_own(path) and not path.name.lower().endswith(".adv.png"),
+        own=lambda path: is_own(path) and not is_adversarial(path),
         left_out=left_out,
     )
     if left_out:

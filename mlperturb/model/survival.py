@@ -110,7 +110,7 @@ def _linear_jpeg(image: Tensor, tables: Sequence[Sequence[int]], *, halve: bool)
 def _through_blocks(planes: Tensor, table: Sequence[int]) -> Tensor:
     """Pass planes around 0, (1, c, h, w), through the DCT of 8 x 8 blocks, quantisation and back."""
     _, count, height, width = planes.shape
-    dct = _dct().to(planes)
+    dct = dct_matrix().to(planes)
     steps = torch.tensor(list(table), device=planes.device).to(planes).view(8, 8)
     blocks = planes.view(count, height // 8, 8, width // 8, 8).transpose(2, 3)
     coefficients = dct @ blocks @ dct.T / steps
@@ -130,7 +130,7 @@ def _sensitivity(coefficients: Tensor) -> Tensor:
 
 
 @lru_cache
-def _dct() -> Tensor:
+def dct_matrix() -> Tensor:
     """Return the orthonormal DCT-II of 8 points, (8, 8)."""
     places = torch.arange(8, dtype=torch.double)
     matrix = torch.cos((2 * places + 1) * places[:, None] * torch.pi / 16) / 2

@@ -1,4 +1,4 @@
-"""Find, decode and atomically write photos; magnify a perturbation into a map."""
+"""Find and decode photos; magnify a perturbation into a map."""
 
 from __future__ import annotations
 
@@ -6,25 +6,52 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlperturb.errors import ImageError, UsageError
-from mlperturb.system.files import is_remote, reaching, write_file
+from mlperturb.photos.kinds import ADVERSARIAL
+from mlperturb.system.files import is_remote, reaching
+
+if TYPE_CHECKING:
+    from mlperturb.photos.jpeg import Jpeg
 
 Pixels = npt.NDArray[np.uint8]
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # JPEG covers MPO
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"} | {".avif", ".heic", ".heif"}
+)
 MAX_PIXELS = 100_000_000
-_COMPRESSION = 1  # zlib's level: a third of the time of 6 for 4% more bytes (tests/benchmarks/encoding.py)
+_ORIENTATION = 0x0112  # the tag of EXIF
+_SPACES = {"RGB": b"RGB ", "L": b"GRAY"}  # of the ICC profiles that fit the pixels that are written
 
 Image.init()  # loads every plugin: `Image.open(formats=...)` knows only loaded plugins
+_NAMES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # JPEG covers MPO; older Pillows have no AVIF
+FORMATS = tuple(name for name in _NAMES if name in Image.OPEN)
+_HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")  # brands of files
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The parts of a photo's file beside its pixels.
+
+    Attributes:
+        profile: the ICC profile, which says which colours the pixels are; None for sRGB.
+        exif: EXIF data, GPS included, without the orientation, which is applied to the pixels.
+        xmp: XMP data.
+        text: further text by key, such as a PNG's chunks of text and a JPEG's comment.
+    """
+
+    profile: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    text: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,17 +63,32 @@ class Photo:
         alpha: (H, W), or None.
         sha256: the SHA-256 of the file, in hexadecimal.
         notes: conversions that lost something, in words.
+        grey: whether the file has a single channel of colour; the three of `rgb` are equal then.
+        beside: the file's colour profile and metadata.
+        data: the file itself, where it was asked for.
+        jpeg: the coefficients of the JPEG file to be written; None where pixels are to be written.
+        encoded: the pixels of that file before the attack, (H, W, 3); None where they are `rgb`.
     """
 
     rgb: Pixels
     alpha: Pixels | None
     sha256: str
     notes: tuple[str, ...] = ()
+    grey: bool = False
+    beside: Beside = Beside()
+    data: bytes | None = field(default=None, repr=False)
+    jpeg: Jpeg | None = field(default=None, repr=False)
+    encoded: Pixels | None = field(default=None, repr=False)
+
+    @property
+    def changeable(self) -> npt.NDArray[np.bool_] | None:
+        """The pixels that are not fully transparent, (H, W); None for all."""
+        return None if self.alpha is None or bool(self.alpha.all()) else self.alpha > 0
 
 
 def is_output(path: Path) -> bool:
-    """Say whether a file name is that of an adversarial PNG or of a map of `attack`."""
-    return path.name.lower().endswith((".adv.png", ".map.png"))
+    """Say whether a file name is that of an adversarial photo or of a map of `attack`."""
+    return path.name.lower().endswith((*ADVERSARIAL, ".map.png"))
 
 
 def find_photos(
@@ -122,10 +164,14 @@ def _walk(folder: Path, *, recursive: bool) -> Iterator[Path]:
                     yield path
 
 
-def read_photo(path: Path) -> Photo:
+def read_photo(path: Path, *, whole: bool = False) -> Photo:
     """Decode a photo to upright 8-bit RGB, and its alpha channel if it has one.
 
     16-bit samples are scaled to 8 bits; palettes, greys and CMYK are converted; an animation gives its first frame.
+
+    Args:
+        path: the file.
+        whole: whether to keep the file itself, as `Photo.data`.
 
     Raises:
         ImageError: if the file cannot be read, is damaged, of an unknown format, or larger than `MAX_PIXELS`.
@@ -145,7 +191,8 @@ def read_photo(path: Path) -> Photo:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, and of sizes, which are checked here more strictly
-            return _decode(path, data)
+            photo = _decode(path, data)
+        return replace(photo, data=data) if whole else photo
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -158,17 +205,73 @@ def read_photo(path: Path) -> Photo:
 
 def _decode(path: Path, data: bytes) -> Photo:
     notes = []
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=[*FORMATS, *_heif(path, data)]) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{path} has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "HEIF"):
             notes.append("animated: only the first frame is taken")
             image.seek(0)
         image.load()
         if image.mode.startswith(("I", "F")):
             notes.append(f"{'floating-point' if image.mode.startswith('F') else '16-bit'}: scaled to 8 bits")
-        rgb, alpha = convert_image(image)
-    return Photo(rgb, alpha, sha256(data).hexdigest(), tuple(notes))
+        if image.mode in ("CMYK", "YCCK"):
+            notes.append("CMYK: converted to RGB without its colour profile")
+        photo = convert_photo(image, sha256(data).hexdigest())
+    return replace(photo, notes=tuple(notes))
+
+
+def _heif(path: Path, data: bytes) -> list[str]:
+    """Return Pillow's name of the HEIF format, which HEIC files have, once its plugin is loaded; nothing for others.
+
+    Raises:
+        ImageError: if the plugin is not installed.
+    """
+    if data[4:8] != b"ftyp" or data[8:12] not in _HEIF:
+        return []
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageError(f"{path} is a HEIC file: expected pillow-heif: pip install 'mlperturb[heif]'") from error
+    pillow_heif.register_heif_opener()
+    return ["HEIF"]
+
+
+def convert_photo(image: Image.Image, digest: str) -> Photo:
+    """Return a PIL image as a photo; `digest` is its SHA-256."""
+    rgb, alpha = convert_image(image)
+    grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith(("I", "F"))  # a palette is not a channel
+    return Photo(rgb, alpha, digest, (), grey, _beside(image, grey=grey))
+
+
+def _beside(image: Image.Image, *, grey: bool) -> Beside:
+    """Return a decoded image's profile, if it fits the pixels in RGB or grey, and its metadata."""
+    info = image.info
+    profile = info.get("icc_profile") or b""
+    fits = profile[16:20] == _SPACES["L" if grey else "RGB"]  # the header's field "data colour space"
+    exif, turned = _exif(image)
+    xmp = None if turned else info.get("xmp") or info.get("XML:com.adobe.xmp")  # it may have the orientation too
+    text = [(str(key), str(value)) for key, value in getattr(image, "text", {}).items() if "xmp" not in str(key)]
+    if isinstance(comment := info.get("comment"), bytes):
+        text.append(("Comment", comment.decode("latin-1")))
+    return Beside(
+        profile=profile if fits else None,
+        exif=exif,
+        xmp=xmp.encode() if isinstance(xmp, str) else xmp,
+        text=tuple(text),
+    )
+
+
+def _exif(image: Image.Image) -> tuple[bytes | None, bool]:
+    """Return an image's EXIF data without the orientation, and whether there was an orientation to apply."""
+    raw = image.info.get("exif")
+    if not isinstance(raw, bytes):
+        return None, False
+    try:
+        exif = image.getexif()
+        turned = exif.pop(_ORIENTATION, 1) != 1
+        return (exif.tobytes() if turned else raw) if len(exif) else None, turned
+    except Exception:  # Pillow's reader raises almost anything on damaged data: the pixels are good all the same
+        return None, True
 
 
 def convert_image(image: Image.Image) -> tuple[Pixels, Pixels | None]:
@@ -192,23 +295,6 @@ def _scale_grey(grey: npt.NDArray[np.generic]) -> Pixels:
     top = next(scale for scale in ((1.0, 255.0) if floats else ()) + (max(highest, 65535.0),) if highest <= scale)
     scaled = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
     return np.repeat(scaled[..., None], 3, axis=2)
-
-
-def read_pixels(path: Path) -> Pixels:
-    """Read back a PNG that `write_png` wrote: (H, W, 3)."""
-    return read_photo(path).rgb
-
-
-def write_png(path: Path, rgb: Pixels, alpha: Pixels | None = None) -> None:
-    """Write a PNG under a temporary name in the same folder, flush it, then rename it.
-
-    Raises:
-        OutputError: if the file cannot be written.
-    """
-    pixels = rgb if alpha is None else np.dstack([rgb, alpha])
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="PNG", compress_level=_COMPRESSION)
-    write_file(path, stream.getvalue())
 
 
 def magnify(difference: npt.NDArray[np.int16]) -> Pixels:

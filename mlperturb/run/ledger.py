@@ -38,9 +38,9 @@ class Part:
 class Ledger:
     """The records of a run. They lie on disk; memory holds only the place of each photo's latest record in the journal.
 
-    A photo is done if its latest record has no error. An attack also compares the files: if the photo, its PNG or its
-    map has changed since, the photo is not done. An evaluation refuses a photo that has changed since, and does not
-    need its PNGs and maps any more.
+    A photo is done if its latest record has no error, and its files have the names that they would have now. An attack
+    also compares the files: if the photo, its adversarial photo or its map has changed since, the photo is not done. An
+    evaluation refuses a photo that has changed since, and does not need its files any more.
 
     Args:
         journal: the open journal.
@@ -48,7 +48,7 @@ class Ledger:
         data: the photos of an evaluation's data set, which its records name by row; None in an attack.
 
     Raises:
-        UsageError: if the names of a photo's outputs have changed, or a photo of an evaluation has.
+        UsageError: if a photo of an evaluation has changed.
         StorageError: if the journal is damaged or cannot be read.
     """
 
@@ -58,7 +58,8 @@ class Ledger:
         self._jobs = {self._key(part, job): job for part in parts for job in part.jobs}
         self._places: dict[Key, tuple[Place, int]] = {}
         self._failed: set[Key] = set()
-        self._lists: set[str] = set()  # fingerprints of the photos of each start
+        self._any = False  # whether there is a record, of these photos or of others
+        self._lists: dict[str, tuple[Place, bool]] = {}  # by the fingerprint of the photos of a start
         self._photos: dict[int, str | None] = {}  # by row of the data set, the SHA-256 of the photo
         self._read = lru_cache(maxsize=8)(journal.read)  # a line has the records of a batch
         self.reload()
@@ -74,49 +75,62 @@ class Ledger:
         for place in self._journal.places():
             entry = self._journal.read(place)
             if "photos" in entry:
-                self._lists.add(str(entry["photos"]))
+                self._lists[str(entry["photos"])] = place, bool(entry.get("filled", True))
                 continue
+            self._any = True
             try:
                 hashes = entry["hashes"] if self._data is None else None
                 for number, record, key in self._records_of(entry):
                     if isinstance(key[2], int):
                         self._compare(key[2], record)
                     job = self._jobs.get(key)
-                    if job is not None:
-                        _check_names(record, hashes, job)
-                        self._places[key] = (place, number)
-                        self._failed.discard(key)
-                        if record.error is not None:
-                            self._failed.add(key)
+                    self._failed.discard(key)
+                    if job is None or not _same_names(record, hashes, job):
+                        self._places.pop(key, None)
+                        continue
+                    self._places[key] = (place, number)
+                    if record.error is not None:
+                        self._failed.add(key)
             except (LookupError, TypeError, AttributeError, ValueError) as error:
                 raise StorageError(
                     f"{self._journal.path} has a damaged record ({error!r:.80}); `overwrite` starts again"
                 ) from error
 
-    def begin(self, photos: str, part: Part, existing: Set[str]) -> None:
+    def begin(self, photos: str, part: Part, existing: Set[str]) -> bool:
         """Write the list of photos to the journal, unless it is there; refuse to replace files of other photos.
 
-        If the same list is there, an earlier start may have been killed after it wrote a file and before it wrote
-        the record: such files may be replaced. Files from the attack of another photo, or from elsewhere, may not.
+        An earlier start may have been killed after it wrote a file and before it wrote the record. So an existing file
+        may be replaced if a list in the journal says that it is this photo's. Files from the attack of another photo,
+        or from elsewhere, may not be replaced.
 
         Args:
-            photos: a fingerprint of the photos.
+            photos: a fingerprint of the photos and their batches.
             part: the photos.
             existing: names of the outputs that exist already.
+
+        Returns:
+            Whether finished photos are to fill the batches of the other photos, so that these have the results of an
+            undisturbed run to the last bit; not so if photos were finished in batches of another list.
 
         Raises:
             UsageError: if an existing output was not made of the photo that would now write it.
         """
         if photos in self._lists:
-            return
+            return self._lists[photos][1]
+        planned: dict[str, str] = {}  # the photo of each existing output
+        for place, _ in self._lists.values() if existing else ():
+            outputs = self._journal.read(place).get("outputs", {})
+            planned |= {name: source for name, source in outputs.items() if name in existing}
         for job in part.jobs if existing else ():
             taken = {job.adversarial, job.map} & existing
-            if taken and self._key(part, job) not in self._places:
+            if taken and planned.get(job.adversarial) != str(job.source):
                 raise UsageError(
                     f"{part.folder / min(taken)} exists already and was not made of {job.source}: "
                     "give another `out`, or `overwrite`"
                 )
-        self._journal.append({"photos": photos})
+        outputs, filled = {job.adversarial: str(job.source) for job in part.jobs}, not self._any
+        self._journal.append({"photos": photos, "filled": filled, "outputs": outputs})
+        return filled
 
     def write(self, records: Sequence[Record], part: Part) -> None:
         """Add a batch to the journal; in an attack, with the SHA-256 of its files.
@@ -213,12 +227,9 @@ def size_of(record: Record) -> Size:
     return (record.height or 0, record.width or 0)
 
 
-def _check_names(record: Record, hashes: dict[str, str] | None, job: Job) -> None:
-    names = [name for name in record.files.values() if name]
-    if not set(names) <= {job.adversarial, job.map}:
-        raise UsageError(
-            f"{record.source} was written as {names[0]}, and with these photos would be {job.adversarial}: "
-            "give another `out`, or `overwrite`"
-        )
-    if hashes is not None and not hashes.keys() >= set(names):
+def _same_names(record: Record, hashes: dict[str, str] | None, job: Job) -> bool:
+    """Say whether the files of a record have the names that they would have now."""
+    names = {name for name in record.files.values() if name}
+    if hashes is not None and not hashes.keys() >= names:
         raise KeyError(names)
+    return names <= {job.adversarial, job.map}

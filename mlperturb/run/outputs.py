@@ -57,9 +57,13 @@ def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> fro
         if report.exists() and not report.is_file():
             raise UsageError(f"expected a file for `report`, got {report}, which is not a file")
         taken_report = report.is_symlink() or report.exists()
-    there, journal = list_names(out), out / JOURNAL
     targets = {name for job in jobs for name in (job.adversarial, job.map)} | ({page.name} if page else set())
-    if report.name in targets | {JOURNAL} and same_folder(report.parent, out):
+    folders = subfolders(targets)
+    for folder in sorted(folders - {""}):
+        make_folder(out / folder)
+    there, journal = {folder + name for folder in folders for name in list_names(out / folder)}, out / JOURNAL
+    clash = {name.rpartition("/")[0] for name in targets | {JOURNAL} if name.rpartition("/")[2] == report.name}
+    if any(same_folder(report.parent, out / folder) for folder in clash):
         raise UsageError(f"the report would replace another file of the run: choose another `report` than {report}")
     existing = [out / name for name in sorted(targets & there)] + ([report] if taken_report else [])
     written = {identity(target) for target in existing} - {None}
@@ -76,13 +80,18 @@ def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> fro
     return frozenset(targets & there)
 
 
+def subfolders(names: Iterable[str]) -> set[str]:
+    """Return the folders of outputs, relative to the output folder: empty or with a slash at the end."""
+    return {"".join(name.rpartition("/")[:2]) for name in names} | {""}
+
+
 def is_own(path: Path) -> bool:
     """Say whether mlperturb wrote a picture: `attack` by its ending, a chart or figure by the report beside it.
 
     The files of `attack` are told by their endings alone, since a run that was stopped has no report yet. A picture
     that merely has the name of a chart is a photo.
     """
-    from mlperturb.photos.images import is_output  # NumPy and Pillow, which a command's --help does not need
+    from mlperturb.photos.images import is_output  # NumPy and Pillow, which the help of a command does not need
 
     folder = path.parent if is_remote(path) else path.absolute().parent
     if path.name in CHARTS and _is_ours(folder / DEFENCE):

@@ -92,15 +92,18 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def find_output(image: dict[str, Any], kind: str, folder: Path) -> Path | None:
-    """Return an image's `adversarial` PNG or `map` in its folder; None if there is no such file.
+    """Return an image's `adversarial` file or `map` in its folder; None if there is no such file.
 
     Raises:
         ImageError: if the name leads out of the folder: a report is untrusted, and may not name files elsewhere.
     """
-    name = image["files"][kind]
-    if name is not None and (Path(name).name != name or "\0" in name):
+    name: str | None = image["files"][kind]
+    if name is None:
+        return None
+    path = Path(name)
+    if path.is_absolute() or path.drive or ".." in path.parts or not path.name or "\0" in name or "://" in name:
         raise ImageError(f"{printable(name)!r:.100} is not the name of a file beside its report")
-    return None if name is None else folder / name
+    return folder / name
 
 
 def find_photo(
@@ -108,8 +111,9 @@ def find_photo(
 ) -> Path | None:
     """Return the path of the photo that an image was made of; None if it is not found.
 
-    The places searched are `photos`, the path in the report, that path from the folder in which the attack was started,
-    and the folder of the report. Only a file with the same SHA-256 is the photo.
+    The places searched are `photos` (in the subfolder of the image's files, then in no subfolder), the path in the
+    report, that path from the folder in which the attack was started, and the folder of the report. Only a file with
+    the same SHA-256 is the photo.
     """
     if "://" in image["source"]:  # a report is untrusted: it may not make us open an address outside its own store
         source = parse_path(image["source"])
@@ -118,7 +122,9 @@ def find_photo(
     source = Path(image["source"])
     places = [source, Path(settings.get("cwd", ".")) / source, folder / source, folder / source.name]
     if photos is not None:
-        places.insert(0, photos / source.name)
+        name = image["files"]["adversarial"]
+        inside = find_output(image, "adversarial", photos) if name else None
+        places = [*([inside.parent / source.name] if inside else []), photos / source.name, *places]
     return next((place for place in places if is_file_of(place, image["sha256"])), None)
 
 

@@ -15,7 +15,9 @@ import torch
 from mlperturb.errors import ImageError
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Preprocess, Size
-from mlperturb.photos.images import Photo, read_photo
+from mlperturb.photos.formats import open_photo
+from mlperturb.photos.images import Photo
+from mlperturb.photos.kinds import FileFormat
 from mlperturb.run.jobs import Job
 from mlperturb.run.record import NOT_FINITE, Failure, Record
 from mlperturb.run.search import Found, Searcher, fits
@@ -52,6 +54,7 @@ def run_attack(
     claims: Callable[[int], Iterable[int]] = range,
     hold: Callable[[], AbstractContextManager[None]] = nullcontext,
     warn: Callable[[str], None] = lambda _: None,
+    filled: bool = True,
 ) -> Waits:
     """Attack every photo, write its files to `out`, and hand the records of each batch to `done` once they are final.
 
@@ -68,10 +71,11 @@ def run_attack(
         done: called with the records of every batch, in a thread of its own.
         finished: returns the (height, width) of a photo that is done already, else None; called in threads. The other
             photos are attacked in the same batches as if no photo were done, so that their results are the same to
-            the last bit. A batch whose photos are all done is not attacked.
+            the last bit, unless `filled` is False. A batch whose photos are all done is not attacked.
         claims: takes the number of units, yields the numbers of the units that this process is to attack.
         hold: a context entered at the end, or on an interruption, while the last batches are written.
         warn: called once if the device runs out of memory and the run goes on with smaller batches.
+        filled: whether the photos that are done fill the batches of the others.
 
     Returns:
         How long the device waited.
@@ -81,10 +85,12 @@ def run_attack(
     """
     waits, started = Waits(), time.perf_counter()
     searcher = Searcher(classifier, settings, warn)
+    read = partial(_read, settings=settings, preprocess=classifier.preprocess)
     units = [jobs[start : start + searcher.together] for start in range(0, len(jobs), searcher.together)]
     writer = _Writer(classifier, out, settings, done, waits)
     try:
-        for batch in _timed(_batches(units, claims, finished, settings, classifier.preprocess, searcher.pixels), waits):
+        batches = _batches(units, claims, finished, read, searcher.pixels, filled=filled)
+        for batch in _timed(batches, waits):
             for pairs, found, lost in _attack(searcher, batch):
                 writer.submit(pairs, found, lost)
     finally:
@@ -156,11 +162,14 @@ class _Batch:
         """Say whether the batch with one more photo, padded to the largest, has at most so many pixels."""
         return fits([*self.sizes, size], pixels)
 
-    def pairs(self) -> list[Pair]:
+    def pairs(self, form: FileFormat) -> list[Pair]:
         """Return all photos; finished photos are read again, so the batch is the same. Empty if all are finished."""
         if not self.wanted():
             return []
-        return [(job, read_photo(job.source) if photo is None else photo) for job, photo in self.members]
+        return [
+            (job, open_photo(job.source, job.adversarial, form) if photo is None else photo)
+            for job, photo in self.members
+        ]
 
     def wanted(self) -> set[Path]:
         """Return the photos that are not finished."""
@@ -171,14 +180,15 @@ def _batches(
     units: Sequence[Sequence[Job]],
     claims: Callable[[int], Iterable[int]],
     finished: Callable[[Job], Size | None],
-    settings: Settings,
-    preprocess: Preprocess,
+    read: Callable[[Job], Photo | Record],
     pixels: float,
+    *,
+    filled: bool,
 ) -> Iterator[_Batch]:
-    """Decode photos, at most a unit ahead, and group them into batches."""
+    """Decode photos, at most a unit ahead, and group them into batches, with the finished photos if `filled`."""
 
-    def read(job: Job | None) -> tuple[Job, Photo | Record | Size] | None:
-        return None if job is None else (job, finished(job) or _read(job, settings, preprocess))
+    def look(job: Job | None) -> tuple[Job, Photo | Record | Size] | None:
+        return None if job is None else (job, finished(job) or read(job))
 
     def items() -> Iterator[Job | None]:
         for number in claims(len(units)):
@@ -186,7 +196,7 @@ def _batches(
             yield None  # the end of a unit
 
     batch = _Batch()
-    for got in ahead(read, items(), window=max(map(len, units), default=1)):
+    for got in ahead(look, items(), window=max(map(len, units), default=1)):
         if got is None:
             yield batch
             batch = _Batch()
@@ -194,6 +204,8 @@ def _batches(
         job, photo = got
         if isinstance(photo, Record):
             batch.lost.append(photo)
+            continue
+        if not isinstance(photo, Photo) and not filled:
             continue
         size = (photo.rgb.shape[0], photo.rgb.shape[1]) if isinstance(photo, Photo) else photo
         if not batch.takes(size, pixels):
@@ -206,7 +218,7 @@ def _batches(
 def _read(job: Job, settings: Settings, preprocess: Preprocess) -> Photo | Record:
     """Decode a photo; return a record with the error if it cannot be decoded or resized, or the region misses it."""
     try:
-        photo = read_photo(job.source)
+        photo = open_photo(job.source, job.adversarial, settings.format)
     except ImageError as error:
         return Record(source=str(job.source), error=Failure.of(error))
     try:
@@ -232,7 +244,7 @@ def _timed(batches: Iterator[_Batch], waits: Waits) -> Iterator[_Batch]:
 
 def _attack(searcher: Searcher, batch: _Batch) -> Iterator[tuple[list[Pair], list[Found], list[Record]]]:
     """Search a batch; yield the photos found, part by part, with the records of the photos that failed."""
-    pairs, lost, wanted = batch.pairs(), batch.lost, batch.wanted()
+    pairs, lost, wanted = batch.pairs(searcher.settings.format), batch.lost, batch.wanted()
     requests = [job.request or searcher.settings.request for job, _ in pairs]
     for start, stop, found in searcher.parts([photo for _, photo in pairs], requests):
         if found is None:

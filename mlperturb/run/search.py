@@ -6,21 +6,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlperturb.attacks.best import Outcome
 from mlperturb.attacks.goals import ClassificationGoal, Goal
+from mlperturb.attacks.lattice import PIXELS, Lattice
 from mlperturb.attacks.methods import find_method
-from mlperturb.attacks.problem import Problem, each_view, observe
+from mlperturb.attacks.problem import Meter, Opening, Problem, each_view, observe
 from mlperturb.attacks.quantise import quantise
 from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
 from mlperturb.labels import Request
 from mlperturb.metrics import Distortion, distortion
 from mlperturb.model.classifier import Classifier
+from mlperturb.model.coefficients import JpegLattice
 from mlperturb.model.preprocess import Size, pad_batch, to_tensor
 from mlperturb.model.views import ViewedModel, repeat_targets
 from mlperturb.photos.images import Photo, Pixels
+from mlperturb.photos.jpeg import Plane
 from mlperturb.photos.regions import Region
 from mlperturb.run.settings import Settings
 from mlperturb.system.devices import free_memory
@@ -39,6 +43,7 @@ class Found:
 
     Attributes:
         pixels: the adversarial photo, 8 bits, (H, W, 3).
+        planes: the coefficients of the adversarial JPEG; None where pixels are written.
         goal: the goal of the photo, without a margin, one row.
         before: logits of the photo in each reader, (R, L).
         after: logits of the adversarial photo in each reader, (R, L), where the search computed them; else None.
@@ -60,6 +65,7 @@ class Found:
     forward: int
     backward: int
     seconds: float
+    planes: tuple[Plane, ...] | None = None
 
     @property
     def targets(self) -> Targets:
@@ -82,6 +88,7 @@ def search(
     images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
     model = ViewedModel.bind(classifier, settings.readers, sizes, settings.survive[0])
     before, meter, opening = observe(model, images, opening=find_method(settings.method).opens)
+    images, clean, opening = _encoded(model, images, (before, meter, opening), photos)
     meter.owed.add_(settings.looks)
     rows = before.isfinite().all(2).all(1).nonzero().flatten()
     found: list[Found | None] = [None] * len(photos)
@@ -89,6 +96,7 @@ def search(
         return found
     usable = rows.tolist()
     asked, sizes = [requests[row] for row in usable], [sizes[row] for row in usable]
+    chosen = [photos[row] for row in usable]
     labels = len(classifier.labels)
     truth = decide(before[rows, 0, :labels], classifier.boundary)
     limits = settings.limits
@@ -99,10 +107,12 @@ def search(
         limit=limits.passes,
         cap=None if limits.rmsd is None else _norm_cap(limits.rmsd, sizes, images.device),
         bound=None if limits.linf is None else limits.linf / 255,
-        region=None if settings.region is None else _region_of(settings.region, sizes, images[rows]),
+        region=_region_of(settings.region, chosen, images[rows]),
+        grey=_grey_of(chosen, images.device),
+        lattice=_lattice_of(settings.region, chosen, images[rows]),
         meter=meter,
         rows=rows.cpu(),
-        clean=before[rows, :, :labels],
+        clean=clean[rows, :, :labels],
     )
     if any(request.any_label for request in asked):
         problem = problem.aim(_resolve_any(problem, asked))
@@ -111,13 +121,13 @@ def search(
         problem,
         model=model.select(rows),
         goal=repeated,
-        clean=before[rows],
+        clean=clean[rows],
         opening=None if opening is None else opening.select(rows),
     )
     results = _search(problem, whole, sizes, settings)
     share = (time.perf_counter() - started) / len(rows)
     for row, result in zip(usable, results, strict=True):
-        found[row] = replace(result, seconds=share)
+        found[row] = _finish(result, photos[row], before[row, :, :labels].cpu(), share)
     return found
 
 
@@ -198,17 +208,67 @@ def fits(sizes: Sequence[Size], pixels: float) -> bool:
     return len(sizes) == 1 or len(sizes) * max(heights) * max(widths) <= pixels
 
 
+def _finish(found: Found, photo: Photo, before: Tensor, seconds: float) -> Found:
+    """Return a result with what the search did not know: it saw a photo that becomes a JPEG as that JPEG."""
+    found = replace(found, before=before, seconds=seconds)
+    if photo.encoded is None:
+        return found
+    moved = torch.from_numpy(found.pixels.astype(np.int16) - photo.rgb)
+    return replace(found, distortion=distortion(moved))
+
+
+def _encoded(
+    model: ViewedModel, images: Tensor, observed: tuple[Tensor, Meter, Opening | None], photos: Sequence[Photo]
+) -> tuple[Tensor, Tensor, Opening | None]:
+    """Return the photos as their files hold them before the attack, their logits and opening, counted by the meter."""
+    before, meter, opening = observed
+    if all(photo.encoded is None for photo in photos):
+        return images, before, opening
+    images = images.clone()
+    for row, photo in enumerate(photos):
+        if photo.encoded is not None:
+            height, width = photo.encoded.shape[:2]
+            images[row, :, :height, :width] = to_tensor(photo.encoded, images.device)
+    clean, again, opening = observe(model, images, opening=opening is not None)
+    meter.forward.add_(again.forward)
+    return images, clean, opening
+
+
+def _lattice_of(region: Region | None, photos: Sequence[Photo], images: Tensor) -> Lattice:
+    """Return the lattice of a padded batch, (N, 3, H, W): coefficients for the photos that become JPEGs."""
+    if all(photo.jpeg is None for photo in photos):
+        return PIXELS
+    regions = [None if region is None else region.inside(*photo.rgb.shape[:2]) for photo in photos]
+    size = int(images.shape[2]), int(images.shape[3])
+    return JpegLattice([photo.jpeg for photo in photos], size, images.device, regions)
+
+
 def _norm_cap(rmsd: float, sizes: Sequence[Size], device: torch.device) -> Tensor:
     """Return the L2 norm, in [0, 1] units, that an RMSD on the 0-255 scale is at each size, (N,)."""
     return torch.tensor([rmsd / 255 * (3 * height * width) ** 0.5 for height, width in sizes], device=device)
 
 
-def _region_of(region: Region, sizes: Sequence[Size], images: Tensor) -> Tensor:
-    """Return the pixels of a padded batch, (N, 3, H, W), that may change, (N, 1, H, W)."""
+def _region_of(region: Region | None, photos: Sequence[Photo], images: Tensor) -> Tensor | None:
+    """Return the pixels of a padded batch, (N, 3, H, W), that may change, (N, 1, H, W); None for all.
+
+    Pixels under full transparency never change.
+    """
+    if region is None and all(photo.changeable is None for photo in photos):
+        return None
     allowed = torch.zeros_like(images[:, :1])
-    for row, (height, width) in enumerate(sizes):
-        allowed[row, 0, :height, :width] = torch.from_numpy(region.inside(height, width)).to(allowed)
+    for row, photo in enumerate(photos):
+        height, width = photo.rgb.shape[:2]
+        inside = np.ones((height, width), dtype=np.bool_) if region is None else region.inside(height, width)
+        if photo.changeable is not None:
+            inside = inside & photo.changeable
+        allowed[row, 0, :height, :width] = torch.from_numpy(inside).to(allowed)
     return allowed
+
+
+def _grey_of(photos: Sequence[Photo], device: torch.device) -> Tensor | None:
+    """Return which photos have a single channel of colour, boolean, (N,); None if no photo has."""
+    grey = torch.tensor([photo.grey for photo in photos], device=device)
+    return grey if bool(grey.any()) else None
 
 
 def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: Settings) -> list[Found]:
@@ -237,9 +297,10 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
         exact = problem.images[row] if outcome is None or number is None else outcome.images[number]
         one = targets.select(torch.tensor([row]))
         known = None if logits is None or number is None else logits[number, : one.truth.shape[1]].cpu()
+        shown = pixels[row, :height, :width]
         found.append(
             Found(
-                pixels[row, :height, :width],
+                shown,
                 goal.aimed_at(one),
                 problem.look_at_clean()[row].cpu(),
                 None if seen is None or number is None else _finite(seen[number, :, : one.truth.shape[1]].cpu()),
@@ -249,6 +310,7 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
                 int(problem.meter.forward[problem.rows[row]]),
                 int(problem.meter.backward[problem.rows[row]]),
                 0.0,
+                problem.lattice.planes(row, shown) if isinstance(problem.lattice, JpegLattice) else None,
             )
         )
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any
@@ -12,6 +12,8 @@ from mlperturb.errors import UsageError
 from mlperturb.labels import Request, parse_request
 from mlperturb.limits import MARGIN, Limits, is_number
 from mlperturb.model.readers import DEFAULT_READERS, Reader, parse_readers
+from mlperturb.photos.jpeg import load_jpeglib
+from mlperturb.photos.kinds import FileFormat, parse_format
 from mlperturb.photos.purify import Purification, parse_survival
 from mlperturb.photos.regions import Region, parse_region
 
@@ -54,6 +56,8 @@ class Settings:
             compressions at which the PNG is checked.
         readers: readers in which the result must hold; the first reader decides which labels a photo has now.
         region: the part of each photo that may change; None for all of it.
+        format: the format of the adversarial photos.
+        keep_metadata: whether the files keep the photos' EXIF data, GPS included, XMP and text.
         keep_failed: write the files of a photo even where no label of A flipped.
         options: options of the method, see `attacks.CHOICES`.
         words: the texts from which `request`, `survive` and `region` were read; empty if they were not read.
@@ -71,6 +75,8 @@ class Settings:
     survive: tuple[tuple[Purification, ...], tuple[Purification, ...]] = ((), ())
     readers: tuple[Reader, ...] = parse_readers(DEFAULT_READERS)
     region: Region | None = None
+    format: FileFormat = FileFormat()
+    keep_metadata: bool = False
     keep_failed: bool = False
     options: dict[str, str | None] = field(default_factory=dict)
     words: Words = field(default_factory=Words)
@@ -89,6 +95,25 @@ class Settings:
             )
         if not is_number(self.margin) or not 0 <= self.margin < float("inf"):
             raise UsageError(f"expected a `margin` of at least 0, got {self.margin!r:.60}")
+
+    def check_files(self, names: Iterable[str]) -> None:
+        """Refuse settings with which JPEGs, if there are any among these names of files, cannot be made.
+
+        Raises:
+            UsageError: if there are, and the method does not search among coefficients, or pixels are limited.
+        """
+        if not any(name.endswith(".jpg") for name in names):
+            return
+        load_jpeglib()
+        if not find_method(self.method).writes_lattice(find_method(self.method).tuning(self.budget, **self.options)):
+            raise UsageError(
+                f"expected `method` {DEFAULT_METHOD}, with `rounding` inside, for files in `format` jpeg: "
+                "other methods search among pixels"
+            )
+        if self.limits.linf is not None:
+            raise UsageError(
+                "expected no `linf` for files in `format` jpeg, whose coefficients change by whole steps: limit `rmsd`"
+            )
 
     @property
     def looks(self) -> int:
@@ -115,6 +140,8 @@ class Settings:
             **words,
             "batch_size": self.batch_size or "auto",
             "margin": self.margin,
+            "format": self.format.name,
+            "keep_metadata": self.keep_metadata,
             "readers": [reader.name for reader in self.readers],
             **{name: value for name, value in self.options.items() if value is not None},
         }
@@ -141,6 +168,8 @@ def read_settings(
     batch_size: int | None = None,
     margin: float = MARGIN,
     readers: Sequence[str] = DEFAULT_READERS,
+    format: str = "png",
+    keep_metadata: bool = False,
     options: dict[str, str | None] | None = None,
 ) -> Settings:
     """Read the settings from the user's words.
@@ -154,6 +183,8 @@ def read_settings(
         batch_size: number of photos in a batch; None to choose it.
         margin: by how much a logit must clear its threshold during the search.
         readers: names of the checkpoint's readers, used if the words name none.
+        format: the format of the adversarial photos, see `parse_format`.
+        keep_metadata: see `Settings`.
         options: options of the method, see `attacks.CHOICES`.
 
     Raises:
@@ -171,6 +202,8 @@ def read_settings(
         survive=parse_survival(words.survive),
         readers=parse_readers(words.reader or readers),
         region=None if words.region is None else parse_region(words.region),
+        format=parse_format(format),
+        keep_metadata=keep_metadata,
         options=options or {},
         words=words,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from mlperturb.errors import ImageError, OutputError, StorageError
 from mlperturb.metrics import distortion
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.views import read_logits
-from mlperturb.photos.images import Photo, Pixels, magnify, read_pixels, write_png
+from mlperturb.photos.formats import decode_elsewhere, read_pixels, write_jpeg, write_pixels
+from mlperturb.photos.images import Beside, Photo, Pixels, magnify
 from mlperturb.run.jobs import Job
 from mlperturb.run.record import Failure, Record, Status
 from mlperturb.run.search import Found
@@ -23,9 +24,11 @@ from mlperturb.run.settings import Settings
 from mlperturb.system.files import remove_file
 from mlperturb.targets import Targets
 
+_RANK = ("unchanged", "success", "partial", "failed")
+
 
 def save(job: Job, photo: Photo, found: Found, out: Path, settings: Settings) -> Pixels | OutputError | ImageError:
-    """Write the adversarial PNG and the map; return the PNG's pixels as read back, (H, W, 3), or the error.
+    """Write the adversarial photo and the map; return the photo's pixels as read back, (H, W, 3), or the error.
 
     If the pixels equal the photo's, no label flipped: nothing is written, unless `settings.keep_failed`.
 
@@ -35,8 +38,12 @@ def save(job: Job, photo: Photo, found: Found, out: Path, settings: Settings) ->
     if not settings.keep_failed and found.targets.flip.any() and np.array_equal(found.pixels, photo.rgb):
         return photo.rgb
     try:
-        write_png(out / job.adversarial, found.pixels, photo.alpha)
-        write_png(out / job.map, magnify(found.pixels.astype(np.int16) - photo.rgb))
+        if found.planes is not None:
+            write_jpeg(out / job.adversarial, photo, found.planes, metadata=settings.keep_metadata)
+        else:
+            beside = photo.beside if settings.keep_metadata else Beside(photo.beside.profile)
+            write_pixels(out / job.adversarial, found.pixels, photo.alpha, grey=photo.grey, beside=beside)
+        write_pixels(out / job.map, magnify(found.pixels.astype(np.int16) - photo.rgb), grey=photo.grey)
         return read_pixels(out / job.adversarial)
     except StorageError:
         raise
@@ -76,6 +83,9 @@ def judge(
     if isinstance(saved, Exception):
         return Record(**facts, status="failed", cost=cost, error=Failure.of(saved))
     seen = look(classifier, saved, photo.rgb, found, settings)
+    if found.planes is not None and saved is not photo.rgb:
+        seen, notes = _look_elsewhere(classifier, out / job.adversarial, saved, photo, found, settings, seen)
+        facts["notes"] += notes
     cost["forward"] += seen.passes
     if found.logits is None:  # the attack's own result is the file
         facts["success_float"] = bool(next(iter(seen.readers.values())).all())
@@ -98,6 +108,21 @@ def judge(
         distortion=distortion(torch.from_numpy(saved.astype(np.int16) - photo.rgb)),
         files={"adversarial": job.adversarial, "map": job.map},
     )
+
+
+def _look_elsewhere(
+    classifier: Classifier, path: Path, saved: Pixels, photo: Photo, found: Found, settings: Settings, seen: Seen
+) -> tuple[Seen, list[str]]:
+    """Judge a JPEG as other decoders see it; return the worst of all decoders, and notes on those that differ."""
+    notes = []
+    for name, pixels in decode_elsewhere(path).items():
+        if np.array_equal(pixels, saved):
+            continue
+        notes.append(f"{name} decodes other pixels than Pillow: judged in both")
+        other = look(classifier, pixels, photo.rgb, found, settings)
+        worse = _RANK.index(other.status) > _RANK.index(seen.status)
+        seen = replace(other if worse else seen, passes=seen.passes + other.passes)
+    return seen, notes
 
 
 def facts_of(job: Job, photo: Photo) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from mlperturb.attacks.best import Outcome
 from mlperturb.attacks.ddn import ml_ddn
 from mlperturb.attacks.deepfool import ml_dp
 from mlperturb.attacks.goals import ClassificationGoal
-from mlperturb.attacks.lattice import lattice_scale, to_lattice
+from mlperturb.attacks.lattice import PIXELS, lattice_scale, to_lattice
 from mlperturb.attacks.problem import Problem
 from mlperturb.attacks.quantise import quantise
 from mlperturb.targets import Targets, decide
@@ -225,7 +225,7 @@ def test_a_first_step_is_as_long_as_rounding_needs():
     gradient = torch.randn(4, 3, 40, 40, generator=generator) ** 3  # heavy tails, as in gradients of photos
     latent = -gradient * torch.tensor([1e-4, 1e-3, 1e-2, 1.0]).view(-1, 1, 1, 1) / 255
     needed = -(latent * gradient).flatten(1).sum(1)
-    scale = lattice_scale(latent, gradient, needed)
+    scale = lattice_scale(PIXELS, latent, gradient, needed)
     effect = -((scale.view(-1, 1, 1, 1) * latent * 255).round() / 255 * gradient).flatten(1).sum(1)
     assert bool((effect >= needed).all())
     assert bool((scale >= 1).all())

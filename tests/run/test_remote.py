@@ -71,8 +71,8 @@ def test_photos_at_a_url_come_to_the_files_and_report_that_they_come_to_here(cli
     here = tmp_path / "here"
     here.mkdir()
     MEMORY.get("/bucket/photos", str(here), recursive=True)
-    assert cli(*command(tmp_path / "out", here))[0] == 1
-    assert contents("/bucket/out") == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
+    assert cli(*command(tmp_path / "out", here / "photos"))[0] == 1
+    assert contents("/bucket/out") == {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")}
     there = MEMORY.cat_file("/bucket/out/report.json")
     assert records(there) == records((tmp_path / "out" / "report.json").read_text())
     page = MEMORY.cat_file("/bucket/out/index.html").decode()

@@ -335,32 +335,32 @@ def test_flip_any_flips_one_label_and_holds_what_is_named(classifier, photos):
         assert sorted([*record.flip, *record.keep]) == sorted(LABELS)
 
 
-@pytest.mark.parametrize("which", ["write_png", "magnified"])
+@pytest.mark.parametrize("which", ["write_pixels", "magnified"])
 def test_a_full_disk_stops_the_run(classifier, photos, monkeypatch, which):
     calls = []
 
-    def write(path, rgb, alpha=None):
+    def write(path, rgb, alpha=None, **more):
         calls.append(path)
-        if len(calls) > (2 if which == "write_png" else 3):
+        if len(calls) > (2 if which == "write_pixels" else 3):
             raise StorageError(f"cannot write {path}: No space left on device")
-        real(path, rgb, alpha)
+        real(path, rgb, alpha, **more)
 
-    real = mlperturb.run.verdict.write_png
-    monkeypatch.setattr(mlperturb.run.verdict, "write_png", write)
+    real = mlperturb.run.verdict.write_pixels
+    monkeypatch.setattr(mlperturb.run.verdict, "write_pixels", write)
     with pytest.raises(StorageError, match="No space left"):
         attack(classifier, photos, batch_size=1)
-    assert len(calls) == (3 if which == "write_png" else 4)
+    assert len(calls) == (3 if which == "write_pixels" else 4)
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_that_photo(classifier, photos, monkeypatch):
-    real = mlperturb.run.verdict.write_png
+    real = mlperturb.run.verdict.write_pixels
 
-    def write(path, rgb, alpha=None):
+    def write(path, rgb, alpha=None, **more):
         if path.name.startswith("b."):
             raise OutputError(f"cannot write {path}: File name too long")
-        real(path, rgb, alpha)
+        real(path, rgb, alpha, **more)
 
-    monkeypatch.setattr(mlperturb.run.verdict, "write_png", write)
+    monkeypatch.setattr(mlperturb.run.verdict, "write_pixels", write)
     records, _ = attack(classifier, photos)
     assert records["b.png"].status == "failed"
     assert records["b.png"].error.type == "OutputError"
@@ -369,11 +369,11 @@ def test_a_file_that_cannot_be_written_is_an_error_of_that_photo(classifier, pho
     check_schema(records.values())
 
 
-def test_photos_of_one_name_get_numbered_outputs():
-    paths = [Path(name) for name in ("x/a.png", "y/a.jpg", "y/A.gif", "z/a-2.png", "b.png")]
+def test_photos_of_one_name_get_outputs_of_different_names():
+    paths = [Path(name) for name in ("x/a.png", "y/a.jpg", "z/y/A.gif", "z/a-2.png", "b.png")]
     jobs = plan_outputs(paths)
     names = [job.adversarial for job in jobs]
-    assert names[:2] == ["a.adv.png", "a-2.adv.png"]
+    assert names[:4] == ["a.adv.png", "y/a.adv.png", "A-2.adv.png", "z/a-2.adv.png"]
     assert names[-1] == "b.adv.png"
     assert len({name.casefold() for name in names}) == len(names)
     assert [job.map for job in jobs] == [name.replace(".adv.", ".map.") for name in names]
@@ -419,6 +419,8 @@ def test_settings_say_in_a_report_what_was_asked_for_as_it_was_written():
         ("region", "0,0,9,9"),
         ("batch_size", "auto"),
         ("margin", 0.01),
+        ("format", "png"),
+        ("keep_metadata", False),
         ("readers", ["float", "pillow", "torchvision"]),
         ("space", "logit"),
     ]

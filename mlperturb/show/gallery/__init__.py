@@ -96,13 +96,23 @@ def _cards(
         yield {
             **image,
             "number": number,
-            "name": printable(Path(image["source"]).name),
+            "name": printable(_name(image)),
             "thumbnails": thumbnails,
-            "links": {kind: _link(pictures[kind], page) for kind in ("adversarial", "map") if kind in thumbnails},
+            "links": {
+                kind: _link(pictures[kind], page, image["files"][kind])
+                for kind in ("adversarial", "map")
+                if kind in thumbnails
+            },
             "bars": choose_labels(image, thresholds, len(image["flip"]) + _BARS),
             "rmsd": image["distortion"]["rmsd"] if image["distortion"] else None,
         }
         done(missing)
+
+
+def _name(image: dict[str, Any]) -> str:
+    """Return a photo's name in the subfolder of its files, if they have a subfolder."""
+    folder = Path(image["files"]["adversarial"] or "").parent
+    return str(folder / Path(image["source"]).name)
 
 
 def _thumbnail(path: Path, *, sparse: bool) -> str:
@@ -121,8 +131,8 @@ def _thumbnail(path: Path, *, sparse: bool) -> str:
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _link(path: Path | None, page: Path) -> str:
+def _link(path: Path | None, page: Path, name: str) -> str:
     """Return a file's address relative to the page; the leading `./` keeps a name from being read as a scheme."""
     assert path is not None
-    name = path.name if is_remote(path) else os.path.relpath(path.resolve(), page.resolve())
+    name = name if is_remote(path) else os.path.relpath(path.resolve(), page.resolve())
     return "./" + quote(name.encode("utf-8", "surrogateescape"))
