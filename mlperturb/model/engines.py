@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from mlperturb.model.preprocess import Preprocess, Resizer, Size, stack_matrices
+from mlperturb.model.linear import stand_in, strips
+from mlperturb.model.preprocess import Preprocess, Resizer, Size
 from mlperturb.model.readers import Reader, load_opencv
 from mlperturb.model.taps import Products, bind_products
 
@@ -78,12 +78,9 @@ def _bind_plain(
     pairs = []
     for size in sizes:
         preprocess.check(size)
-        pairs.append([_matrix(reader.engine, kernel, *axis) for axis in Plan(size, *_frame(preprocess, size)).axes])
-    rows, columns = (
-        stack_matrices([pair[axis] for pair in pairs], max(size[axis] for size in sizes)) for axis in (0, 1)
-    )
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
-    return Resizer(*(values.to(device, dtype) for values in (rows, columns, mean, std)))
+        rows, columns = Plan(size, *_frame(preprocess, size)).axes
+        pairs.append((_matrix(reader.engine, kernel, *rows), _matrix(reader.engine, kernel, *columns)))
+    return preprocess.bind_matrices(pairs, device, dtype)
 
 
 @dataclass(frozen=True)
@@ -134,11 +131,11 @@ class BoundReader:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map padded photos in [0, 1], (N, 3, H, W), to network input, (N, 3, h, w); rounds to 8 bits first."""
-        resized = self.resized(to_pixels(images.detach())).to(self.resizer.mean.dtype) / 255
-        if images.requires_grad and torch.is_grad_enabled():
-            through: Tensor = _StraightThrough.apply(images, resized, self.resizer.rows, self.resizer.columns)
-            resized = through
-        return (resized - self.resizer.mean) / self.resizer.std
+        return self.resizer.normalise(stand_in(images, self.read(images.detach()), self.resizer.linear))
+
+    def read(self, images: Tensor) -> Tensor:
+        """Return the resized photos, (N, 3, h, w), in [0, 1], without a gradient."""
+        return self.resized(to_pixels(images)).to(self.resizer.mean.dtype) / 255
 
     def resized(self, pixels: Tensor) -> Tensor:
         """Return the 8-bit pixels that the program sees, (N, 3, h, w), of padded 8-bit photos, (N, 3, H, W)."""
@@ -160,30 +157,11 @@ class BoundReader:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Return images in [0, 1] as 8-bit pixels of the same shape."""
-    return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The library's result forward, the linear map's gradient backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(_images: Tensor, resized: Tensor, _rows: Tensor, _columns: Tensor) -> Tensor:
-        """Return `resized`, (N, 3, h, w), as the image of photos (N, 3, H, W)."""
-        return resized.view_as(resized)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
-        """Keep the matrices."""
-        ctx.save_for_backward(*inputs[2:])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return R_h^T G R_w."""
-        rows, columns = ctx.saved_tensors
-        return rows.unsqueeze(1).transpose(2, 3) @ gradients[0] @ columns.unsqueeze(1), None, None, None
+    """Return images in [0, 1], (N, C, H, W), as 8-bit pixels of the same shape."""
+    pixels = torch.empty_like(images, dtype=torch.uint8)
+    for rows in strips(images):
+        pixels[:, :, rows] = (images[:, :, rows] * 255).round_().clamp_(0, 255)
+    return pixels
 
 
 def _frame(preprocess: Preprocess, size: Size) -> tuple[Size, Size]:
@@ -193,7 +171,7 @@ def _frame(preprocess: Preprocess, size: Size) -> tuple[Size, Size]:
 
 
 def _pillow(pixels: Tensor, target: Size, kernel: str, _antialias: bool) -> Tensor:
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    image = Image.merge("RGB", [Image.fromarray(plane) for plane in pixels.cpu().contiguous().numpy()])
     resized = image.resize((target[1], target[0]), Image.Resampling[kernel.upper()])
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).to(pixels.device)
 
@@ -206,7 +184,7 @@ def _pillow_12(pixels: Tensor, target: Size, kernel: str, antialias: bool) -> Te
 def _torchvision(pixels: Tensor, target: Size, kernel: str, antialias: bool) -> Tensor:
     if tuple(pixels.shape[1:]) == tuple(target):
         return pixels
-    photo = pixels[None].cpu().contiguous(memory_format=torch.channels_last)
+    photo = pixels[None].cpu().contiguous()
     resized = functional.interpolate(photo, size=target, mode=kernel, align_corners=False, antialias=antialias)
     return resized[0].to(pixels.device)
 

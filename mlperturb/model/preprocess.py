@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlperturb.errors import CheckpointError, ImageError, UsageError
+from mlperturb.model.linear import Banded, Dense, Pair, bind_map, resize
 from mlperturb.model.readers import DEFAULT_READERS, parse_readers
 
 Size = tuple[int, int]
@@ -107,12 +108,13 @@ class Preprocess:
 
     def bind(self, sizes: Sequence[Size], device: torch.device | str, dtype: torch.dtype = torch.float32) -> Resizer:
         """Return the map for a batch of photos of these (height, width), padded to the largest of them."""
-        pairs = [self.matrices(size) for size in sizes]
-        rows = stack_matrices([pair[0] for pair in pairs], max(size[0] for size in sizes))
-        columns = stack_matrices([pair[1] for pair in pairs], max(size[1] for size in sizes))
+        return self.bind_matrices([self.matrices(size) for size in sizes], device, dtype)
+
+    def bind_matrices(self, pairs: Sequence[Pair], device: torch.device | str, dtype: torch.dtype) -> Resizer:
+        """Return the map with other R_h and R_w, one pair for each photo, and this mean and std."""
         mean = torch.tensor(self.mean, device=device, dtype=dtype).view(3, 1, 1)
         std = torch.tensor(self.std, device=device, dtype=dtype).view(3, 1, 1)
-        return Resizer(rows.to(device, dtype), columns.to(device, dtype), mean, std)
+        return Resizer(bind_map(pairs, device, dtype), mean, std)
 
     def reference(self) -> Any:
         """Return the torchvision v2 transform of 8-bit tensors that this module equals."""
@@ -163,25 +165,30 @@ class Resizer:
     """`Preprocess` bound to the sizes of one batch.
 
     Attributes:
-        rows: R_h of each photo, (N, h, H).
-        columns: R_w of each photo, (N, w, W).
+        linear: R_h and R_w of each photo.
         mean: (3, 1, 1).
         std: (3, 1, 1).
     """
 
-    rows: Tensor
-    columns: Tensor
+    linear: Dense | Banded
     mean: Tensor
     std: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map padded photos in [0, 1], (N, 3, H, W), to network input, (N, 3, h, w)."""
-        resized = self.rows.unsqueeze(1) @ images @ self.columns.unsqueeze(1).transpose(2, 3)
+        return self.normalise(resize(images, self.linear))
+
+    def read(self, images: Tensor) -> Tensor:
+        """Return the resized photos, (N, 3, h, w), in [0, 1], without a gradient."""
+        return self.linear.down(images.detach())
+
+    def normalise(self, resized: Tensor) -> Tensor:
+        """Subtract the mean and divide by the std, (N, 3, h, w)."""
         return (resized - self.mean) / self.std
 
     def select(self, rows: Tensor) -> Resizer:
         """Return the map for some photos of the batch."""
-        return Resizer(self.rows[rows], self.columns[rows], self.mean, self.std)
+        return Resizer(self.linear.select(rows), self.mean, self.std)
 
 
 def to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:
@@ -212,11 +219,6 @@ def _resize_matrix(source: int, target: int, crop: int, interpolation: str) -> T
         parts.append(resized[0, 0])
     top = round((target - crop) / 2)
     return torch.cat(parts, 1)[top : top + crop].clone()
-
-
-def stack_matrices(matrices: Sequence[Tensor], width: int) -> Tensor:
-    """Stack matrices (h, w_i), padded with zero columns to one width, to (N, h, width)."""
-    return torch.stack([functional.pad(matrix, (0, width - matrix.shape[1])) for matrix in matrices])
 
 
 def _names(values: object) -> tuple[str, ...]:

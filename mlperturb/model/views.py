@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.engines import BoundReader
+from mlperturb.model.linear import mix, stand_in
 from mlperturb.model.preprocess import Resizer, Size, to_tensor
 from mlperturb.model.readers import Reader
 from mlperturb.model.survival import compress
@@ -76,19 +77,7 @@ class ViewedModel:
 
     def look(self, images: Tensor, views: Tensor) -> Tensor:
         """Map photos to logits, (N, (1 + Q) L), each photo in its own view, (N,)."""
-
-        def prepare(seen: Tensor) -> Tensor:
-            inputs: Tensor | None = None
-            for view in sorted(set(views.tolist())):
-                rows = (views == view).nonzero().flatten()
-                part = self.maps[view].select(rows)(seen[rows])
-                if inputs is None:
-                    inputs = part.new_empty(len(seen), *part.shape[1:])
-                inputs[rows] = part
-            assert inputs is not None
-            return inputs
-
-        return self._logits(images, prepare)
+        return self._logits(images, lambda seen: read_each(self.maps, seen, views))
 
     def select(self, rows: Tensor) -> ViewedModel:
         """Return the model of some photos of the batch."""
@@ -99,6 +88,19 @@ class ViewedModel:
         """Return the logits of the photos, then of each compression of the photos, (N, (1 + Q) L)."""
         seen = [images, *(compress(images, self.sizes, one) for one in self.purifications)]
         return torch.cat([self.classifier.network_logits(prepare(one)) for one in seen], dim=1)
+
+
+def read_each(maps: Sequence[Resizer | BoundReader], images: Tensor, views: Tensor) -> Tensor:
+    """Map padded photos, (N, 3, H, W), to network input, (N, 3, h, w), each by the map of its own view, (N,)."""
+    used = sorted(set(views.tolist()))
+    if len(used) == 1:
+        return maps[used[0]](images)
+    parts = [(views == view).nonzero().flatten() for view in used]
+    resized = [maps[view].select(rows).read(images.detach()[rows]) for view, rows in zip(used, parts, strict=True)]
+    whole = torch.cat(resized)[torch.cat(parts).argsort()]
+    resizers = [one if isinstance(one, Resizer) else one.resizer for one in maps]
+    linear = mix([one.linear for one in resizers], views)
+    return resizers[0].normalise(stand_in(images, whole, linear))
 
 
 def repeat_targets(targets: Targets, times: int) -> Targets:

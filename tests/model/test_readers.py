@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torchvision.transforms import functional as plain
 
 from mlperturb.errors import UsageError
 from mlperturb.model.engines import to_pixels
+from mlperturb.model.linear import Dense
 from mlperturb.model.preprocess import Preprocess, pad_batch
 from mlperturb.model.readers import Reader, parse_reader, parse_readers
 from mlperturb.model.taps import bind_products
@@ -154,6 +156,14 @@ def test_the_result_of_a_photo_and_its_gradient_do_not_depend_on_its_batch(name)
         torch.testing.assert_close(own[0], gradient[row, :, :height, :width], rtol=1e-4, atol=1e-5)
 
 
+def _matrix(band):
+    """Return the matrix of which a band has the entries."""
+    width = len(band.transposed.counts)
+    matrix = torch.zeros(len(band.counts), width)
+    matrix[torch.arange(len(matrix)).repeat_interleave(band.counts), band.places] = band.values
+    return matrix
+
+
 @ALL
 def test_the_backward_pass_is_the_librarys_own_map_without_rounding(name):
     """The linear map predicts the 8-bit result to a grey level where rounding errors average out."""
@@ -162,18 +172,21 @@ def test_the_backward_pass_is_the_librarys_own_map_without_rounding(name):
     resizer = getattr(bound, "resizer", bound)
     photo = torch.nn.functional.avg_pool2d(torch.rand(1, 3, 98, 79), 9, stride=1)  # smooth: cubic filters do not clip
     photo = to_pixels(photo).float() / 255
-    predicted = resizer.rows.unsqueeze(1) @ photo @ resizer.columns.unsqueeze(1).transpose(2, 3)
+    rows, columns = (_matrix(band) for band in resizer.linear.bands[0])
+    predicted = rows @ photo @ columns.T
     assert float((bound(photo) - predicted).abs().max()) <= 1.01 / 255
     image = photo.clone().requires_grad_()
     weights = torch.randn(1, 3, 31, 24)
     (gradient,) = torch.autograd.grad((bound(image) * weights).sum(), image)
-    expected = resizer.rows.unsqueeze(1).transpose(2, 3) @ weights @ resizer.columns.unsqueeze(1)
+    expected = rows.T @ weights @ columns
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_can_be_batched():
     image = torch.rand(2, 3, 30, 33, requires_grad=True)
-    mapped = Reader("pillow").bind(Preprocess((5, 6)), [(30, 33)] * 2, "cpu")(image)
+    bound = Reader("pillow").bind(Preprocess((5, 6)), [(30, 33)] * 2, "cpu")
+    rows, columns = (_matrix(band).expand(2, -1, -1) for band in bound.resizer.linear.bands[0])
+    mapped = replace(bound, resizer=replace(bound.resizer, linear=Dense(rows, columns)))(image)  # as on a device
     seeds = torch.randn(4, *mapped.shape)
     packed = torch.autograd.grad(mapped, image, seeds, is_grads_batched=True, retain_graph=True)[0]
     for seed, gradient in zip(seeds, packed, strict=True):
