@@ -245,18 +245,29 @@ class Problem:
         after the other, which is faster there.
         """
         self.meter.backward[self.rows] += self.cost * present.sum(1).cpu()
-        slots = int(present.sum(1).max())
-        order = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
-        seeds = torch.zeros(slots, *outputs.shape, dtype=outputs.dtype, device=outputs.device)
-        seeds.scatter_(2, order.T.unsqueeze(2), present.gather(1, order).T.unsqueeze(2).to(outputs.dtype))
+        seeds, order = _seeds(outputs, present)
         if outputs.is_cuda:
             packed = torch.autograd.grad(outputs, images, seeds, is_grads_batched=True)[0]
         else:
             packed = torch.stack([torch.autograd.grad(outputs, images, s, retain_graph=True)[0] for s in seeds])
         full = packed.new_zeros(outputs.shape[1], *images.shape)
-        rows = torch.arange(len(images), device=images.device).expand(slots, -1)
-        full[order.T, rows] = packed * present.gather(1, order).T.view(slots, -1, 1, 1, 1)
+        rows = torch.arange(len(images), device=images.device).expand(len(seeds), -1)
+        full[order, rows] = packed * present.gather(1, order.T).T.view(len(seeds), -1, 1, 1, 1)
         return self.within_region(full.transpose(0, 1))
+
+    def gradient_norms(self, outputs: Tensor, images: Tensor, present: Tensor) -> Tensor:
+        """Return ||d outputs / d images||_2, (n, K); 0 where `present`, (n, K), is false.
+
+        The passes are counted and run as those of `jacobian`; on the CPU, a single gradient is in memory.
+        """
+        if outputs.is_cuda:
+            return torch.linalg.vector_norm(self.jacobian(outputs, images, present).flatten(2), dim=2)
+        self.meter.backward[self.rows] += self.cost * present.sum(1).cpu()
+        lengths = torch.zeros_like(outputs)
+        for seed, places in zip(*_seeds(outputs, present), strict=True):
+            gradient = self.within_region(torch.autograd.grad(outputs, images, seed, retain_graph=True)[0])
+            lengths.scatter_(1, places.unsqueeze(1), norms(gradient).unsqueeze(1))
+        return lengths
 
     def within_region(self, values: Tensor) -> Tensor:
         """Return gradients or perturbations, (n, ..., 3, H, W), set to 0 outside the region, and grey where asked."""
@@ -310,6 +321,20 @@ class Problem:
             return torch.full((len(self),), float(iterations), device=self.images.device)
         left = self.limit - self.spent - self.cost * (self.opening is None)
         return (left // (2 * self.cost)).clamp(1, max(iterations, 1)).to(self.images)
+
+
+def _seeds(outputs: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the seeds of the backward passes for the outputs `present`, (n, K), of each image.
+
+    Returns:
+        The seeds, (S, n, K), each 1 at one output present of each image, 0 for an image that has no more; and the
+        places of those outputs, (S, n).
+    """
+    slots = int(present.sum(1).max())
+    order = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
+    seeds = torch.zeros(slots, *outputs.shape, dtype=outputs.dtype, device=outputs.device)
+    seeds.scatter_(2, order.T.unsqueeze(2), present.gather(1, order).T.unsqueeze(2).to(outputs.dtype))
+    return seeds, order.T
 
 
 def norms(images: Tensor) -> Tensor:

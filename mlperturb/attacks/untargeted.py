@@ -24,7 +24,7 @@ def nearest_label(problem: Problem, candidates: Tensor, *, compared: int = MAX_C
     logits = problem.logits(images)
     margins = (logits.detach() - problem.targets.boundary).abs().masked_fill(~candidates, torch.inf)
     least = margins.argsort(1).argsort(1) < max(compared, 1)
-    gradients = torch.linalg.vector_norm(problem.jacobian(logits, images, candidates & least).flatten(2), dim=2)
+    gradients = problem.gradient_norms(logits, images, candidates & least)
     nearest = (margins / gradients.clamp(min=1e-12)).masked_fill(~(candidates & least), torch.inf).argmin(1)
     chosen = torch.zeros_like(candidates)
     chosen[torch.arange(len(chosen), device=chosen.device), nearest] = True
