@@ -261,7 +261,8 @@ class Problem:
         The passes are counted and run as those of `jacobian`; on the CPU, a single gradient is in memory.
         """
         if outputs.is_cuda:
-            return torch.linalg.vector_norm(self.jacobian(outputs, images, present).flatten(2), dim=2)
+            lengths: Tensor = torch.linalg.vector_norm(self.jacobian(outputs, images, present).flatten(2), dim=2)
+            return lengths
         self.meter.backward[self.rows] += self.cost * present.sum(1).cpu()
         lengths = torch.zeros_like(outputs)
         for seed, places in zip(*_seeds(outputs, present), strict=True):

@@ -94,7 +94,8 @@ def read_each(maps: Sequence[Resizer | BoundReader], images: Tensor, views: Tens
     """Map padded photos, (N, 3, H, W), to network input, (N, 3, h, w), each by the map of its own view, (N,)."""
     used = sorted(set(views.tolist()))
     if len(used) == 1:
-        return maps[used[0]](images)
+        inputs: Tensor = maps[used[0]](images)
+        return inputs
     parts = [(views == view).nonzero().flatten() for view in used]
     resized = [maps[view].select(rows).read(images.detach()[rows]) for view, rows in zip(used, parts, strict=True)]
     whole = torch.cat(resized)[torch.cat(parts).argsort()]
