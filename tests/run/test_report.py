@@ -473,6 +473,7 @@ def test_the_summary_counts_statuses_and_averages_the_successes():
         "rmsd": {"mean": 3.0, "median": 2.0},
         "forward": 18,
         "backward": 14,
+        "passes": {"forward": 3.0, "backward": 2.0},
         "seconds": 12.346,
         "readers": {},
     }
