@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.goals import Goal
-from mlperturb.attacks.problem import Problem, each_view, norms, spread
+from mlperturb.attacks.problem import Problem, each_view, norms
 
 
 class Best:
@@ -66,7 +66,9 @@ class Best:
         self.score[rows] = torch.where(better, score, held_score)
         self.norm[rows] = torch.where(better, norm, held_norm)
         self.met[rows] = torch.where(better, met, self.met[rows])
-        self.images[rows] = torch.where(spread(better), images, self.images[rows])
+        improved = better.nonzero().flatten()
+        if len(improved):
+            self.images[rows[improved]] = images[improved]
         return met
 
     def hope(self, problem: Problem, images: Tensor, expected: Tensor) -> None:

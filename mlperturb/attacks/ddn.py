@@ -152,7 +152,7 @@ def descend(
         distance = _linearised_loss(walk, seen, pace) / gradient_norm
         latent = walk.latent - spread(_step_length(walk, decay, pace) / gradient_norm) * gradient  # steps 3, 4
         radius = _radius(problem, walk, met, distance, decay, pace)  # step 5
-        latent = latent * spread(radius / norms(latent).clamp(min=_TINY))
+        latent.mul_(spread(radius / norms(latent).clamp(min=_TINY)))
         if lattice and walk.fresh:  # step 3
             scale = lattice_scale(problem.lattice, latent, gradient, distance * gradient_norm)
             latent, radius = _stretch(latent, radius, scale)
@@ -340,8 +340,8 @@ def _lift(problem: Problem, latent: Tensor, met: Tensor) -> Tensor:
 
 
 def _stretch(latent: Tensor, radius: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return r and ||r||, both multiplied by a scale for each image, (n,)."""
-    return spread(scale) * latent, scale * radius
+    """Return r and ||r||, both multiplied by a scale for each image, (n,); r in place."""
+    return latent.mul_(spread(scale)), scale * radius
 
 
 def _multipliers(walk: Walk, seen: _Seen, decay: Tensor) -> Tensor:

@@ -59,11 +59,11 @@ class PixelLattice:
 
     def points(self, images: Tensor, latent: Tensor) -> Tensor:
         """Return round(x + r)."""
-        return to_lattice(images + latent)
+        return _round_(images + latent)
 
     def round(self, latent: Tensor) -> Tensor:
         """Return r rounded to multiples of 1/255."""
-        return (latent * 255).round() / 255
+        return (latent * 255).round_().div_(255)
 
     def pull(self, gradient: Tensor, points: Tensor) -> Tensor:  # noqa: ARG002
         """Return the gradient itself."""
@@ -71,11 +71,12 @@ class PixelLattice:
 
     def clip(self, latent: Tensor, images: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Return r such that x + r lies within a range of pixels."""
-        return (images + latent).clamp(low, high) - images
+        return (images + latent).clamp_(low, high).sub_(images)
 
     def largest(self, latent: Tensor) -> Tensor:
         """Return max |r|."""
-        return latent.flatten(1).abs().amax(1)
+        flat = latent.flatten(1)
+        return torch.maximum(flat.amax(1), -flat.amin(1))
 
     def select(self, rows: Tensor) -> PixelLattice:  # noqa: ARG002
         """Return the same lattice."""
@@ -87,7 +88,12 @@ PIXELS = PixelLattice()
 
 def to_lattice(images: Tensor) -> Tensor:
     """Round images in [0, 1] to multiples of 1/255."""
-    return (images * 255).round().clamp(0, 255) / 255
+    return _round_(images.clone())
+
+
+def _round_(images: Tensor) -> Tensor:
+    """Round images in place."""
+    return images.mul_(255).round_().clamp_(0, 255).div_(255)
 
 
 def lattice_scale(lattice: Lattice, latent: Tensor, gradient: Tensor, needed: Tensor) -> Tensor:
@@ -106,6 +112,6 @@ def lattice_scale(lattice: Lattice, latent: Tensor, gradient: Tensor, needed: Te
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         rounded = lattice.round(torch.exp2(middle).view(-1, 1, 1, 1) * latent)
-        enough = -(rounded * gradient).flatten(1).sum(1) >= needed
+        enough = -rounded.mul_(gradient).flatten(1).sum(1) >= needed
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     return torch.exp2(high)

@@ -63,7 +63,7 @@ class Opening:
     @classmethod
     def of(cls, images: Tensor, forward: Callable[[Tensor], Tensor]) -> Opening:
         """Compute the logits of photos, (N, 3, H, W)."""
-        leaf = images.detach().clone().requires_grad_()
+        leaf = images.detach().requires_grad_()
         with torch.enable_grad():
             return cls(leaf, forward(leaf), torch.arange(len(images), device=images.device))
 
