@@ -21,6 +21,8 @@ OPTIONS = {  # option of the command line by parameter of the library
     **{name: f"--{name}" for name in ("between", "solver", "rounding", "space", "reduce", "augment")},
     **{name: f"--{name}" for name in ("labels", "out", "overwrite", "report", "subsampling", "margin")},
     **{name: f"--{name}" for name in ("format", "method")},
+    **{name: f"--{name}" for name in ("adversarial", "views")},
+    "head_only": "--head-only",
     "rmsd": "--max-rmsd",
     "linf": "--max-linf",
     "architecture": "--arch",

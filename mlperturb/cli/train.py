@@ -87,6 +87,18 @@ def train(
             min=0, help="Mix each photo with a second photo, in a share drawn from Beta(MIXUP, MIXUP); 0: off."
         ),
     ] = 0.0,
+    adversarial: Annotated[
+        str,
+        typer.Option(
+            help="Train on perturbed photos: linf:RADIUS or l2:RMSD, on the 0-255 scale of the network input."
+        ),
+    ] = "",
+    adversarial_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the gradient ascent that perturbs a batch.")
+    ] = 1,
+    clean_share: Annotated[
+        float, typer.Option(min=0, max=1, help="With --adversarial: the share of each batch that is not perturbed.")
+    ] = 0.0,
     instance_weight: Annotated[float, typer.Option(min=0, help="Lambda of Eq. 12.")] = 0.5,
     calibration_weight: Annotated[
         float, typer.Option(min=0, help="Weight of the cross-entropy beside Eq. 12; 0 for Eq. 12 alone.")
@@ -122,7 +134,7 @@ def train(
     from mlperturb.system.devices import prepare
     from mlperturb.system.processes import join as join_run
     from mlperturb.system.processes import local_device
-    from mlperturb.training.fitter import Recipe
+    from mlperturb.training.recipe import Recipe
     from mlperturb.training.train import train as run
 
     if voc is not None:
@@ -151,6 +163,9 @@ def train(
         norm_momentum=norm_momentum,
         amp=amp,
         mixup=mixup,
+        adversarial=adversarial,
+        adversarial_steps=adversarial_steps,
+        clean_share=clean_share,
         teacher_weight=teacher_weight,
         size=size,
         mean=mean,

@@ -22,77 +22,12 @@ from mlperturb.model.preprocess import Preprocess
 from mlperturb.photos.datasets import Dataset
 from mlperturb.system.files import write_file
 from mlperturb.system.processes import Share
+from mlperturb.training.adversarial import Threat, perturb
 from mlperturb.training.loading import PhotoDataset, augmentation, mixed_precision, to_device
 from mlperturb.training.losses import cross_entropy, eq12_loss
 from mlperturb.training.probe import find_head
+from mlperturb.training.recipe import Recipe
 from mlperturb.training.stem import cut, has_moving_statistics, pick
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of a training.
-
-    Attributes:
-        architecture: a torchvision classification model, or `timm/NAME`.
-        epochs: passes over the training set.
-        batch_size: photos in a step, over all processes; the paper has 100.
-        learning_rate: AdamW's peak learning rate, after a warm-up and before a cosine decay to zero.
-        fresh_rate: factor of that rate for tensors that are not in the last initial file, such as a new head, which
-            must change more than a pretrained backbone.
-        weight_decay: AdamW's weight decay.
-        instance_weight: lambda of Eq. 12, the weight of its instance-wise term.
-        calibration_weight: weight of a binary cross-entropy beside Eq. 12, which alone is blind to a constant added
-            to a label's logits; 0 is the paper's pure ranking loss.
-        head_only: train the last layer on cached features, the paper's partial retraining.
-        probe: first fit the last layer alone, its weight decay chosen on the validation photos; then train the rest.
-        blend: at the end mix the weights with those that training began from, in the proportion that is best on the
-            validation photos: robust fine-tuning (Wortsman et al., WiSE-FT).
-        layer_decay: how many times the learning rate of the layers above each layer has, counted in blocks from the
-            head down; 1 for the same rate everywhere.
-        freeze: patterns such as `blocks.0.*` of the names of parameters that stay as they are.
-        views: keep what the frozen first layers give for so many random crops of each photo, and train the layers above
-            on these; 0 to crop anew each time and pass through all layers.
-        norm_momentum: of the statistics of batch normalisation; 0 leaves them as they are; None: the architecture's.
-        amp: compute with 16 bits on the CPU too (bfloat16); CUDA always does (float16).
-        mixup: each photo is mixed with a second photo, in a share drawn from Beta(mixup, mixup); 0 for no mixing.
-        teacher_weight: share of the teachers' probabilities in the targets of the cross-entropy, in [0, 1].
-        size: side of the square network input, stretched; 0 for the preprocessing of the architecture's own weights.
-        mean: subtracted from pixels in [0, 1], if `size` is given.
-        std: the pixels less `mean` are divided by it, if `size` is given.
-        least_crop: the smallest share of a photo's area that a random crop keeps.
-        train_size: side of the random crops trained on; 0 for that of the network input. A crop magnifies, so a
-            smaller side shows objects at the size that whole photos will show them, and is cheaper.
-        average: decay per step of the exponential moving average of the weights; 0 for no average.
-        seed: the seed of shuffling and augmentation.
-        workers: processes that decode photos.
-    """
-
-    architecture: str = "mobilenet_v2"
-    epochs: int = 10
-    batch_size: int = 100
-    learning_rate: float = 5e-4
-    fresh_rate: float = 1.0
-    weight_decay: float = 1e-2
-    instance_weight: float = 0.5
-    calibration_weight: float = 1.0
-    head_only: bool = False
-    probe: bool = False
-    blend: bool = False
-    layer_decay: float = 1.0
-    freeze: tuple[str, ...] = ()
-    views: int = 0
-    norm_momentum: float | None = None
-    amp: bool = False
-    mixup: float = 0.0
-    teacher_weight: float = 0.5
-    size: int = 224
-    mean: float = 0.5
-    std: float = 0.5
-    least_crop: float = 0.5
-    train_size: int = 0
-    average: float = 0.99
-    seed: int = 0
-    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +68,7 @@ class Fitter:
     below: nn.Module | None = field(init=False, default=None)  # the frozen first layers, if their word is kept
     views: Tensor = field(init=False)  # what they give, (V, N, C, h, w)
     optimiser: torch.optim.Optimizer = field(init=False)
+    threat: Threat | None = field(init=False)
 
     def __post_init__(self) -> None:
         if len(self.training) < self.recipe.batch_size:
@@ -143,6 +79,7 @@ class Fitter:
             raise DatasetError(
                 f"expected a batch size that {self.share.size} processes can share, got {self.recipe.batch_size}"
             )
+        self.threat = Threat.parse(self.recipe.adversarial) if self.recipe.adversarial else None
         self._choose_parameters()
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         self.start = copy.deepcopy(self.averaged.state_dict()) if self.recipe.blend else {}
@@ -231,16 +168,37 @@ class Fitter:
 
     def _loss(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """Return the loss of photos, (N, 3, h, w), or features, (N, F), and of their numbers in the data set, (N,)."""
-        other, share = None, 1.0
+        other, share = rows, 1.0
         if self.recipe.mixup:
             beta = torch.distributions.Beta(self.recipe.mixup, self.recipe.mixup)
-            other, share = torch.randperm(len(rows)), float(beta.sample())
-            inputs = torch.lerp(inputs[other.to(inputs.device)], inputs, share)
+            order, share = torch.randperm(len(rows)), float(beta.sample())
+            other, inputs = rows[order], torch.lerp(inputs[order.to(inputs.device)], inputs, share)
+        if self.threat is not None:
+            inputs = self._perturb(inputs, rows, other, share)
+        return self._mixed_loss(self.trained, inputs, rows, other, share)
+
+    def _mixed_loss(self, network: nn.Module, inputs: Tensor, rows: Tensor, other: Tensor, share: float) -> Tensor:
+        """Return the loss against the truths of two photos each, the first of which counts `share`."""
         with mixed_precision(self.device, self.amp):
-            logits = self.trained(inputs)
+            logits = network(inputs)
         logits = logits.float()
         loss = self._compare(logits, rows)
-        return loss if other is None else share * loss + (1 - share) * self._compare(logits, rows[other])
+        return loss if share == 1 else share * loss + (1 - share) * self._compare(logits, other)
+
+    def _perturb(self, inputs: Tensor, rows: Tensor, other: Tensor, share: float) -> Tensor:
+        """Return a batch, (N, 3, h, w), whose first photos are clean and whose others raise the training loss."""
+        assert self.threat is not None
+        clean = round(self.recipe.clean_share * len(rows))
+        if clean == len(rows):
+            return inputs
+        self.network.eval()  # the statistics of batch normalisation are those of training alone
+
+        def loss(images: Tensor) -> Tensor:
+            return len(rows) * self._mixed_loss(self.network, images, rows[clean:], other[clean:], share)
+
+        worst = perturb(loss, inputs[clean:], self.threat, self.preprocess, self.recipe.adversarial_steps)
+        self._set_mode()
+        return torch.cat([inputs[:clean], worst])
 
     def _compare(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Return the loss of logits, (N, L), against the annotations and the teachers' word on these photos."""

@@ -25,10 +25,11 @@ from mlperturb.model.classifier import Classifier, fold_batch_norm
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.photos.datasets import Dataset
 from mlperturb.system.processes import Share
-from mlperturb.training.fitter import Fitter, Progress, Recipe, Reporter
+from mlperturb.training.fitter import Fitter, Progress, Reporter
 from mlperturb.training.loading import predict_dataset
 from mlperturb.training.losses import calibrate
 from mlperturb.training.probe import Probe, find_head, fit_probe, read_features
+from mlperturb.training.recipe import Recipe
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the trained weights in a blend
 

@@ -86,6 +86,19 @@ def test_a_call_that_cannot_be_carried_out_is_one_line(arguments, message, monke
     assert error.count("\n") == 1
 
 
+def test_photos_are_perturbed_in_training_as_asked_for(voc, monkeypatch, capsys):
+    out = voc / "robust.safetensors"
+    data = ["--voc", voc, "--year", "2007", "--val-split", "val", *TINY, "--out", out]
+    assert _run(monkeypatch, *data, "--adversarial", "linf:2", "--adversarial-steps", 2, "--clean-share", 0.25) == 0
+    recipe = read_metadata(out).provenance["recipe"]
+    assert [recipe[name] for name in ("adversarial", "adversarial_steps", "clean_share")] == ["linf:2", 2, 0.25]
+    capsys.readouterr()
+    assert _run(monkeypatch, *data, "--adversarial", "l3:2") == 2
+    assert "expected linf:RADIUS or l2:RMSD, above 0 and at most 255, got 'l3:2'" in capsys.readouterr().err
+    assert _run(monkeypatch, *data, "--adversarial", "l2:2", "--head-only") == 2
+    assert "without --head-only and --views" in capsys.readouterr().err
+
+
 def test_a_probe_and_gentle_fine_tuning_of_a_network_of_timms_in_one_command(voc, monkeypatch, capsys):
     out, teacher = voc / "mine.safetensors", voc / "teacher.safetensors"
     data = ["--voc", voc, "--year", "2007", "--val-split", "val"]

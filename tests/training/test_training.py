@@ -10,16 +10,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mlperturb.errors import CheckpointError, DatasetError, OutputError
+from mlperturb.errors import CheckpointError, DatasetError, OutputError, UsageError
 from mlperturb.metrics import classifier_metrics
 from mlperturb.model.checkpoints import build_network, load_checkpoint, read_metadata, read_tensors, save_checkpoint
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.photos.datasets import Dataset
 from mlperturb.training import train as training
-from mlperturb.training.fitter import Fitter, Progress, Recipe, block_depths
+from mlperturb.training.fitter import Fitter, Progress, block_depths
 from mlperturb.training.loading import PhotoDataset, augmentation, predict_dataset
 from mlperturb.training.probe import DECAYS, find_head
+from mlperturb.training.recipe import Recipe
 from mlperturb.training.stem import cut, pick
 from mlperturb.training.train import choose_preprocess, initialise, train
 
@@ -554,3 +555,47 @@ def test_each_photo_of_a_batch_is_seen_in_a_view_of_its_own():
     assert set(picked[:, 0].tolist()) == {5.0, 11.0}
     assert set(picked[:, 1].tolist()) == {0.0, 6.0}
     assert len(set(map(tuple, picked.tolist()))) == 4
+
+
+# --- adversarial training
+
+
+@pytest.mark.parametrize(("clean_share", "clean"), [(0.0, 0), (0.5, 6), (1.0, 12)])
+def test_the_clean_share_of_a_batch_is_left_and_the_rest_raises_the_loss(data, start, clean_share, clean):
+    torch.manual_seed(0)
+    change = {"clean_share": clean_share, "batch_size": 12, "norm_momentum": 0.0}
+    fitter = _fitter(data, adversarial="linf:0.05", adversarial_steps=4, **change)
+    initialise(fitter.network, [start])
+    photos, rows = PhotoDataset(data, fitter.preprocess.reference()), torch.arange(12)
+    inputs = torch.stack([photos[number][0] for number in range(12)])
+    fitter._set_mode()
+    state = {name: value.clone() for name, value in fitter.network.state_dict().items()}
+    moved = fitter._perturb(inputs, rows, rows, 1.0)
+    changed = (moved != inputs).flatten(1).any(1)
+    assert changed.tolist() == [False] * clean + [True] * (12 - clean)
+    assert float((moved - inputs).abs().max()) <= 0.05 / 255 / 0.5 + 1e-5
+    assert all(torch.equal(value, state[name]) for name, value in fitter.network.state_dict().items())
+    assert fitter.network.training
+    assert all(value.grad is None for value in fitter.network.parameters())
+    if clean < 12:
+        worst = rows[clean:]
+        before, after = (
+            float(fitter._mixed_loss(fitter.network, images[clean:], worst, worst, 1.0).detach())
+            for images in (inputs, moved)
+        )
+        assert after > before
+
+
+def test_adversarial_training_lowers_the_loss_under_attack(data, start, tmp_path):
+    recipe = replace(RECIPE, epochs=12, batch_size=12, learning_rate=1e-2, adversarial="l2:4", adversarial_steps=2)
+    steps: list[Progress] = []
+    metadata = _train(recipe, data, tmp_path / "m.safetensors", initial=[start], report=steps.append)
+    losses = [step.loss for step in steps if step.validation is None]
+    assert np.mean(losses[-3:]) < 0.9 * losses[0]
+    assert metadata.provenance["recipe"]["adversarial"] == "l2:4"
+
+
+@pytest.mark.parametrize("change", [{"head_only": True}, {"views": 1, "norm_momentum": 0.0, "freeze": ("conv1.*",)}])
+def test_adversarial_training_needs_whole_photos(data, change):
+    with pytest.raises(UsageError, match="expected `adversarial` without `head_only` and `views`"):
+        _fitter(data, adversarial="linf:2", **change)
