@@ -86,7 +86,8 @@ def _bind_plain(
     )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
     offset = preprocess.offset(pairs, device, dtype)
-    return Resizer(*(values.to(device, dtype) for values in (rows, columns, mean, std)), offset)
+    rows, columns, mean, std = (values.to(device, dtype) for values in (rows, columns, mean, std))
+    return Resizer(rows, columns, mean, std, offset)
 
 
 @dataclass(frozen=True)
