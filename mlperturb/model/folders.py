@@ -113,11 +113,11 @@ def timm_preprocess(config: Mapping[str, Any]) -> Preprocess:
     """
     from math import floor
 
-    from timm.data import resolve_data_config
+    from timm.data.config import resolve_data_config
 
     named = config.get("pretrained_cfg", config)
     try:
-        data = resolve_data_config({}, pretrained_cfg=dict(named))
+        data = resolve_data_config({}, pretrained_cfg=dict(named))  # type: ignore[no-untyped-call]
         (_, height, width), share, mode = data["input_size"], float(data["crop_pct"]), data["crop_mode"]
         size = (floor(height / share), floor(width / share))
         square = mode == "center" and size[0] == size[1]
