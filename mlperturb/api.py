@@ -20,6 +20,7 @@ from mlperturb.limits import MARGIN, Limits
 from mlperturb.metrics import distortion
 from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.model.classifier import Classifier
+from mlperturb.model.preprocess import Preprocess
 from mlperturb.model.readers import parse_reader
 from mlperturb.model.views import read_logits
 from mlperturb.photos.formats import to_image
@@ -83,15 +84,19 @@ def load(
     *,
     arch: str | None = None,
     labels: Sequence[str] | None = None,
+    preprocess: Preprocess | None = None,
     device: str = "cpu",
 ) -> Classifier:
     """Load a classifier.
 
     Args:
         checkpoint: a `.safetensors` file that `mlperturb train` wrote, or plain weights (`.pt`, `.pth`, `.safetensors`)
-            with `arch` and `labels`; by default the bundled classifier of the 20 labels of PASCAL VOC.
+            with `arch` and `labels`, or the folder of a timm model (config.json, model.safetensors, and often
+            selected_tags.csv); by default the bundled classifier of the 20 labels of PASCAL VOC.
         arch: the torchvision architecture of plain weights, such as `resnet50`.
-        labels: the label names of plain weights, in the order of the network's outputs.
+        labels: the label names of plain weights, or of a folder without names, in the order of the network's outputs.
+        preprocess: how a photo becomes network input, where the checkpoint does not say it or says it wrongly: no
+            timm folder records that its network wants BGR, or photos padded to a white square.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
 
     Raises:
@@ -99,10 +104,10 @@ def load(
         UsageError: if this machine does not have the device, or `labels` is not a list of names.
     """
     path = bundled_checkpoint() if checkpoint is None else Path(checkpoint)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
     place = device if device == "cpu" else prepare(device, 0)
-    return load_checkpoint(path, architecture=arch, labels=labels, device=place)[0]
+    return load_checkpoint(path, architecture=arch, labels=labels, preprocess=preprocess, device=place)[0]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from mlperturb.system.text import printable
 
 def labels(checkpoint: Checkpoint = None, arch: Arch = None, labels: Labels = None, json: Json = False) -> None:
     """Show the label names, thresholds and metadata of a checkpoint."""
-    from mlperturb.model.checkpoints import check_architecture, read_metadata
+    from mlperturb.model.checkpoints import check_architecture, describe_folder, read_metadata
     from mlperturb.run.report import to_json
 
     source = find_source(checkpoint, arch, labels)
@@ -20,7 +20,8 @@ def labels(checkpoint: Checkpoint = None, arch: Arch = None, labels: Labels = No
         check_architecture(source.architecture)
         thresholds, details = (0.5,) * len(source.labels), {"architecture": source.architecture}
     else:
-        metadata = read_metadata(source.path)
+        folder = source.path.is_dir()
+        metadata = describe_folder(source.path, source.names) if folder else read_metadata(source.path)
         thresholds = metadata.thresholds
         names = ("architecture", "preprocess", "provenance", "metrics")
         details = {name: getattr(metadata, name) for name in names}

@@ -24,11 +24,18 @@ Paths = Annotated[
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Search subfolders too.")]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(**HERE, help="A .safetensors checkpoint of mlperturb, or plain weights with --arch and --labels."),
+    typer.Option(
+        **HERE,
+        help="A .safetensors checkpoint of mlperturb, the folder of a timm model (config.json, model.safetensors), "
+        "or plain weights with --arch and --labels.",
+    ),
 ]
 Arch = Annotated[str | None, typer.Option(help="Torchvision architecture of the plain weights.")]
 Labels = Annotated[
-    Path | None, typer.Option(**HERE, help="File with the label names of the plain weights, one per line.")
+    Path | None,
+    typer.Option(
+        **HERE, help="File with the label names, one per line, of plain weights, or of a folder that has none."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random numbers.")]
@@ -83,6 +90,7 @@ class Source:
     def load(self, device: str) -> tuple[Classifier, dict[str, Any]]:
         """Load the classifier; return it with its description for a report."""
         from mlperturb.model.checkpoints import load_checkpoint
+        from mlperturb.model.folders import find_weights
         from mlperturb.system.files import file_sha256
 
         classifier, metadata = load_checkpoint(
@@ -90,7 +98,7 @@ class Source:
         )
         return classifier, {
             "checkpoint": str(self.path),
-            "sha256": file_sha256(self.path),
+            "sha256": file_sha256(find_weights(self.path) if self.path.is_dir() else self.path),
             "architecture": metadata.architecture,
             "labels": list(metadata.labels),
             "thresholds": list(metadata.thresholds),
@@ -116,6 +124,8 @@ def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) 
     """
     from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
 
+    if checkpoint is not None and checkpoint.is_dir():
+        return _find_folder(checkpoint, arch, labels)
     given = {"--arch": arch, "--labels": labels, "--checkpoint": checkpoint}
     missing = [option for option, value in given.items() if value is None]
     if missing and (arch is not None or labels is not None):
@@ -134,13 +144,34 @@ def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) 
             )
         metadata = read_metadata(path)
         return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess))
-    try:
-        names = tuple(line.strip() for line in labels.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read label names from {labels}: {error}") from error
-    if not names or len(set(names)) != len(names):
-        raise UsageError(f"expected distinct label names, one per line, in {labels}")
+    names = _read_names(labels)
     return Source(path, arch, names, names)
+
+
+def _find_folder(folder: Path, arch: str | None, labels: Path | None) -> Source:
+    """Return the folder of a timm model, with its label names or those of a file.
+
+    Raises:
+        CheckpointError: if it is not such a folder, or names no labels.
+        UsageError: if --arch is given, or the file of label names cannot be read.
+    """
+    from mlperturb.model.folders import read_config, read_names
+
+    if arch is not None:
+        raise UsageError(f"expected no --arch for a folder, whose config.json names it: {folder}")
+    names = None if labels is None else _read_names(labels)
+    return Source(folder, None, names, read_names(folder, read_config(folder), names).labels)
+
+
+def _read_names(path: Path) -> tuple[str, ...]:
+    """Return the label names of a file, one on each line."""
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read label names from {path}: {error}") from error
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"expected distinct label names, one per line, in {path}")
+    return names
 
 
 def named_source(described: dict[str, Any]) -> Source:
@@ -153,14 +184,19 @@ def named_source(described: dict[str, Any]) -> Source:
     from mlperturb.system.files import file_sha256
 
     path, names = Path(described["checkpoint"]), tuple(described["labels"])
-    if not path.is_file():
+    if not path.exists():
         path = bundled_checkpoint()
         if not path.is_file() or file_sha256(path) != described["sha256"]:
             raise UsageError(f"the report's checkpoint {described['checkpoint']} does not exist: give --checkpoint")
+    folder = path.is_dir()
     try:
+        if folder:
+            return _find_folder(path, None, None)
         metadata = read_metadata(path)
         return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess))
-    except CheckpointError:  # plain weights
+    except CheckpointError:  # plain weights, or a folder without names
+        if folder:
+            return Source(path, None, names, names)
         return Source(path, described["architecture"], names, names)
 
 

@@ -11,13 +11,15 @@ import json
 import math
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlperturb.errors import CheckpointError
 from mlperturb.labels import check_labels
+from mlperturb.model.architectures import TIMM
 from mlperturb.model.architectures import build_network as build_network
 from mlperturb.model.architectures import check_architecture as check_architecture
 from mlperturb.model.architectures import default_preprocess as default_preprocess
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mlperturb.model.classifier import Classifier
+    from mlperturb.model.preprocess import Preprocess
 
 FORMAT = "mlperturb.checkpoint/1"
 BUNDLED = "voc-mobilenet-v2.safetensors"
@@ -129,14 +132,16 @@ def load_checkpoint(
     *,
     architecture: str | None = None,
     labels: Sequence[str] | None = None,
+    preprocess: Preprocess | None = None,
     device: str = "cpu",
 ) -> tuple[Classifier, Metadata]:
-    """Load a classifier, from our format or from a plain state dict.
+    """Load a classifier, from our format, a plain state dict, or the folder of a timm model.
 
     Args:
-        path: `.safetensors`, `.pt` or `.pth`.
+        path: `.safetensors`, `.pt` or `.pth`, or a folder with a config.json.
         architecture: a torchvision classification model, or `timm/NAME`, for plain weights only.
-        labels: the label names, for plain weights only.
+        labels: the label names, for plain weights, and for a folder that has none.
+        preprocess: how a photo becomes network input, in place of what the checkpoint says.
         device: where to put the classifier.
 
     Raises:
@@ -146,6 +151,13 @@ def load_checkpoint(
     from mlperturb.model.classifier import Classifier, fold_batch_norm
     from mlperturb.model.preprocess import Preprocess
 
+    if path.is_dir():
+        if architecture is not None:
+            raise CheckpointError(f"expected no `architecture` for a folder, whose config.json names it: {path}")
+        network, metadata = _load_folder(path, labels, preprocess)
+        read = Preprocess.from_dict(metadata.preprocess)
+        classifier = Classifier(fold_batch_norm(network), metadata.labels, metadata.thresholds, read)
+        return classifier.to(device), metadata
     if architecture is None and labels is None:
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path} is not .safetensors: for plain weights give `architecture` and `labels`")
@@ -157,14 +169,62 @@ def load_checkpoint(
         names = check_labels(labels)
         thresholds = (0.5,) * len(names)
         metadata = Metadata(architecture, names, thresholds, default_preprocess(architecture).to_dict())
-    network = build_network(metadata.architecture, len(metadata.labels), meta=True)
-    _fill(network, read_tensors(path), path, len(metadata.labels))
+    if preprocess is not None:
+        metadata = replace(metadata, preprocess=preprocess.to_dict())
+    build = partial(build_network, metadata.architecture, len(metadata.labels))
+    network = _build_filled(build, path, len(metadata.labels))
+    read = Preprocess.from_dict(metadata.preprocess)
+    return Classifier(fold_batch_norm(network), metadata.labels, metadata.thresholds, read).to(device), metadata
+
+
+def describe_folder(
+    folder: Path, labels: Sequence[str] | None = None, preprocess: Preprocess | None = None
+) -> Metadata:
+    """Return what is known of the folder of a timm model; `provenance` says where each thing comes from.
+
+    Args:
+        folder: with a config.json.
+        labels: the names, where the folder has none.
+        preprocess: in place of what config.json says.
+
+    Raises:
+        CheckpointError: if it is not such a folder, names no labels, or has preprocessing that we cannot express.
+    """
+    from mlperturb.model.folders import find_weights, read_config, read_names, timm_preprocess
+
+    config = read_config(folder)
+    names, weights = read_names(folder, config, labels), find_weights(folder)
+    source = "config.json" if preprocess is None else "given"
+    read = timm_preprocess(config) if preprocess is None else preprocess
+    origin = {"weights": weights.name, **names.origin, "preprocess": source}
+    architecture = TIMM + config["architecture"]
+    return Metadata(architecture, names.labels, names.thresholds, read.to_dict(), {"origin": origin})
+
+
+def _load_folder(
+    folder: Path, labels: Sequence[str] | None, preprocess: Preprocess | None
+) -> tuple[nn.Module, Metadata]:
+    """Return the network of the folder of a timm model, and what is known of it."""
+    from mlperturb.model.folders import build_timm, find_weights, read_config
+
+    metadata = describe_folder(folder, labels, preprocess)
+    outputs = len(metadata.labels)
+    return _build_filled(partial(build_timm, read_config(folder), outputs), find_weights(folder), outputs), metadata
+
+
+def _build_filled(build: Callable[..., nn.Module], path: Path, outputs: int) -> nn.Module:
+    """Return the network that `build` makes, with the weights of a file.
+
+    Raises:
+        CheckpointError: if the file does not fit the network.
+    """
+    network = build(meta=True)
+    _fill(network, read_tensors(path), path, outputs)
     if any(buffer.is_meta for buffer in network.buffers()):  # some timm models have buffers that are not saved
         filled = network.state_dict()
-        network = build_network(metadata.architecture, len(metadata.labels))
+        network = build()
         network.load_state_dict(filled)
-    preprocess = Preprocess.from_dict(metadata.preprocess)
-    return Classifier(fold_batch_norm(network), metadata.labels, metadata.thresholds, preprocess).to(device), metadata
+    return network
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

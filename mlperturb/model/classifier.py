@@ -70,7 +70,9 @@ class Classifier(nn.Module):
         return BoundClassifier(self, resizer)
 
     def network_logits(self, inputs: Tensor) -> Tensor:
-        """Return the logits, (N, L), of network input, (N, 3, h, w)."""
+        """Return the logits, (N, L), of network input in RGB order, (N, 3, h, w)."""
+        if self.preprocess.channels == "bgr":
+            inputs = inputs.flip(1)
         logits: Tensor = self.network(inputs.contiguous(memory_format=torch.channels_last))
         return logits
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlperturb.model.linear import stand_in, strips
-from mlperturb.model.preprocess import Preprocess, Resizer, Size
+from mlperturb.model.preprocess import Preprocess, Resizer, Size, crop_rows, take_inside
 from mlperturb.model.readers import Reader, load_opencv
 from mlperturb.model.taps import Products, bind_products
 
@@ -56,9 +56,9 @@ def bind_reader(
         return resizer
     plans = [Plan(size, *_frame(preprocess, size)) for size in sizes]
     products = None
-    if torch.device(device).type != "cpu" and _has_products(reader, kernel):
+    if torch.device(device).type != "cpu" and _has_products(reader, kernel) and not preprocess.bordered:
         products = bind_products(reader.engine, kernel, [plan.axes for plan in plans], device)
-    return BoundReader(reader.engine, kernel, reader.antialias, resizer, tuple(plans), products)
+    return BoundReader(reader.engine, kernel, reader.antialias, resizer, tuple(plans), products, preprocess.fill)
 
 
 def _has_products(reader: Reader, kernel: str) -> bool:
@@ -78,8 +78,8 @@ def _bind_plain(
     pairs = []
     for size in sizes:
         preprocess.check(size)
-        rows, columns = Plan(size, *_frame(preprocess, size)).axes
-        pairs.append((_matrix(reader.engine, kernel, *rows), _matrix(reader.engine, kernel, *columns)))
+        rows, columns = (_matrix(reader.engine, kernel, *axis) for axis in Plan(size, *_frame(preprocess, size)).axes)
+        pairs.append((take_inside(rows, size[0]), take_inside(columns, size[1])))
     return preprocess.bind_matrices(pairs, device, dtype)
 
 
@@ -89,24 +89,21 @@ class Plan:
 
     Attributes:
         source: of the photo.
+        framed: of the photo, or of the square around it.
         target: after resizing.
         crop: of the centre that is kept.
     """
 
     source: Size
+    framed: Size
     target: Size
     crop: Size
 
     @property
     def axes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """The three lengths of the height, then those of the width."""
-        (height, width), (tall, wide), (rows, columns) = self.source, self.target, self.crop
+        (height, width), (tall, wide), (rows, columns) = self.framed, self.target, self.crop
         return (height, tall, rows), (width, wide, columns)
-
-    @property
-    def corner(self) -> Size:
-        """The first row and the first column of the crop, torchvision's rule."""
-        return round((self.target[0] - self.crop[0]) / 2), round((self.target[1] - self.crop[1]) / 2)
 
 
 @dataclass(frozen=True)
@@ -120,6 +117,7 @@ class BoundReader:
         resizer: the linear map, whose gradient the backward pass takes, and the mean and std.
         plans: of each photo.
         products: the integer weights, on a device; None where the library itself runs.
+        fill: the 8-bit R, G, B of a border.
     """
 
     engine: str
@@ -128,6 +126,7 @@ class BoundReader:
     resizer: Resizer
     plans: tuple[Plan, ...]
     products: Products | None = None
+    fill: tuple[int, int, int] = (255, 255, 255)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map padded photos in [0, 1], (N, 3, H, W), to network input, (N, 3, h, w); rounds to 8 bits first."""
@@ -144,9 +143,10 @@ class BoundReader:
         resize = _ENGINES[self.engine]
         result = pixels.new_empty(len(pixels), 3, *self.plans[0].crop)
         for row, plan in enumerate(self.plans):
-            (height, width), (top, left), crop = plan.source, plan.corner, plan.crop
-            whole = resize(pixels[row, :, :height, :width], plan.target, self.filter, self.antialias)
-            result[row] = whole[:, top : top + crop[0], left : left + crop[1]]
+            height, width = plan.source
+            framed = _frame_pixels(pixels[row, :, :height, :width], plan.framed, self.fill)
+            whole = resize(framed, plan.target, self.filter, self.antialias)
+            result[row] = _crop_pixels(whole, plan.crop, self.fill)
         return result
 
     def select(self, rows: Tensor) -> BoundReader:
@@ -164,10 +164,29 @@ def to_pixels(images: Tensor) -> Tensor:
     return pixels
 
 
-def _frame(preprocess: Preprocess, size: Size) -> tuple[Size, Size]:
-    """Return the (height, width) after resizing and after the crop."""
+def _frame(preprocess: Preprocess, size: Size) -> tuple[Size, Size, Size]:
+    """Return the (height, width) before resizing, after it, and after the crop."""
     target = preprocess.resized(size)
-    return target, preprocess.crop or target
+    return preprocess.framed(size), target, preprocess.crop or target
+
+
+def _frame_pixels(pixels: Tensor, size: Size, fill: Sequence[int]) -> Tensor:
+    """Return 8-bit pixels, (3, H, W), in the middle of a canvas at least as large, of this (height, width)."""
+    height, width = pixels.shape[1:]
+    if (height, width) == size:
+        return pixels
+    canvas = pixels.new_tensor(fill).view(3, 1, 1).repeat(1, *size)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    canvas[:, top : top + height, left : left + width] = pixels
+    return canvas
+
+
+def _crop_pixels(pixels: Tensor, crop: Size, fill: Sequence[int]) -> Tensor:
+    """Return the middle of 8-bit pixels, (3, H, W), torchvision's rule; a border fills what they lack."""
+    height, width = pixels.shape[1:]
+    framed = _frame_pixels(pixels, (max(height, crop[0]), max(width, crop[1])), fill)
+    top, left = round((framed.shape[1] - crop[0]) / 2), round((framed.shape[2] - crop[1]) / 2)
+    return framed[:, top : top + crop[0], left : left + crop[1]]
 
 
 def _pillow(pixels: Tensor, target: Size, kernel: str, _antialias: bool) -> Tensor:
@@ -234,5 +253,4 @@ def _matrix(engine: str, kernel: str, source: int, target: int, crop: int) -> Te
             photo = torch.from_numpy(units)[None, None]
             lines = functional.interpolate(photo, size=(target, count), mode=kernel, align_corners=False)[0, 0].numpy()
         parts.append(torch.from_numpy(lines))
-    top = round((target - crop) / 2)
-    return torch.cat(parts, 1)[top : top + crop].clone()
+    return crop_rows(torch.cat(parts, 1), crop).clone()

@@ -4,6 +4,8 @@ Antialiased resizing is linear and separable: out = R_h X R_w^T. The matrices ar
 `torch.nn.functional.interpolate`, the kernel that torchvision's reference transform calls, so the results agree to
 float rounding. A crop keeps some rows of R_h and R_w. A batch of mixed sizes is padded with zeros to its largest
 photo; the padding meets only zero columns of the matrices, so it does not affect the result and gets no gradient.
+A border that the preprocessing itself puts around a photo has no columns either: what it adds to the result is
+constant, `Resizer.offset`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ Size = tuple[int, int]
 
 MAX_SIDE = 4096  # pixels of the resized photo
 MAX_WORK = 2**29  # side * max(side, resized side): a side of 23,000 pixels, some seconds
+FITS = ("stretch", "cover", "contain")
+_LATER: dict[str, object] = {"fit": "stretch", "square": False, "fill": (255, 255, 255), "channels": "rgb"}
 _STRIP = 2**24  # numbers in a strip of unit images
 
 
@@ -40,6 +44,12 @@ class Preprocess:
         mean: subtracted per channel, in [0, 1] units, after resizing.
         std: divided by per channel.
         interpolation: `bilinear` or `bicubic`, both antialiased.
+        fit: what (height, width) in `resize` means: `stretch`; `cover`, to keep the aspect and fill the frame;
+            `contain`, to keep the aspect and lie inside the frame. After `contain` a crop may be larger than the
+            photo: a border fills it.
+        square: whether a border makes the photo square before it is resized.
+        fill: the 8-bit R, G, B of a border.
+        channels: the order of the network's channels, `rgb` or `bgr`; `mean`, `std` and `fill` are in RGB order always.
         readers: names of the readers of the checkpoint's users, see `mlperturb.model.readers`.
 
     Raises:
@@ -52,22 +62,42 @@ class Preprocess:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: str = "bilinear"
     readers: tuple[str, ...] = DEFAULT_READERS
+    fit: str = "stretch"
+    square: bool = False
+    fill: tuple[int, int, int] = (255, 255, 255)
+    channels: str = "rgb"
 
     def __post_init__(self) -> None:
         resize = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
         if self.interpolation not in ("bilinear", "bicubic"):
             raise CheckpointError(f"expected interpolation bilinear or bicubic, got {self.interpolation!r}")
-        if min(resize) < 1 or (self.crop and (min(self.crop) < 1 or any(map(int.__gt__, self.crop, resize)))):
+        self._check_border()
+        bounded = self.fit != "contain"
+        if min(resize) < 1 or (
+            self.crop and (min(self.crop) < 1 or (bounded and any(map(int.__gt__, self.crop, resize))))
+        ):
             raise CheckpointError(f"expected a crop within the resized photo, got {self.crop} of {self.resize}")
         try:
             parse_readers(self.readers)
         except UsageError as error:
             raise CheckpointError(f"expected names of readers, got {self.readers!r:.200}: {error}") from error
-        if max(resize) > MAX_SIDE:
-            raise CheckpointError(f"expected to resize to at most {MAX_SIDE} pixels a side, got {self.resize}")
+        if max(*resize, *(self.crop or resize)) > MAX_SIDE:
+            got = self.resize if max(resize) > MAX_SIDE else f"a crop of {self.crop}"
+            raise CheckpointError(f"expected to resize to at most {MAX_SIDE} pixels a side, got {got}")
         numbers = all(map(math.isfinite, (*self.mean, *self.std)))
         if len(self.mean) != 3 or len(self.std) != 3 or not numbers or min(self.std) <= 0:
             raise CheckpointError(f"expected 3 means and 3 positive stds, got {self.mean} and {self.std}")
+
+    def _check_border(self) -> None:
+        """Refuse fields of the border and the channels that are out of their range."""
+        if self.fit not in FITS:
+            raise CheckpointError(f"expected fit {', '.join(FITS)}, got {self.fit!r:.60}")
+        if self.fit != "stretch" and (isinstance(self.resize, int) or self.crop is None):
+            raise CheckpointError(f"expected a height and width to resize to, and a crop, with fit {self.fit}")
+        if self.channels not in ("rgb", "bgr"):
+            raise CheckpointError(f"expected channels rgb or bgr, got {self.channels!r:.60}")
+        if len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill):
+            raise CheckpointError(f"expected 3 values from 0 to 255 for fill, got {self.fill}")
 
     @property
     def output_size(self) -> Size:
@@ -79,12 +109,22 @@ class Preprocess:
     def matrices(self, size: Size) -> tuple[Tensor, Tensor]:
         """Return R_h, (h, H), and R_w, (w, W), for photos of `size` (H, W), in float32 on the CPU."""
         self.check(size)
-        (height, width), resized = size, self.resized(size)
+        whole, resized = self.framed(size), self.resized(size)
         crop = self.crop or resized
-        return (
-            _resize_matrix(height, resized[0], crop[0], self.interpolation),
-            _resize_matrix(width, resized[1], crop[1], self.interpolation),
+        rows, columns = (
+            take_inside(_resize_matrix(*lengths, self.interpolation), side)
+            for *lengths, side in zip(whole, resized, crop, size, strict=True)
         )
+        return rows, columns
+
+    @property
+    def bordered(self) -> bool:
+        """Whether a border may be put around a photo."""
+        return self.square or self.fit == "contain"
+
+    def framed(self, size: Size) -> Size:
+        """Return the (height, width) before resizing: of the photo, or of the square around it."""
+        return (max(size), max(size)) if self.square else size
 
     def check(self, size: Size) -> None:
         """Refuse a photo that would take too long to resize: side * max(side, resized side) above `MAX_WORK`.
@@ -92,7 +132,7 @@ class Preprocess:
         Raises:
             ImageError: if the (height, width) is such.
         """
-        for side, resized in zip(size, self.resized(size), strict=True):
+        for side, resized in zip(self.framed(size), self.resized(size), strict=True):
             if side * max(side, resized) > MAX_WORK:
                 raise ImageError(
                     f"expected a photo that can be resized to {self.resize}, got {size[1]} x {size[0]} pixels"
@@ -100,8 +140,13 @@ class Preprocess:
 
     def resized(self, size: Size) -> Size:
         """Return the (height, width) before the crop."""
+        size = self.framed(size)
         if not isinstance(self.resize, int):
-            return self.resize
+            if self.fit == "stretch":
+                return self.resize
+            ratios = [side / wanted for side, wanted in zip(size, self.resize, strict=True)]
+            ratio = max(ratios) if self.fit == "contain" else min(ratios)  # timm's ResizeKeepRatio
+            return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
         short, long = sorted(size)  # torchvision's rule: the longer side is truncated to an integer
         longer = int(self.resize * long / short)
         return (self.resize, longer) if size[0] <= size[1] else (longer, self.resize)
@@ -114,11 +159,27 @@ class Preprocess:
         """Return the map with other R_h and R_w, one pair for each photo, and this mean and std."""
         mean = torch.tensor(self.mean, device=device, dtype=dtype).view(3, 1, 1)
         std = torch.tensor(self.std, device=device, dtype=dtype).view(3, 1, 1)
-        return Resizer(bind_map(pairs, device, dtype), mean, std)
+        return Resizer(bind_map(pairs, device, dtype), mean, std, self.offset(pairs, device, dtype))
+
+    def offset(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Return what the border adds to the resized photos, (N, 3, h, w), from the R_h and R_w of each.
+
+        A row of a whole matrix sums to 1; what the columns of the photo leave of it is the border's share.
+        """
+        if not self.bordered:
+            return None
+        fill = torch.tensor(self.fill, dtype=torch.float64).view(3, 1, 1) / 255
+        shares = [1 - torch.outer(rows.double().sum(1), columns.double().sum(1)) for rows, columns in pairs]
+        return (torch.stack(shares).unsqueeze(1) * fill).to(device, dtype)
 
     def reference(self) -> Any:
         """Return the torchvision v2 transform of 8-bit tensors that this module equals."""
         from torchvision.transforms import InterpolationMode, v2
+
+        if self.fit != "stretch" or self.square or self.channels != "rgb":
+            raise UsageError(f"expected preprocessing that torchvision has a transform for, got {self}")
 
         steps: list[Any] = [
             v2.ToDtype(torch.float32, scale=True),
@@ -133,8 +194,9 @@ class Preprocess:
         return v2.Compose([*steps, v2.Normalize(list(self.mean), list(self.std))])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, for the metadata of a checkpoint."""
-        return asdict(self)
+        """Return JSON values, for the metadata of a checkpoint; fields of 0.2.0 only where they say something."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
 
     @classmethod
     def from_dict(cls, values: object) -> Preprocess:
@@ -144,7 +206,8 @@ class Preprocess:
             CheckpointError: if a field is missing, unknown or out of range.
         """
         names = set(cls.__dataclass_fields__)
-        if not isinstance(values, dict) or set(values) | {"readers"} != names:  # checkpoints of 0.1.0 name no readers
+        optional = {"readers", *_LATER}  # checkpoints of 0.1.0 name no readers
+        if not isinstance(values, dict) or set(values) | optional != names:
             raise CheckpointError(f"expected preprocessing with the fields {sorted(names)}, got {values!r:.200}")
         try:
             resize, crop = values["resize"], values["crop"]
@@ -155,6 +218,10 @@ class Preprocess:
                 std=_three(values["std"]),
                 interpolation=str(values["interpolation"]),
                 readers=_names(values.get("readers", DEFAULT_READERS)),
+                fit=str(values.get("fit", "stretch")),
+                square=_truth(values.get("square", False)),
+                fill=_colour(values.get("fill", (255, 255, 255))),
+                channels=str(values.get("channels", "rgb")),
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"expected preprocessing fields of the right types, got {values!r:.200}") from error
@@ -168,19 +235,24 @@ class Resizer:
         linear: R_h and R_w of each photo.
         mean: (3, 1, 1).
         std: (3, 1, 1).
+        offset: what a border adds to the resized photos, (N, 3, h, w); None without a border.
     """
 
     linear: Dense | Banded
     mean: Tensor
     std: Tensor
+    offset: Tensor | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map padded photos in [0, 1], (N, 3, H, W), to network input, (N, 3, h, w)."""
-        return self.normalise(resize(images, self.linear))
+        return self.normalise(self._add_border(resize(images, self.linear)))
 
     def read(self, images: Tensor) -> Tensor:
         """Return the resized photos, (N, 3, h, w), in [0, 1], without a gradient."""
-        return self.linear.down(images.detach())
+        return self._add_border(self.linear.down(images.detach()))
+
+    def _add_border(self, resized: Tensor) -> Tensor:
+        return resized if self.offset is None else resized + self.offset
 
     def normalise(self, resized: Tensor) -> Tensor:
         """Subtract the mean and divide by the std, (N, 3, h, w)."""
@@ -188,7 +260,8 @@ class Resizer:
 
     def select(self, rows: Tensor) -> Resizer:
         """Return the map for some photos of the batch."""
-        return Resizer(self.linear.select(rows), self.mean, self.std)
+        offset = None if self.offset is None else self.offset[rows]
+        return Resizer(self.linear.select(rows), self.mean, self.std, offset)
 
 
 def to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:
@@ -217,14 +290,41 @@ def _resize_matrix(source: int, target: int, crop: int, interpolation: str) -> T
         units[0, 0, range(start, start + count), range(count)] = 1
         resized = functional.interpolate(units, size=(target, count), mode=interpolation, antialias=True)
         parts.append(resized[0, 0])
-    top = round((target - crop) / 2)
-    return torch.cat(parts, 1)[top : top + crop].clone()
+    return crop_rows(torch.cat(parts, 1), crop).clone()
+
+
+def crop_rows(matrix: Tensor, crop: int) -> Tensor:
+    """Return the `crop` rows in the middle of a matrix; rows of zeros around all of it if it has fewer."""
+    missing = crop - len(matrix)
+    if missing > 0:
+        return functional.pad(matrix, (0, 0, missing // 2, missing - missing // 2))
+    top = round(-missing / 2)
+    return matrix[top : top + crop]
+
+
+def take_inside(matrix: Tensor, side: int) -> Tensor:
+    """Return the columns of a photo of `side` pixels in the middle of a bordered side."""
+    start = (matrix.shape[1] - side) // 2
+    return matrix[:, start : start + side]
 
 
 def _names(values: object) -> tuple[str, ...]:
     if not isinstance(values, list | tuple) or not values or not all(isinstance(name, str) for name in values):
         raise TypeError("expected a list of names")
     return tuple(values)
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("expected true or false")
+    return value
+
+
+def _colour(values: Sequence[int]) -> tuple[int, int, int]:
+    red, green, blue = values
+    if not all(isinstance(value, int) for value in (red, green, blue)):
+        raise TypeError("expected three integers")
+    return red, green, blue
 
 
 def _two(values: Sequence[int]) -> Size:

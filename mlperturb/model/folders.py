@@ -1,0 +1,207 @@
+"""Folders of timm models, as timm's `save_for_hf` writes them: config.json beside model.safetensors.
+
+The labels stand in `selected_tags.csv` (taggers) or in config.json. Names and thresholds are read without torch. What a
+folder does not record is asked for; where a default is taken, `Metadata.provenance` says so.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlperturb.errors import CheckpointError
+from mlperturb.labels import check_labels
+from mlperturb.model.architectures import TIMM
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mlperturb.model.preprocess import Preprocess
+
+_MAX_BYTES = 100_000_000  # of config.json and of a table
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The labels of a folder.
+
+    Attributes:
+        labels: L names.
+        thresholds: L decision thresholds on the probabilities, inside (0, 1).
+        origin: the file or field that each comes from, for `Metadata.provenance`.
+    """
+
+    labels: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    origin: dict[str, str]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a folder of a timm model.
+
+    Raises:
+        CheckpointError: if it is missing or damaged, names code of its own, or describes no timm model.
+    """
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_BYTES}")
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise CheckpointError(f"expected a config.json in {folder}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    if "auto_map" in config:
+        raise CheckpointError(f"{path} names code of its own (auto_map): mlperturb does not run code of a checkpoint")
+    if not isinstance(config.get("architecture"), str):
+        kind = f"a transformers model ({config['model_type']!s:.40})" if "model_type" in config else "something else"
+        raise CheckpointError(f"expected `architecture`, the name of a timm model, in {path}, got {kind}")
+    return config
+
+
+def read_names(folder: Path, config: Mapping[str, Any], labels: Sequence[str] | None = None) -> Names:
+    """Return the labels and thresholds of a folder.
+
+    Args:
+        folder: of a timm model.
+        config: its config.json.
+        labels: the names, where the folder has none.
+
+    Raises:
+        CheckpointError: if the folder names no labels and none are given, or their number or thresholds are wrong.
+    """
+    path = folder / "selected_tags.csv"
+    values: list[str] | None = None
+    if labels is not None:
+        names, origin = check_labels(labels), "given"
+    elif path.is_file():
+        rows = _read_table(path)
+        names, origin = tuple(row.get("name") or "" for row in rows), path.name
+        values = [row.get("best_threshold") or "" for row in rows] if "best_threshold" in rows[0] else None
+    else:
+        names, origin = _config_names(config), "config.json"
+    count = _outputs(config)
+    if not names:
+        raise CheckpointError(f"{folder} names no labels: give `labels`, {count or 'one for each output'} names")
+    if not all(names) or len(set(names)) != len(names):
+        raise CheckpointError(f"expected distinct label names in {origin} of {folder}")
+    if count is not None and count != len(names):
+        raise CheckpointError(f"expected {count} labels, one for each output of {folder}, got {len(names)} ({origin})")
+    if values is None:
+        return Names(names, (0.5,) * len(names), {"labels": origin, "thresholds": "0.5: the folder records none"})
+    try:
+        thresholds = tuple(float(value) for value in values)
+    except ValueError as error:
+        raise CheckpointError(f"expected numbers in `best_threshold` of {path}") from error
+    if not all(0 < value < 1 for value in thresholds):
+        raise CheckpointError(f"expected `best_threshold` inside (0, 1) in {path}")
+    return Names(names, thresholds, {"labels": origin, "thresholds": f"best_threshold of {path.name}"})
+
+
+def timm_preprocess(config: Mapping[str, Any]) -> Preprocess:
+    """Return the preprocessing of `timm.data.create_transform` for this config.json.
+
+    Raises:
+        CheckpointError: if timm cannot read it, or `Preprocess` cannot express it.
+    """
+    from math import floor
+
+    from timm.data.config import resolve_data_config
+
+    named = config.get("pretrained_cfg", config)
+    try:
+        data = resolve_data_config({}, pretrained_cfg=dict(named))  # type: ignore[no-untyped-call]
+        (_, height, width), share, mode = data["input_size"], float(data["crop_pct"]), data["crop_mode"]
+        size = (floor(height / share), floor(width / share))
+        square = mode == "center" and size[0] == size[1]
+        fits = {"squash": "stretch", "border": "contain"}
+        mean = tuple(float(value) for value in data["mean"])
+        fields = {
+            "resize": size[0] if square else size,
+            "crop": (height, width),
+            "mean": mean,
+            "std": tuple(data["std"]),
+            "interpolation": data["interpolation"],
+            "fit": "stretch" if square else fits.get(mode, "cover"),
+            "fill": tuple(round(255 * value) for value in mean) if mode == "border" else (255, 255, 255),
+        }
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"timm cannot read this preprocessing: {named!r:.200}") from error
+    from mlperturb.model.preprocess import Preprocess
+
+    return Preprocess.from_dict(fields)
+
+
+def build_timm(config: Mapping[str, Any], outputs: int, *, meta: bool = False) -> nn.Module:
+    """Return the network of config.json, with random weights or, under `meta`, unallocated ones.
+
+    Raises:
+        CheckpointError: if timm does not know the architecture, or cannot build it.
+    """
+    import timm
+    import torch
+
+    name, options = config["architecture"], config.get("model_args") or {}
+    if name not in timm.list_models():
+        raise CheckpointError(f"timm {timm.__version__} has no architecture {name!r:.80}")
+    if not isinstance(options, dict):
+        raise CheckpointError(f"expected an object for model_args, got {options!r:.80}")
+    options = {**options, "num_classes": outputs, "pretrained": False}
+    for unsafe in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        options.pop(unsafe, None)
+    try:
+        with torch.device("meta" if meta else "cpu"):
+            network: nn.Module = timm.create_model(name, **options)
+    except Exception as error:  # the code of timm's thousand models may raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"timm cannot build {TIMM}{name}: {reason:.200}") from error
+    return network
+
+
+def find_weights(folder: Path) -> Path:
+    """Return the file of the weights in a folder.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"expected {' or '.join(_WEIGHTS)} in {folder}")
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table that has a column `name`."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not rows or "name" not in rows[0]:
+        raise CheckpointError(f"expected a table with a column `name` in {path}")
+    return rows
+
+
+def _config_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return `label_names` of config.json, a list or an object by number; empty if there are none."""
+    inner = config.get("pretrained_cfg")
+    found = config.get("label_names") or (inner.get("label_names") if isinstance(inner, dict) else None)
+    if isinstance(found, dict):
+        found = [found.get(str(number)) for number in range(len(found))]
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        return ()
+    return tuple(found)
+
+
+def _outputs(config: Mapping[str, Any]) -> int | None:
+    """Return the number of outputs that config.json names."""
+    inner = config.get("pretrained_cfg")
+    count = config.get("num_classes", inner.get("num_classes") if isinstance(inner, dict) else None)
+    return count if isinstance(count, int) and not isinstance(count, bool) else None
