@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 
 from mlperturb.errors import CheckpointError
 from mlperturb.model.classifier import Classifier
@@ -15,7 +15,7 @@ from mlperturb.model.readers import parse_reader
 
 SIZES = [(37, 53), (53, 37), (32, 32), (7, 5), (1, 9), (40, 3), (101, 64), (64, 101), (30, 31)]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BORDER = tuple(round(255 * value) for value in MEAN)
+BORDER = (round(255 * MEAN[0]), round(255 * MEAN[1]), round(255 * MEAN[2]))
 WHITE = (255, 255, 255)
 
 CASES = {
