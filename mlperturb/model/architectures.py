@@ -31,7 +31,7 @@ def build_network(architecture: str, outputs: int, *, meta: bool = False) -> nn.
     check_architecture(architecture)
     with torch.device("meta" if meta else "cpu"):
         if architecture.startswith(TIMM):
-            return _build_timm(architecture, outputs)
+            return create_timm(architecture.removeprefix(TIMM), outputs)
         from torchvision import models
 
         options: dict[str, Any] = {"num_classes": outputs}
@@ -85,8 +85,13 @@ def default_preprocess(architecture: str) -> Preprocess:
         raise CheckpointError(f"torchvision names no preprocessing for architecture {architecture!r}") from error
 
 
-def _build_timm(architecture: str, outputs: int) -> nn.Module:
+def create_timm(name: str, outputs: int, **options: Any) -> nn.Module:
     """Return a model of timm with random weights; nothing is downloaded.
+
+    Args:
+        name: of the model, without `timm/`.
+        outputs: the number of outputs.
+        options: further arguments of the model.
 
     Raises:
         CheckpointError: if timm cannot build it.
@@ -94,10 +99,10 @@ def _build_timm(architecture: str, outputs: int) -> nn.Module:
     import timm
 
     try:
-        network: nn.Module = timm.create_model(architecture.removeprefix(TIMM), pretrained=False, num_classes=outputs)
+        network: nn.Module = timm.create_model(name, **{**options, "pretrained": False, "num_classes": outputs})
     except Exception as error:  # the code of timm's thousand models may raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"timm cannot build {architecture}: {reason:.200}") from error
+        raise CheckpointError(f"timm cannot build {TIMM}{name}: {reason:.200}") from error
     return network
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlperturb.errors import CheckpointError
 from mlperturb.labels import check_labels
-from mlperturb.model.architectures import TIMM
+from mlperturb.model.architectures import create_timm
 
 if TYPE_CHECKING:
     from torch import nn
@@ -153,16 +153,10 @@ def build_timm(config: Mapping[str, Any], outputs: int, *, meta: bool = False) -
         raise CheckpointError(f"timm {timm.__version__} has no architecture {name!r:.80}")
     if not isinstance(options, dict):
         raise CheckpointError(f"expected an object for model_args, got {options!r:.80}")
-    options = {**options, "num_classes": outputs, "pretrained": False}
-    for unsafe in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        options.pop(unsafe, None)
-    try:
-        with torch.device("meta" if meta else "cpu"):
-            network: nn.Module = timm.create_model(name, **options)
-    except Exception as error:  # the code of timm's thousand models may raise anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"timm cannot build {TIMM}{name}: {reason:.200}") from error
-    return network
+    unsafe = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    options = {option: value for option, value in options.items() if option not in unsafe}
+    with torch.device("meta" if meta else "cpu"):
+        return create_timm(name, outputs, **options)
 
 
 def find_weights(folder: Path) -> Path:
