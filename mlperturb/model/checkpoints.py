@@ -190,9 +190,17 @@ def describe_folder(
     Raises:
         CheckpointError: if it is not such a folder, names no labels, or has preprocessing that we cannot express.
     """
-    from mlperturb.model.folders import find_weights, read_config, read_names, timm_preprocess
+    from mlperturb.model.folders import read_config
 
-    config = read_config(folder)
+    return _describe(folder, read_config(folder), labels, preprocess)
+
+
+def _describe(
+    folder: Path, config: Mapping[str, Any], labels: Sequence[str] | None, preprocess: Preprocess | None
+) -> Metadata:
+    """Return what is known of the folder of a timm model with this config.json."""
+    from mlperturb.model.folders import find_weights, read_names, timm_preprocess
+
     names, weights = read_names(folder, config, labels), find_weights(folder)
     source = "config.json" if preprocess is None else "given"
     read = timm_preprocess(config) if preprocess is None else preprocess
@@ -207,9 +215,10 @@ def _load_folder(
     """Return the network of the folder of a timm model, and what is known of it."""
     from mlperturb.model.folders import build_timm, find_weights, read_config
 
-    metadata = describe_folder(folder, labels, preprocess)
+    config = read_config(folder)
+    metadata = _describe(folder, config, labels, preprocess)
     outputs = len(metadata.labels)
-    return _build_filled(partial(build_timm, read_config(folder), outputs), find_weights(folder), outputs), metadata
+    return _build_filled(partial(build_timm, config, outputs), find_weights(folder), outputs), metadata
 
 
 def _build_filled(build: Callable[..., nn.Module], path: Path, outputs: int) -> nn.Module:
