@@ -179,9 +179,11 @@ def verify(
     computed = views.unsqueeze(1) == torch.arange(count, device=views.device)
     worst = _worst(problem, seen)
     promising = ((worst <= 0) | (panel.unknown(problem) & ~computed)).all(1) & goal.met(logits)
-    held, length = best.places(problem), norms(images - problem.images)
+    held = best.places(problem)
     found, nearest = best.met[held], best.norm[held]
-    due = (way >= torch.where(found, LATE, _EARLY)) & promising & (~found | (length < nearest))
+    due = (way >= torch.where(found, LATE, _EARLY)) & promising
+    length = norms(images - problem.images) if bool(due.any()) else torch.full_like(nearest, torch.inf)
+    due = due & (~found | (length < nearest))
     if last:
         due = due & problem.affordable(count - 1)
     else:  # leave the backward pass; where something was found, also a last look in every view
