@@ -105,7 +105,8 @@ class Settings:
         if not any(name.endswith(".jpg") for name in names):
             return
         load_jpeglib()
-        if not find_method(self.method).writes_lattice(find_method(self.method).tuning(self.budget, **self.options)):
+        method = find_method(self.method)
+        if not method.writes_lattice(method.tuning(self.budget, **self.options)):
             raise UsageError(
                 f"expected `method` {DEFAULT_METHOD}, with `rounding` inside, for files in `format` jpeg: "
                 "other methods search among pixels"
