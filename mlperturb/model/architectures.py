@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mlperturb.model.preprocess import Preprocess
 
 TIMM = "timm/"  # prefix of timm's architectures
+_REPEATED = ("inception_v3", "googlenet")  # torchvision's weights switch `transform_input` on, see default_preprocess
 
 
 def build_network(architecture: str, outputs: int, *, meta: bool = False) -> nn.Module:
@@ -35,7 +36,7 @@ def build_network(architecture: str, outputs: int, *, meta: bool = False) -> nn.
         from torchvision import models
 
         options: dict[str, Any] = {"num_classes": outputs}
-        if architecture in ("inception_v3", "googlenet"):
+        if architecture in _REPEATED:
             options |= {"aux_logits": False, "transform_input": False, "init_weights": False}
         network: nn.Module = models.get_model(architecture, weights=None, **options)
     return network
@@ -67,6 +68,10 @@ def check_architecture(architecture: str) -> None:
 def default_preprocess(architecture: str) -> Preprocess:
     """Return the preprocessing of the model's own ImageNet weights.
 
+    With those weights, torchvision's Inception v3 and GoogLeNet turn their input, normalised with ImageNet's mean and
+    std, into input with mean and std .5 (`transform_input`). No state dict records that; `build_network` leaves the
+    step out, and the preprocessing here does it.
+
     Raises:
         CheckpointError: if the library has none for this model.
     """
@@ -80,6 +85,8 @@ def default_preprocess(architecture: str) -> Preprocess:
         transforms = models.get_model_weights(architecture).DEFAULT.transforms()
         resize, crop = transforms.resize_size[0], transforms.crop_size[0]
         mean, std = tuple(transforms.mean), tuple(transforms.std)
+        if architecture in _REPEATED:
+            mean = std = (0.5, 0.5, 0.5)
         return Preprocess(max(resize, crop), (crop, crop), mean, std, transforms.interpolation.value)
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"torchvision names no preprocessing for architecture {architecture!r}") from error

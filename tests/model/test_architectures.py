@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchvision import models
 
 from mlperturb.errors import CheckpointError
 from mlperturb.model.architectures import build_network, check_architecture, default_preprocess
@@ -46,6 +47,21 @@ def test_what_timm_cannot_build_is_a_checkpoint_error(monkeypatch):
     monkeypatch.setattr("timm.create_model", fail)
     with pytest.raises(CheckpointError, match="timm cannot build timm/test_vit: no such thing"):
         build_network("timm/test_vit", 3, meta=True)
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_weights_fine_tuned_from_torchvisions_give_the_logits_of_torchvisions_own_module(name, tmp_path):
+    """torchvision builds its pretrained networks with `transform_input`, which no state dict records."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = models.get_model(name, weights=None, init_weights=False, aux_logits=True, transform_input=True).eval()
+        theirs.fc = nn.Linear(theirs.fc.in_features, 3)
+    torch.save(theirs.state_dict(), tmp_path / "tuned.pt")
+    classifier, _ = load_checkpoint(tmp_path / "tuned.pt", architecture=name, labels=LABELS)
+    photo = torch.rand(3, 400, 350)
+    expected = theirs(models.get_model_weights(name).DEFAULT.transforms()(photo)[None])
+    torch.testing.assert_close(classifier(photo[None]), expected, atol=1e-5, rtol=1e-4)
+    assert expected.std() > 1e-3
 
 
 def test_default_preprocessing_is_that_of_timms_weights():

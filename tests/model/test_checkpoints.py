@@ -344,7 +344,7 @@ def test_an_unknown_architecture_suggests_close_ones(save_plain):
 def test_default_preprocessing_is_that_of_torchvisions_weights():
     inception = default_preprocess("inception_v3")
     assert (inception.resize, inception.crop) == (342, (299, 299))
-    assert inception.mean == (0.485, 0.456, 0.406)
+    assert inception.mean == inception.std == (0.5, 0.5, 0.5)
 
 
 def test_a_missing_bundled_checkpoint_is_a_checkpoint_error(monkeypatch, tmp_path):
