@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.goals import Goal
-from mlperturb.attacks.problem import Problem, each_view, norms
+from mlperturb.attacks.problem import Problem, distances, each_view
 
 
 class Best:
@@ -54,7 +54,7 @@ class Best:
         rows = self.places(problem)
         views = logits.unsqueeze(1) if logits.dim() == 2 else logits
         score, met = each_view(goal.score, views).amin(1), each_view(goal.met, views).all(1)
-        norm = norms(images - problem.images)
+        norm = distances(images, problem.images)
         held_score, held_norm = self.score[rows], self.norm[rows]
         better = (score > held_score) | ((score == held_score) & (norm < held_norm))
         if computed is not None:

@@ -20,6 +20,7 @@ from mlperturb.attacks.lattice import lattice_scale
 from mlperturb.attacks.panel import LATE, Panel, verify, verify_waiting
 from mlperturb.attacks.problem import Problem, each_view, norms, spread
 from mlperturb.attacks.walk import Walk
+from mlperturb.model.linear import strips
 from mlperturb.targets import Space
 
 Rounding = Literal["inside", "after"]
@@ -150,7 +151,7 @@ def descend(
         seen = replace(seen, violations=seen.violations.detach())
         gradient_norm = norms(gradient).clamp(min=_TINY)
         distance = _linearised_loss(walk, seen, pace) / gradient_norm
-        latent = walk.latent - spread(_step_length(walk, decay, pace) / gradient_norm) * gradient  # steps 3, 4
+        latent = _step(walk.latent, gradient, _step_length(walk, decay, pace) / gradient_norm)  # steps 3, 4
         radius = _radius(problem, walk, met, distance, decay, pace)  # step 5
         latent.mul_(spread(radius / norms(latent).clamp(min=_TINY)))
         if lattice and walk.fresh:  # step 3
@@ -317,6 +318,13 @@ def _linearised_loss(walk: Walk, seen: _Seen, pace: Pace) -> Tensor:
 def _step_length(walk: Walk, decay: Tensor, pace: Pace) -> Tensor:
     """Steps 3 and 4: the length of the step along -g, (n,): a share of ||r||; 1 from r = 0, where step 5 sets ||r||."""
     return torch.where(walk.radius == 0, 1.0, pace.rate * decay * walk.radius)
+
+
+def _step(latent: Tensor, gradient: Tensor, scale: Tensor) -> Tensor:
+    """Steps 3 and 4: return r - scale g, with a scale for each image, (n,); r in place."""
+    for rows in strips(latent):
+        latent[:, :, rows].sub_(spread(scale) * gradient[:, :, rows])
+    return latent
 
 
 def _radius(problem: Problem, walk: Walk, met: Tensor, distance: Tensor, decay: Tensor, pace: Pace) -> Tensor:

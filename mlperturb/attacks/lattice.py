@@ -13,6 +13,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from mlperturb.model.linear import strips
+
 STEP = 1 / 255  # one grey level
 _WIDEST = 8.0  # log2 of the largest scale that `lattice_scale` tries: it moves any photo by whole grey levels
 _HALVINGS = 8  # steps of the bisection: the scale is found to a factor of 2^(1 / 32); not tuned
@@ -38,7 +40,7 @@ class Lattice(Protocol):
         ...
 
     def clip(self, latent: Tensor, images: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Return coordinates whose images lie within a range of pixels."""
+        """Return coordinates whose images lie within a range of pixels; may change `latent` in place."""
         ...
 
     def largest(self, latent: Tensor) -> Tensor:
@@ -59,7 +61,10 @@ class PixelLattice:
 
     def points(self, images: Tensor, latent: Tensor) -> Tensor:
         """Return round(x + r)."""
-        return _round_(images + latent)
+        points = torch.empty_like(images)
+        for rows in strips(images):
+            _round_(torch.add(images[:, :, rows], latent[:, :, rows], out=points[:, :, rows]))
+        return points
 
     def round(self, latent: Tensor) -> Tensor:
         """Return r rounded to multiples of 1/255."""
@@ -70,8 +75,12 @@ class PixelLattice:
         return gradient
 
     def clip(self, latent: Tensor, images: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Return r such that x + r lies within a range of pixels."""
-        return (images + latent).clamp_(low, high).sub_(images)
+        """Return r such that x + r lies within a range of pixels; in place."""
+        for rows in strips(images):
+            photos, part = images[:, :, rows], latent[:, :, rows]
+            limits = (bound if bound.dim() == 0 else bound[:, :, rows] for bound in (low, high))
+            torch.sub(part.add_(photos).clamp_(*limits), photos, out=part)
+        return latent
 
     def largest(self, latent: Tensor) -> Tensor:
         """Return max |r|."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.best import Best
-from mlperturb.attacks.problem import Problem, each_view, norms
+from mlperturb.attacks.problem import Problem, distances, each_view
 
 _FRESH = 0.5  # the weight of a new difference in the running mean
 LATE = 0.6  # of the way: from there on better iterates are verified, and the worst view is computed
@@ -182,7 +182,7 @@ def verify(
     held = best.places(problem)
     found, nearest = best.met[held], best.norm[held]
     due = (way >= torch.where(found, LATE, _EARLY)) & promising
-    length = norms(images - problem.images) if bool(due.any()) else torch.full_like(nearest, torch.inf)
+    length = distances(images, problem.images) if bool(due.any()) else torch.full_like(nearest, torch.inf)
     due = due & (~found | (length < nearest))
     if last:
         due = due & problem.affordable(count - 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mlperturb.attacks.goals import Goal
 from mlperturb.attacks.lattice import PIXELS, Lattice
 from mlperturb.errors import UsageError
+from mlperturb.model.linear import strips
 from mlperturb.model.protocol import Model, Viewed, narrow
 from mlperturb.targets import Targets
 
@@ -187,6 +188,8 @@ class Problem:
 
     def select(self, rows: Tensor) -> Self:
         """Return the problem of some of these images; `rows` are their places here, integers, (m,)."""
+        if is_all(rows, len(self)):
+            return self
         return replace(
             self,
             model=narrow(self.model, rows),
@@ -338,10 +341,21 @@ def _seeds(outputs: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     return seeds, order.T
 
 
+def is_all(rows: Tensor, count: int) -> bool:
+    """Say whether places, (m,), are those of all of `count` images, in their order; a copy of large images is slow."""
+    return len(rows) == count and bool((rows == torch.arange(count, device=rows.device)).all())
+
+
 def norms(images: Tensor) -> Tensor:
     """Return the L2 norm of each image, (n,)."""
     lengths: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
     return lengths
+
+
+def distances(images: Tensor, others: Tensor) -> Tensor:
+    """Return the L2 norm of the difference of each pair of images, (n,)."""
+    parts = [norms(images[:, :, rows] - others[:, :, rows]) for rows in strips(images[:1])]  # as if each were alone
+    return parts[0] if len(parts) == 1 else norms(torch.stack(parts, dim=1))
 
 
 def spread(values: Tensor) -> Tensor:

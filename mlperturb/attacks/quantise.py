@@ -24,7 +24,7 @@ from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.ddn import GENTLE, descend
 from mlperturb.attacks.lattice import STEP, to_lattice
 from mlperturb.attacks.panel import Panel, verify
-from mlperturb.attacks.problem import Problem, norms, spread
+from mlperturb.attacks.problem import Problem, distances, spread
 
 
 def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations: int = 40) -> Outcome:
@@ -78,7 +78,7 @@ def _search_scale(
             first, end = torch.zeros_like(rows), torch.ones_like(best.norm[rows])
             logits, computed = verify(part, best, panel, images, logits, first, end, last=True)
         met = best.update(part, images, logits, computed)
-        met = met if computed is None else met & (computed | (best.norm[rows] < norms(images - part.images)))
+        met = met if computed is None else met & (computed | (best.norm[rows] < distances(images, part.images)))
         high[rows] = torch.where(met, scale[rows], high[rows])
         low[rows] = torch.where(met, low[rows], scale[rows])
         scale = torch.where(high.isinf(), low * 1.25, torch.where(low > 0, (low + high) / 2, high * 0.8))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mlperturb.attacks.problem import Problem, norms
+from mlperturb.attacks.problem import Problem, is_all, norms
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Walk:
         """Step 1: r = 0 (or `start`), every multiplier 1."""
         latent = problem.lattice.zeros(problem.images)
         if start is not None:
-            latent = problem.lattice.clip(start, problem.images, *problem.pixel_range)
+            latent = problem.lattice.clip(start.clone(), problem.images, *problem.pixel_range)
         radius = norms(latent)
         no, never = torch.zeros_like(radius, dtype=torch.bool), torch.full_like(radius, torch.inf)
         ones = torch.ones_like(radius).unsqueeze(1)
@@ -51,5 +51,7 @@ class Walk:
 
     def select(self, rows: Tensor) -> Walk:
         """Return the state of some images."""
+        if is_all(rows, len(self.radius)):
+            return self
         names = ("latent", "radius", "multipliers", "allowed", "done", "least", "restarted")
         return replace(self, begun=self.begun[rows.cpu()], **{name: getattr(self, name)[rows] for name in names})

@@ -160,7 +160,7 @@ def to_pixels(images: Tensor) -> Tensor:
     """Return images in [0, 1], (N, C, H, W), as 8-bit pixels of the same shape."""
     pixels = torch.empty_like(images, dtype=torch.uint8)
     for rows in strips(images):
-        pixels[:, :, rows] = (images[:, :, rows] * 255).round_().clamp_(0, 255)
+        pixels[:, :, rows] = (images[:, :, rows] * 255).round_().clamp_(0, 255).int()  # faster than straight to bytes
     return pixels
 
 

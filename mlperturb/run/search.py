@@ -14,7 +14,7 @@ from mlperturb.attacks.best import Outcome
 from mlperturb.attacks.goals import ClassificationGoal, Goal
 from mlperturb.attacks.lattice import PIXELS, Lattice
 from mlperturb.attacks.methods import find_method
-from mlperturb.attacks.problem import Meter, Opening, Problem, each_view, observe
+from mlperturb.attacks.problem import Meter, Opening, Problem, each_view, is_all, observe
 from mlperturb.attacks.quantise import quantise
 from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
 from mlperturb.labels import Request
@@ -97,19 +97,20 @@ def search(
     usable = rows.tolist()
     asked, sizes = [requests[row] for row in usable], [sizes[row] for row in usable]
     chosen = [photos[row] for row in usable]
+    images = images if is_all(rows, len(photos)) else images[rows]
     labels = len(classifier.labels)
     truth = decide(before[rows, 0, :labels], classifier.boundary)
     limits = settings.limits
     problem = Problem(
         replace(model.select(rows), purifications=()),
-        images[rows],
+        images,
         ClassificationGoal(make_targets(asked, truth, classifier.boundary, margin=settings.margin)),
         limit=limits.passes,
         cap=None if limits.rmsd is None else _norm_cap(limits.rmsd, sizes, images.device),
         bound=None if limits.linf is None else limits.linf / 255,
-        region=_region_of(settings.region, chosen, images[rows]),
+        region=_region_of(settings.region, chosen, images),
         grey=_grey_of(chosen, images.device),
-        lattice=_lattice_of(settings.region, chosen, images[rows]),
+        lattice=_lattice_of(settings.region, chosen, images),
         meter=meter,
         rows=rows.cpu(),
         clean=clean[rows, :, :labels],
