@@ -20,6 +20,7 @@ from mlperturb.cli.options import (
     Overwrite,
     Quiet,
     Source,
+    check_attacked,
     find_source,
     named_source,
 )
@@ -196,7 +197,6 @@ def _read_reports(
     """
     from mlperturb.experiment.defence import find_attacked
     from mlperturb.run.report import is_unchanged, read_report, readers_of, reading
-    from mlperturb.system.files import file_sha256
 
     attacked: list[Attacked] = []
     described: dict[str, Any] = {}
@@ -225,10 +225,10 @@ def _read_reports(
     if unchanged:
         print_note(f"{unchanged} of {images} photos were as asked already and were not attacked: they are left out")
     with reading(paths[0]):
-        source = find_source(checkpoint, arch, labels) if checkpoint else named_source(described)
-        same = file_sha256(source.path) == described["sha256"]
-    if not same:
-        raise UsageError(f"{source.path} is not the checkpoint that was attacked ({described['sha256']!s:.12}...)")
+        if checkpoint is None:
+            return named_source(described), attacked, readers
+        source = find_source(checkpoint, arch, labels)
+        check_attacked(source.path, described["sha256"])
     return source, attacked, readers
 
 

@@ -90,7 +90,6 @@ class Source:
     def load(self, device: str) -> tuple[Classifier, dict[str, Any]]:
         """Load the classifier; return it with its description for a report."""
         from mlperturb.model.checkpoints import load_checkpoint
-        from mlperturb.model.folders import find_weights
         from mlperturb.system.files import file_sha256
 
         classifier, metadata = load_checkpoint(
@@ -98,11 +97,18 @@ class Source:
         )
         return classifier, {
             "checkpoint": str(self.path),
-            "sha256": file_sha256(find_weights(self.path) if self.path.is_dir() else self.path),
+            "sha256": file_sha256(_weights(self.path)),
             "architecture": metadata.architecture,
             "labels": list(metadata.labels),
             "thresholds": list(metadata.thresholds),
         }
+
+
+def _weights(checkpoint: Path) -> Path:
+    """Return the file of the weights of a checkpoint, a file or a folder."""
+    from mlperturb.model.folders import find_weights
+
+    return find_weights(checkpoint) if checkpoint.is_dir() else checkpoint
 
 
 def _readers_of(preprocess: dict[str, Any]) -> tuple[str, ...]:
@@ -175,19 +181,21 @@ def _read_names(path: Path) -> tuple[str, ...]:
 
 
 def named_source(described: dict[str, Any]) -> Source:
-    """Find the checkpoint that a report describes.
+    """Find the checkpoint that a report describes; only a file with the recorded SHA-256 is opened.
 
     Raises:
-        UsageError: if the checkpoint is not found.
+        UsageError: if the checkpoint is not found, or is another.
     """
     from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
-    from mlperturb.system.files import file_sha256
+    from mlperturb.system.files import is_file_of
 
-    path, names = Path(described["checkpoint"]), tuple(described["labels"])
+    names = tuple(described["labels"])
+    path = Path(described["checkpoint"])
     if not path.exists():
         path = bundled_checkpoint()
-        if not path.is_file() or file_sha256(path) != described["sha256"]:
+        if not is_file_of(path, described["sha256"], None):
             raise UsageError(f"the report's checkpoint {described['checkpoint']} does not exist: give --checkpoint")
+    check_attacked(path, described["sha256"])
     folder = path.is_dir()
     try:
         if folder:
@@ -198,6 +206,18 @@ def named_source(described: dict[str, Any]) -> Source:
         if folder:
             return Source(path, None, names, names)
         return Source(path, described["architecture"], names, names)
+
+
+def check_attacked(checkpoint: Path, digest: object) -> None:
+    """Refuse a checkpoint that is not the one of a report, which has this SHA-256.
+
+    Raises:
+        UsageError: if it is another.
+    """
+    from mlperturb.system.files import is_file_of
+
+    if not (isinstance(digest, str) and is_file_of(_weights(checkpoint), digest, None)):
+        raise UsageError(f"{checkpoint} is not the checkpoint that was attacked ({digest!s:.12}...)")
 
 
 def parse_batch_size(value: str) -> int | None:

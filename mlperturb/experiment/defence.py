@@ -22,8 +22,10 @@ from mlperturb.model.readers import Reader
 from mlperturb.model.views import ViewedModel
 from mlperturb.photos.images import Pixels, read_photo
 from mlperturb.photos.purify import Purification
+from mlperturb.run.pictures import find_output, find_photo
 from mlperturb.run.record import Failure
-from mlperturb.run.report import find_output, find_photo, is_unchanged
+from mlperturb.run.report import is_unchanged
+from mlperturb.system.text import printable
 from mlperturb.targets import present
 
 SCHEMA = "mlperturb.jpeg-defence/2"
@@ -46,6 +48,7 @@ class Attacked:
         keep: the labels of B.
         truth: y, the decisions on the photo in the first reader. If None, y is taken from the decisions on the PNG,
             reversed for A.
+        problem: why the PNG cannot be opened; None if it may be.
     """
 
     adversarial: Path
@@ -53,6 +56,7 @@ class Attacked:
     flip: tuple[str, ...]
     keep: tuple[str, ...]
     truth: dict[str, bool] | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,19 +96,23 @@ def find_attacked(report: dict[str, Any], folder: Path, photos: Path | None = No
     A photo that was as asked already is left out: no purification can undo an attack there.
 
     Raises:
-        ImageError: if the report names a file outside the folder.
         KeyError: if the labels of an image are not the classifier's.
     """
     labels = set(report["classifier"]["labels"])
     found = []
     for image in report["images"]:
-        png = find_output(image, "adversarial", folder)
+        problem = None
+        try:
+            png = find_output(image, "adversarial", folder, report["settings"])
+        except ImageError as error:
+            png, problem = Path(printable(image["files"]["adversarial"])), str(error)
         if png is None or is_unchanged(image):
             continue
         truth, flip, keep = image["truth"], tuple(image["flip"]), tuple(image["keep"])
         if not labels <= truth.keys() or not labels >= {*flip, *keep}:
             raise KeyError("the labels of an image are not the classifier's")
-        found.append(Attacked(png, find_photo(image, folder, report["settings"], photos), flip, keep, truth))
+        photo = find_photo(image, folder, report["settings"], photos)
+        found.append(Attacked(png, photo, flip, keep, truth, problem))
     return found
 
 
@@ -265,6 +273,8 @@ def _look(
     Raises:
         ImageError: if the PNG or the photo cannot be read.
     """
+    if one.problem is not None:
+        raise ImageError(one.problem)
     png = read_photo(one.adversarial).rgb
     photo = None
     if one.clean is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,9 @@ class Ledger:
             return None
         place, number = held
         entry = self._read(place)
-        return Record.from_dict(entry["records"][number]), entry.get("hashes", {})
+        record, hashes = Record.from_dict(entry["records"][number]), entry.get("hashes", {})
+        kinds = {kind: hashes[name] for kind, name in record.files.items() if name in hashes}
+        return replace(record, hashes=kinds), hashes
 
 
 def size_of(record: Record) -> Size:

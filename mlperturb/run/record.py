@@ -59,7 +59,8 @@ class Record:
             None without such compressions.
         ranking: for a ranking attack, whether its constraints hold on the PNG, and Kendall's tau_b.
         cost: `forward` and `backward` passes, and `seconds`.
-        files: names relative to the report's folder.
+        files: names relative to the output folder.
+        hashes: the SHA-256 of each of these files; in the journal they stand beside the records.
         notes: changes made to the photo on reading, such as a rotation.
         error: why the photo could not be read, attacked or written; None without an error.
     """
@@ -82,6 +83,7 @@ class Record:
     ranking: dict[str, Any] | None = None
     cost: dict[str, float] = field(default_factory=lambda: {"forward": 0, "backward": 0, "seconds": 0.0})
     files: dict[str, str | None] = field(default_factory=lambda: {"adversarial": None, "map": None})
+    hashes: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     error: Failure | None = None
 
@@ -93,7 +95,7 @@ class Record:
             KeyError: if a value is missing.
             TypeError: if there is an unknown value, or a value has the wrong type.
         """
-        missing = {field.name for field in fields(cls)} - values.keys()
+        missing = {field.name for field in fields(cls)} - values.keys() - {"hashes"}  # earlier journals have none
         if missing:
             raise KeyError(min(missing))
         kinds: dict[str, type[Distortion] | type[Failure]] = {

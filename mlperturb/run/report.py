@@ -12,10 +12,9 @@ from textwrap import indent
 from typing import Any
 
 from mlperturb import __version__
-from mlperturb.errors import ImageError, UsageError
+from mlperturb.errors import UsageError
+from mlperturb.run.pictures import find_folder
 from mlperturb.run.record import Record, Summary
-from mlperturb.system.files import is_file_of, is_remote, parse_path
-from mlperturb.system.text import printable
 
 SCHEMA = "mlperturb.report/2"
 EARLIER = ("mlperturb.report/1",)  # schemas that are read too
@@ -74,8 +73,7 @@ def read_report(path: Path) -> tuple[dict[str, Any], Path]:
     path = path / "report.json" if path.is_dir() else path
     report = read_json(path, SCHEMA, *EARLIER)
     with reading(path):
-        out = report["settings"].get("out", ".")
-        return report, path.parent if out == "." else path.parent / out
+        return report, find_folder(path, report["settings"])
 
 
 @contextmanager
@@ -89,43 +87,6 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
         raise UsageError(f"the report {path} does not follow its schema: {error!r:.120}") from error
-
-
-def find_output(image: dict[str, Any], kind: str, folder: Path) -> Path | None:
-    """Return an image's `adversarial` file or `map` in its folder; None if there is no such file.
-
-    Raises:
-        ImageError: if the name leads out of the folder: a report is untrusted, and may not name files elsewhere.
-    """
-    name: str | None = image["files"][kind]
-    if name is None:
-        return None
-    path = Path(name)
-    if path.is_absolute() or path.drive or ".." in path.parts or not path.name or "\0" in name or "://" in name:
-        raise ImageError(f"{printable(name)!r:.100} is not the name of a file beside its report")
-    return folder / name
-
-
-def find_photo(
-    image: dict[str, Any], folder: Path, settings: dict[str, Any], photos: Path | None = None
-) -> Path | None:
-    """Return the path of the photo that an image was made of; None if it is not found.
-
-    The places searched are `photos` (in the subfolder of the image's files, then in no subfolder), the path in the
-    report, that path from the folder in which the attack was started, and the folder of the report. Only a file with
-    the same SHA-256 is the photo.
-    """
-    if "://" in image["source"]:  # a report is untrusted: it may not make us open an address outside its own store
-        source = parse_path(image["source"])
-        within = is_remote(folder) and type(source) is type(folder)
-        return source if within and is_file_of(source, image["sha256"]) else None
-    source = Path(image["source"])
-    places = [source, Path(settings.get("cwd", ".")) / source, folder / source, folder / source.name]
-    if photos is not None:
-        name = image["files"]["adversarial"]
-        inside = find_output(image, "adversarial", photos) if name else None
-        places = [*([inside.parent / source.name] if inside else []), photos / source.name, *places]
-    return next((place for place in places if is_file_of(place, image["sha256"])), None)
 
 
 def readers_of(report: dict[str, Any]) -> tuple[str, ...]:

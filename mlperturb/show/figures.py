@@ -20,7 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from mlperturb.errors import UsageError
 from mlperturb.labels import present_labels
 from mlperturb.photos.images import Pixels, read_photo
-from mlperturb.run.report import find_output, find_photo, thresholds_of
+from mlperturb.run.pictures import find_output, find_photo
+from mlperturb.run.report import thresholds_of
 from mlperturb.show.shown import choose_labels
 from mlperturb.system.files import write_file
 from mlperturb.system.text import printable, shorten
@@ -82,7 +83,7 @@ def draw_case(report: dict[str, Any], image: dict[str, Any], folder: Path) -> Fi
     largest = f"perturbation, largest {image['distortion']['linf']:.0f} of 255"
     title = f"{printable(report['settings']['method'])}, {image['status']}: {_listed(now)}"
     for kind, words in (("adversarial", title), ("map", largest)):
-        path = find_output(image, kind, folder)
+        path = find_output(image, kind, folder, report["settings"])
         assert path is not None
         pictures.append((words, read_photo(path).rgb))
     with matplotlib.rc_context(_STYLE):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,7 +20,9 @@ from urllib.parse import unquote
 
 from mlperturb.errors import MlperturbError, OutputError, StorageError, UsageError
 
+MOST = 1 << 30  # bytes of a photo's file
 _OURS = (None, "file", "local")  # schemes of paths of this machine
+_BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory")  # elsewhere a host follows the scheme
 _THIS_NAME_ALONE = {errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ}
 
 
@@ -69,6 +73,14 @@ def _split(text: str) -> tuple[str | None, str]:
     return (scheme.lower(), rest) if found else (None, text)
 
 
+def same_store(text: str, path: Path) -> bool:
+    """Say whether a URL leads to the store of a remote path; nothing is opened. A bucket is not a store of its own."""
+    if not is_remote(path):
+        return False
+    (scheme, rest), (own, beside) = _split(text), _split(str(path))
+    return scheme == own and (scheme in _BUCKETS or rest.partition("/")[0] == beside.partition("/")[0])
+
+
 def is_remote(path: Path) -> bool:
     """Say whether a path is a URL of a store, not a path of this machine."""
     return not isinstance(path, Path)
@@ -92,19 +104,63 @@ def reaching(path: Path, doing: str = "reach") -> Iterator[None]:
         raise StorageError(f"cannot {doing} {path}: {reason:.200}") from error
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to read; refuse, before opening it, a pipe, a device, or a file such as those of Linux's `/proc`.
+
+    Those may block for ever, never end, or do something when they are opened. A file of `/proc` says of itself that it
+    is a regular file of 0 bytes; so no byte is read of a file of that size.
+
+    Raises:
+        OSError: if the path is not a regular file, or cannot be opened.
+    """
+    if is_remote(path):
+        with path.open("rb") as stream:
+            yield stream
+        return
+    _refuse_irregular(path.stat(), path)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags), "rb") as stream:
+        status = os.fstat(stream.fileno())
+        _refuse_irregular(status, path)  # it may have been replaced meanwhile
+        yield stream if status.st_size else io.BytesIO()
+
+
+def _refuse_irregular(status: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Return the bytes of a file, see `open_regular`.
+
+    Raises:
+        OSError: if it has more than `most` bytes, or cannot be read.
+    """
+    with open_regular(path) as stream:
+        if not is_remote(path) and path.stat().st_size > most:
+            raise OSError(errno.EFBIG, f"expected at most {most} bytes", str(path))
+        return stream.read(most)
+
+
+def file_sha256(path: Path, most: int | None = None) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; of its first `most` bytes alone, where they are given.
+
+    Raises:
+        OSError: if it is not a regular file, or cannot be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while part := stream.read(1 << 20):
+    with open_regular(path) as stream:
+        while part := stream.read(1 << 20 if most is None else min(1 << 20, most)):
             digest.update(part)
+            most = None if most is None else most - len(part)
     return digest.hexdigest()
 
 
-def is_file_of(path: Path, digest: str | None) -> bool:
-    """Say whether the path is a regular file of this SHA-256; False if it cannot be read."""
+def is_file_of(path: Path, digest: str | None, most: int | None = MOST) -> bool:
+    """Say whether the path is a regular file of this SHA-256; False if it cannot be read, or has over `most` bytes."""
     try:
-        return path.is_file() and file_sha256(path) == digest
+        return digest is not None and path.is_file() and file_sha256(path, most) == digest
     except (OSError, ValueError):  # a path that no file can have
         return False
 

@@ -21,7 +21,8 @@ from PIL import Image, ImageFilter
 
 from mlperturb.errors import ImageError
 from mlperturb.photos.images import read_photo
-from mlperturb.run.report import find_output, find_photo, thresholds_of
+from mlperturb.run.pictures import find_output, find_photo
+from mlperturb.run.report import thresholds_of
 from mlperturb.show.shown import choose_labels
 from mlperturb.system.files import is_remote, write_file
 from mlperturb.system.text import printable
@@ -83,7 +84,7 @@ def _cards(
         missing = None
         for kind in ("adversarial", "map"):
             try:
-                pictures[kind] = find_output(image, kind, folder)
+                pictures[kind] = find_output(image, kind, folder, report["settings"])
             except ImageError as error:
                 missing = str(error)
         thumbnails: dict[str, str] = {}
