@@ -22,14 +22,14 @@ with atheris.instrument_imports(include=["mlperturb", "PIL"]):
     from mlperturb.errors import CheckpointError, ImageError
     from mlperturb.model import checkpoints
     from mlperturb.model.preprocess import Preprocess
-    from mlperturb.photos import images
+    from mlperturb.photos import bounds, images
 
 MOST = 30_000  # bytes of a file to start from
 
 
 def fuzz_images(folder: Path) -> Callable[[bytes], None]:
     """Return what reads bytes as a photo."""
-    images.MAX_PIXELS = 300_000  # so that it tries many small ones
+    bounds.MAX_PIXELS = 300_000  # so that it tries many small ones
 
     def read(data: bytes) -> None:
         (folder / "photo").write_bytes(data)

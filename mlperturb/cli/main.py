@@ -6,8 +6,8 @@ import errno
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated
 
@@ -26,7 +26,8 @@ try:
     from mlperturb.cli.predict import predict
     from mlperturb.cli.train import train
     from mlperturb.errors import MlperturbError, StorageError, UsageError
-    from mlperturb.system.interrupts import handle, restore
+    from mlperturb.system.interrupts import end_at_second_signal, handle, restore
+    from mlperturb.system.threads import are_busy
 except KeyboardInterrupt:  # while the libraries load
     sys.exit(130)
 
@@ -82,15 +83,34 @@ def _interrupt(_number: int, frame: FrameType | None) -> None:
 
 
 def run() -> None:
-    """Run `main` as a process; after `main` has ended, no earlier or later signal changes the exit code."""
+    """Run `main` as a process; after `main` has ended, no earlier or later signal changes the exit code.
+
+    The process does not wait for a thread that still decodes a photo.
+    """
+    end_at_second_signal(_end)
+    code: object = 0
     try:
         main()
+    except SystemExit as stop:
+        code = stop.code
     except KeyboardInterrupt:  # in the last lines of `main`
-        sys.exit(130)
+        code = 130
     finally:
         handle(signal.SIG_IGN)
         # If an interrupt broke the last `exec` (which `dataclass` calls), CPython exits by SIGINT: `exec` once more.
         exec("")
+    if are_busy():
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    sys.exit(0 if code is None else code)  # type: ignore[arg-type]
+
+
+def _end() -> None:
+    """End the process at once, whatever its threads do."""
+    with suppress(OSError):
+        os.write(2, b"mlperturb: error: interrupted\n")
+    os._exit(130)
 
 
 def main() -> None:
@@ -109,8 +129,6 @@ def main() -> None:
         ):  # Python 3.11 wraps it if it interrupts a class body
             raise
         print_error("interrupted")
-        if any(thread.name == "behind" for thread in threading.enumerate()):
-            os._exit(130)  # exit at once: a thread is still writing
         sys.exit(130)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:

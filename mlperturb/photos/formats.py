@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ _EFFORT = 50  # of 100, WebP's search for a small file
 _LONGEST_WEBP = 16383  # pixels of a side
 
 
-def open_photo(source: Path, name: str, form: FileFormat) -> Photo:
+def open_photo(source: Path, name: str, form: FileFormat, room: Callable[[int], None] = lambda _: None) -> Photo:
     """Decode a photo for the file that is to be made of it; with its coefficients if that is a JPEG file.
 
     Args:
@@ -33,14 +33,15 @@ def open_photo(source: Path, name: str, form: FileFormat) -> Photo:
         name: the name of the file to be made.
         form: its `quality` is that of a JPEG made of a photo in another format, or whose coefficients cannot be
             written again.
+        room: see `read_photo`.
 
     Raises:
         ImageError: if the photo cannot be read.
         UsageError: if a JPEG is to be written and jpeglib is not installed.
     """
     if not name.endswith(".jpg"):
-        return read_photo(source)
-    photo = read_photo(source, whole=True)
+        return read_photo(source, room=room)
+    photo = read_photo(source, whole=True, room=room)
     data, photo = photo.data or b"", replace(photo, data=None)
     try:
         jpeg = read_jpeg(data) if data.startswith(b"\xff\xd8") else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,8 +18,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlperturb.errors import ImageError, UsageError
+from mlperturb.photos.bounds import MAX_PIXELS, check_cost, check_size
 from mlperturb.photos.kinds import ADVERSARIAL
-from mlperturb.system.files import is_remote, reaching
+from mlperturb.system.files import MOST, is_remote, reaching, read_regular
 
 if TYPE_CHECKING:
     from mlperturb.photos.jpeg import Jpeg
@@ -27,13 +30,16 @@ Pixels = npt.NDArray[np.uint8]
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"} | {".avif", ".heic", ".heif"}
 )
-MAX_PIXELS = 100_000_000
 _ORIENTATION = 0x0112  # the tag of EXIF
 _SPACES = {"RGB": b"RGB ", "L": b"GRAY"}  # of the ICC profiles that fit the pixels that are written
 
 Image.init()  # loads every plugin: `Image.open(formats=...)` knows only loaded plugins
 _NAMES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # JPEG covers MPO; older Pillows have no AVIF
 FORMATS = tuple(name for name in _NAMES if name in Image.OPEN)
+with suppress(OSError, AttributeError):  # libtiff writes its own lines to stderr; Pillow raises the errors all the same
+    _TIFF = ctypes.CDLL(Image.core.__file__)
+    _TIFF.TIFFSetWarningHandler(None)
+    _TIFF.TIFFSetErrorHandler(None)
 _HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")  # brands of files
 
 
@@ -164,7 +170,7 @@ def _walk(folder: Path, *, recursive: bool) -> Iterator[Path]:
                     yield path
 
 
-def read_photo(path: Path, *, whole: bool = False) -> Photo:
+def read_photo(path: Path, *, whole: bool = False, room: Callable[[int], None] = lambda _: None) -> Photo:
     """Decode a photo to upright 8-bit RGB, and its alpha channel if it has one.
 
     16-bit samples are scaled to 8 bits; palettes, greys and CMYK are converted; an animation gives its first frame.
@@ -172,14 +178,14 @@ def read_photo(path: Path, *, whole: bool = False) -> Photo:
     Args:
         path: the file.
         whole: whether to keep the file itself, as `Photo.data`.
+        room: called with the number of pixels, which the header says, before they are decoded; it may wait.
 
     Raises:
-        ImageError: if the file cannot be read, is damaged, of an unknown format, or larger than `MAX_PIXELS`.
+        ImageError: if the file cannot be read, is damaged, of an unknown format, larger than `MAX_PIXELS`, or would
+            cost more than `bounds` allows.
     """
     try:
-        if not is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):  # a pipe may block
-            raise ImageError(f"cannot read {path}: it is not a regular file")
-        data = path.read_bytes()
+        data = read_regular(path, MOST)
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
@@ -191,7 +197,7 @@ def read_photo(path: Path, *, whole: bool = False) -> Photo:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, and of sizes, which are checked here more strictly
-            photo = _decode(path, data)
+            photo = _decode(path, data, room)
         return replace(photo, data=data) if whole else photo
     except ImageError:
         raise
@@ -203,14 +209,15 @@ def read_photo(path: Path, *, whole: bool = False) -> Photo:
         raise ImageError(f"{path} is damaged: {str(error) or type(error).__name__:.200}") from error
 
 
-def _decode(path: Path, data: bytes) -> Photo:
+def _decode(path: Path, data: bytes, room: Callable[[int], None]) -> Photo:
     notes = []
+    check_cost(path, data)
     with Image.open(io.BytesIO(data), formats=[*FORMATS, *_heif(path, data)]) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError(f"{path} has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
-        if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "HEIF"):
+        check_size(path, data, image.width, image.height)
+        if getattr(image, "is_animated", False) and image.format not in ("MPO", "HEIF"):  # it counts no frames
             notes.append("animated: only the first frame is taken")
             image.seek(0)
+        room(image.width * image.height)
         image.load()
         if image.mode.startswith(("I", "F")):
             notes.append(f"{'floating-point' if image.mode.startswith('F') else '16-bit'}: scaled to 8 bits")
@@ -289,12 +296,17 @@ def convert_image(image: Image.Image) -> tuple[Pixels, Pixels | None]:
 
 def _scale_grey(grey: npt.NDArray[np.generic]) -> Pixels:
     """Scale 16-bit (or wider) grey samples to 8-bit RGB; a wider range than 16 bits is stretched to fit."""
-    values = np.nan_to_num(grey.astype(np.float64))
-    highest = float(values.max(initial=0))
+    highest = max((float(_numbers(row).max(initial=0)) for row in grey), default=0.0)
     floats = np.issubdtype(grey.dtype, np.floating)  # a guess: in [0, 1] or [0, 255]
     top = next(scale for scale in ((1.0, 255.0) if floats else ()) + (max(highest, 65535.0),) if highest <= scale)
-    scaled = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
-    return np.repeat(scaled[..., None], 3, axis=2)
+    scaled = np.empty((*grey.shape, 3), dtype=np.uint8)
+    for row, samples in zip(scaled, grey, strict=True):  # a row at a time: 8 bytes for each sample are many
+        row[:] = np.clip(np.rint(_numbers(samples) * (255.0 / top)), 0, 255)[:, None]
+    return scaled
+
+
+def _numbers(samples: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+    return np.nan_to_num(samples.astype(np.float64))
 
 
 def magnify(difference: npt.NDArray[np.int16]) -> Pixels:

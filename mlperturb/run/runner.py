@@ -27,6 +27,8 @@ from mlperturb.system.threads import Behind, ahead, count_workers
 
 Pair = tuple[Job, Photo]
 
+_WAITING = 50_000_000  # pixels, 3 bytes each, that wait decoded for the device
+
 
 @dataclass
 class Waits:
@@ -180,15 +182,15 @@ def _batches(
     units: Sequence[Sequence[Job]],
     claims: Callable[[int], Iterable[int]],
     finished: Callable[[Job], Size | None],
-    read: Callable[[Job], Photo | Record],
+    read: Callable[[Job, Callable[[int], None]], Photo | Record],
     pixels: float,
     *,
     filled: bool,
 ) -> Iterator[_Batch]:
-    """Decode photos, at most a unit ahead, and group them into batches, with the finished photos if `filled`."""
+    """Decode photos, at most a unit and `_WAITING` pixels ahead, and group them, with the finished ones if `filled`."""
 
-    def look(job: Job | None) -> tuple[Job, Photo | Record | Size] | None:
-        return None if job is None else (job, finished(job) or read(job))
+    def look(job: Job | None, room: Callable[[int], None]) -> tuple[Job, Photo | Record | Size] | None:
+        return None if job is None else (job, finished(job) or read(job, room))
 
     def items() -> Iterator[Job | None]:
         for number in claims(len(units)):
@@ -196,7 +198,7 @@ def _batches(
             yield None  # the end of a unit
 
     batch = _Batch()
-    for got in ahead(look, items(), window=max(map(len, units), default=1)):
+    for got in ahead(look, items(), window=max(map(len, units), default=1), most=_WAITING):
         if got is None:
             yield batch
             batch = _Batch()
@@ -215,10 +217,10 @@ def _batches(
         batch.members.append((job, photo if isinstance(photo, Photo) else None))
 
 
-def _read(job: Job, settings: Settings, preprocess: Preprocess) -> Photo | Record:
+def _read(job: Job, room: Callable[[int], None], *, settings: Settings, preprocess: Preprocess) -> Photo | Record:
     """Decode a photo; return a record with the error if it cannot be decoded or resized, or the region misses it."""
     try:
-        photo = open_photo(job.source, job.adversarial, settings.format)
+        photo = open_photo(job.source, job.adversarial, settings.format, room)
     except ImageError as error:
         return Record(source=str(job.source), error=Failure.of(error))
     try:

@@ -127,6 +127,8 @@ def open_regular(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _refuse_irregular(status: os.stat_result, path: Path) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
@@ -135,12 +137,15 @@ def read_regular(path: Path, most: int) -> bytes:
     """Return the bytes of a file, see `open_regular`.
 
     Raises:
-        OSError: if it has more than `most` bytes, or cannot be read.
+        OSError: if it has more than `most` bytes, which are not counted at a URL, or cannot be read.
     """
     with open_regular(path) as stream:
-        if not is_remote(path) and path.stat().st_size > most:
-            raise OSError(errno.EFBIG, f"expected at most {most} bytes", str(path))
-        return stream.read(most)
+        if is_remote(path):
+            return stream.read()
+        size = os.fstat(stream.fileno()).st_size if hasattr(stream, "raw") else 0
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+        return stream.read(size)
 
 
 def file_sha256(path: Path, most: int | None = None) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -22,6 +25,37 @@ def restore(before: Before) -> None:
     """Put back the handlers that `handle` returned."""
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def end_at_second_signal(end: Callable[[], None], patience: float = 2.0) -> None:
+    """From now on, call `end` some seconds after a second SIGINT or SIGTERM, whatever the threads of Python do.
+
+    A handler written in Python runs in the main thread, and only between two steps of Python: not while a decoder or a
+    network runs there. The interpreter itself writes each signal to a socket, which a thread watches here.
+
+    Args:
+        end: ends the process.
+        patience: seconds that the main thread has to end by itself.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def watch() -> None:
+        count = 0
+        while count < 2 and (got := ours.recv(1)):
+            count += got[0] in (signal.SIGINT, signal.SIGTERM)
+        time.sleep(patience)
+        end()
+
+    def forget() -> None:  # a forked process has the socket too
+        with suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+
+    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=forget)
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    theirs.detach()  # it stays open until the process ends
 
 
 class Interrupts:

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,22 +22,112 @@ def count_workers() -> int:
     return max(1, min(16, cores))
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], *, window: int) -> Iterator[R]:
+class Room:
+    """Room for results that wait to be taken: a result comes in with its cost, once the others leave it room.
+
+    Results come in by their numbers, in order; a result that is larger than all the room comes in when it is alone. So
+    the next result to be taken never waits for a later result.
+
+    Args:
+        most: the room.
+    """
+
+    def __init__(self, most: float) -> None:
+        self._most, self._next, self._closed = most, 0, False
+        self._held: dict[int, float] = {}  # by number
+        self._passed: set[int] = set()  # numbers that have come in, or never will, from the next number on
+        self._changed = threading.Condition()
+
+    def enter(self, number: int, cost: float) -> None:
+        """Wait for room, and take it.
+
+        Raises:
+            CancelledError: if nobody takes the results any more.
+        """
+
+        def fits() -> bool:
+            mine = self._next == number and (not self._held or sum(self._held.values()) + cost <= self._most)
+            return mine or self._closed or number in self._held
+
+        with self._changed:
+            self._changed.wait_for(fits)
+            if self._closed:
+                raise CancelledError
+            self._held[number] = max(cost, self._held.get(number, 0.0))
+            self._pass(number)
+
+    def finish(self, number: int) -> None:
+        """Say that a result is made; it may not have come in."""
+        with self._changed:
+            self._pass(number)
+
+    def leave(self, number: int) -> None:
+        """Give back the room of a result."""
+        with self._changed:
+            self._held.pop(number, None)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End all waiting."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _pass(self, number: int) -> None:
+        if number >= self._next:
+            self._passed.add(number)
+        while self._next in self._passed:
+            self._passed.remove(self._next)
+            self._next += 1
+        self._changed.notify_all()
+
+
+def ahead(
+    function: Callable[[T, Callable[[float], None]], R], items: Iterable[T], *, window: int, most: float
+) -> Iterator[R]:
     """Apply a function to items in threads, at most `window` items ahead of the result taken; in order.
 
     Items are drawn in the thread that takes the results. An error of the function is raised in place of its result.
+
+    Args:
+        function: gets an item, and a function to call with the cost of the result before the cost is incurred.
+        items: the items.
+        window: number of items.
+        most: the largest sum of the costs of results that are made and not taken, unless a single one costs more.
     """
-    pool = ThreadPoolExecutor(count_workers(), "ahead")
-    waiting: deque[Future[R]] = deque()
+    pool, room = ThreadPoolExecutor(count_workers(), "ahead"), Room(most)
+    waiting: deque[tuple[int, Future[R]]] = deque()
+
+    def work(number: int, item: T) -> R:
+        try:
+            return function(item, lambda cost: room.enter(number, cost))
+        finally:
+            room.finish(number)
+
+    def take() -> R:
+        number, future = waiting.popleft()
+        result = future.result()
+        room.leave(number)
+        return result
+
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
+        for number, item in enumerate(items):
+            waiting.append((number, pool.submit(work, number, item)))
             if len(waiting) > window:
-                yield waiting.popleft().result()
+                yield take()
         while waiting:
-            yield waiting.popleft().result()
+            yield take()
     finally:
+        room.close()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def are_busy(patience: float = 0.2) -> bool:
+    """Say whether a thread of this module, or of a pool named `encode`, still works after `patience` seconds each."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith(("ahead", "behind", "encode"))]
+    for thread in threads:
+        thread.join(patience)
+    return any(thread.is_alive() for thread in threads)
 
 
 class Behind:

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from mlperturb.errors import ImageError, OutputError, UsageError
+from mlperturb.photos.bounds import MAX_PIXELS
 from mlperturb.photos.formats import read_pixels, write_pixels
-from mlperturb.photos.images import MAX_PIXELS, describe_left_out, find_photos, is_output, magnify, read_photo
+from mlperturb.photos.images import describe_left_out, find_photos, is_output, magnify, read_photo
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
