@@ -16,6 +16,7 @@ from mlperturb.cli.options import (
     Arch,
     BatchSize,
     Checkpoint,
+    Coco,
     Device,
     Json,
     Labels,
@@ -55,6 +56,7 @@ def evaluate(
     ] = None,
     photos: PhotoFolder = None,
     csv: LabelTable = None,
+    coco: Coco = None,
     clean: Annotated[bool, typer.Option("--clean", help="Measure the classifier without an attack.")] = False,
     cases: Annotated[
         list[str] | None,
@@ -103,9 +105,9 @@ def evaluate(
     For each case and method, it attacks the photos on which the classifier gets every label right. After a stop, the
     same command resumes.
     """
-    check_data(voc, year, photos, csv)
+    check_data(voc, year, photos, csv, coco)
     if photos is not None and split is not None:
-        raise UsageError("expected --split with --voc: with --photos, the --csv is the split")
+        raise UsageError("expected --split with --voc: with --photos, the --csv or --coco is the split")
     if clean and (cases or reduce or augment or methods):
         raise UsageError("expected --clean without --cases, --reduce, --augment and --methods: it attacks nothing")
     source = find_source(checkpoint, arch, labels)
@@ -114,7 +116,7 @@ def evaluate(
     from mlperturb.experiment.cases import Protocol, align, parse_cases, parse_variants
     from mlperturb.experiment.evaluate import make_settings
     from mlperturb.model.readers import parse_readers
-    from mlperturb.photos.datasets import read_csv, read_splits
+    from mlperturb.photos.datasets import read_coco, read_csv, read_splits
     from mlperturb.run.outputs import make_folder
     from mlperturb.system.processes import join
 
@@ -134,8 +136,8 @@ def evaluate(
         parts = read_splits(voc, [name for value in year or () for name in value.split(",")], split or "test")
     else:
         assert photos is not None
-        assert csv is not None
-        parts = {csv.name: read_csv(photos, csv)}
+        parts = {csv.name: read_csv(photos, csv)} if csv is not None else {}
+        parts |= {coco.name: read_coco(photos, coco)} if coco is not None else {}
     parts = {name: align(part, source.labels) for name, part in parts.items()}
     make_folder(out)
     run = _Run(LongRun(join(), quiet=quiet), protocol, parts, out, json)

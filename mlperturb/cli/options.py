@@ -60,19 +60,25 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, o
 Voc = Annotated[Path | None, typer.Option(**HERE, help="A VOCdevkit folder.")]
 Year = Annotated[list[str] | None, typer.Option(help="Year of the VOCdevkit; repeatable, comma-separated.")]
 PhotoFolder = Annotated[
-    Path | None, typer.Option(**ANYWHERE, help="A folder of photos, with --csv, in place of --voc.")
+    Path | None, typer.Option(**ANYWHERE, help="A folder of photos, with --csv or --coco, in place of --voc.")
 ]
 LabelTable = Annotated[Path | None, typer.Option(**HERE, help="Table `image,LABEL,...`: 1, 0, or -1 for difficult.")]
+Coco = Annotated[
+    Path | None, typer.Option(**HERE, help="COCO's instances_*.json; the labels are the names of its categories.")
+]
 
 
-def check_data(voc: Path | None, year: list[str] | None, photos: Path | None, csv: Path | None) -> None:
+def check_data(
+    voc: Path | None, year: list[str] | None, photos: Path | None, csv: Path | None, coco: Path | None
+) -> None:
     """Check the options that name a data set.
 
     Raises:
-        UsageError: unless either --voc with --year or --photos with --csv is given.
+        UsageError: unless either --voc with --year, or --photos with --csv or --coco, is given.
     """
-    if (voc is None) == (photos is None) or (photos is None) != (csv is None):
-        raise UsageError("expected either --voc with --year, or --photos with --csv")
+    tables = (csv is not None) + (coco is not None)
+    if (voc is None) == (photos is None) or (photos is not None) != (tables == 1):
+        raise UsageError("expected either --voc with --year, or --photos with --csv or --coco")
     if (voc is not None) != bool(year):
         raise UsageError("expected both --year and --voc, or neither")
 

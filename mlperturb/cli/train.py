@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlperturb.cli.options import HERE, LabelTable, PhotoFolder, Voc, Year, check_data
+from mlperturb.cli.options import HERE, Coco, LabelTable, PhotoFolder, Voc, Year, check_data
 from mlperturb.errors import UsageError
 from mlperturb.system.files import parse_local
 
@@ -31,6 +31,7 @@ def train(
     test_split: Annotated[str | None, typer.Option(help="Split to measure on; nothing is tuned on it.")] = None,
     photos: PhotoFolder = None,
     csv: LabelTable = None,
+    coco: Coco = None,
     test_csv: Annotated[Path | None, typer.Option(**HERE, help="Like --csv, for the photos to measure on.")] = None,
     arch: Annotated[
         str, typer.Option(help="A torchvision classification model, or timm/NAME for a model of timm.")
@@ -126,7 +127,7 @@ def train(
     ] = "",
 ) -> None:
     """Train a multi-label classifier with the paper's ranking loss, calibrate it, and measure it."""
-    check_data(voc, year, photos, csv)
+    check_data(voc, year, photos, csv, coco)
     if out.suffix != ".safetensors":
         raise UsageError(f"expected --out to end in .safetensors, got {out}")
     files = [parse_local(name) for name in init or () if name != "torchvision"]
@@ -141,8 +142,7 @@ def train(
         training, validation, tests = _read_voc(voc, year or [], train_split, val_split, test_split)
     else:
         assert photos is not None
-        assert csv is not None
-        training, validation, tests = _read_tables(photos, csv, test_csv)
+        training, validation, tests = _read_tables(photos, csv, coco, test_csv)
     if validation is None:
         training, validation = _hold_out(training, seed)
     recipe = Recipe(
@@ -222,11 +222,14 @@ def _read_voc(
     return training, validation, read_splits(voc, years, test_split) if test_split else {}
 
 
-def _read_tables(photos: Path, csv: Path, test_csv: Path | None) -> tuple[Dataset, None, dict[str, Dataset]]:
+def _read_tables(
+    photos: Path, csv: Path | None, coco: Path | None, test_csv: Path | None
+) -> tuple[Dataset, None, dict[str, Dataset]]:
     """Read a folder of photos and its tables, to train and to measure on."""
-    from mlperturb.photos.datasets import read_csv
+    from mlperturb.photos.datasets import join, read_coco, read_csv
 
-    return read_csv(photos, csv), None, {test_csv.name: read_csv(photos, test_csv)} if test_csv else {}
+    training = join([read(photos, table) for read, table in ((read_csv, csv), (read_coco, coco)) if table is not None])
+    return training, None, {test_csv.name: read_csv(photos, test_csv)} if test_csv else {}
 
 
 def _hold_out(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:

@@ -1,12 +1,14 @@
-"""Read data sets, paths and labels: the VOCdevkit layout, or a folder with a CSV of labels."""
+"""Read data sets, paths and labels: the VOCdevkit layout, or a folder of photos with a CSV of labels or COCO's JSON."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -153,6 +155,59 @@ def read_csv(root: Path, table: Path) -> Dataset:
         truth[row] = [meaning[value.strip()] for value in fields[1:]]
     paths = tuple(root / fields[0] for fields in body)
     return _checked(Dataset(paths, labels, truth), table)
+
+
+def read_coco(root: Path, instances: Path) -> Dataset:
+    """Read a folder of photos and COCO's `instances_*.json`; the labels are the names of its categories.
+
+    A label is present if the photo has an annotation of the category, be it a crowd; a photo without annotations has
+    no label. No label is difficult.
+
+    Raises:
+        DatasetError: if a photo is missing or lies outside the folder, or the file is not as COCO has it.
+    """
+    try:
+        content = json.loads(instances.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(f"cannot read {instances}: {error}") from error
+    categories = _read_pairs(content, "categories", {"id": int, "name": str}, instances)
+    images = _read_pairs(content, "images", {"id": int, "file_name": str}, instances)
+    labels = tuple(name for _, name in sorted(categories))
+    if not labels or len(set(labels)) != len(labels):
+        raise DatasetError(f"{instances}: expected distinct names in `categories`, got {len(categories)}")
+    column = {number: place for place, (number, _) in enumerate(sorted(categories))}
+    row = {number: place for place, (number, _) in enumerate(images)}
+    if len(column) < len(categories) or len(row) < len(images):
+        raise DatasetError(f"{instances}: expected each `id` once in `categories` and in `images`")
+    outside = next((name for _, name in images if Path(name).is_absolute() or ".." in Path(name).parts), None)
+    if outside is not None:
+        raise DatasetError(f"{instances}: expected files inside {root}, got {outside!r:.80}")
+    truth = np.full((len(images), len(labels)), -1, dtype=np.int8)
+    for image, category in _read_pairs(content, "annotations", {"image_id": int, "category_id": int}, instances):
+        if image not in row or category not in column:
+            pair = f"photo {image!s:.40} and category {category!s:.40}"
+            raise DatasetError(f"{instances}: an annotation is of {pair}, not both known")
+        truth[row[image], column[category]] = 1
+    return _checked(Dataset(tuple(root / name for _, name in images), labels, truth), instances)
+
+
+def _read_pairs(content: Any, part: str, fields: dict[str, type], source: Path) -> list[tuple[Any, Any]]:
+    """Return two fields of every entry of a list in COCO's JSON.
+
+    Raises:
+        DatasetError: if the list is missing, or an entry does not have the fields.
+    """
+    entries = content.get(part) if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise DatasetError(f"{source}: expected an object with a list `{part}`, as COCO's instances_*.json has it")
+    pairs = []
+    for number, entry in enumerate(entries):
+        values = [entry.get(name) if isinstance(entry, dict) else None for name in fields]
+        if [type(value) for value in values] != list(fields.values()):
+            wanted = " and ".join(f"`{name}` ({kind.__name__})" for name, kind in fields.items())
+            raise DatasetError(f"{source}: expected {wanted} in entry {number} of `{part}`")
+        pairs.append((values[0], values[1]))
+    return pairs
 
 
 def _checked(dataset: Dataset, source: Path) -> Dataset:

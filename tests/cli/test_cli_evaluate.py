@@ -121,7 +121,7 @@ def test_a_photo_that_cannot_be_read_is_left_out_and_said(evaluate, table):
         (("--split", "test"), "expected --split with --voc"),
         (("--year", "2007"), "expected both --year and --voc"),
         (("--clean", "--cases", "random"), "expected --clean without --cases"),
-        (("--voc", "x"), "either --voc with --year, or --photos with --csv"),
+        (("--voc", "x"), "either --voc with --year, or --photos with --csv or --coco"),
     ],
 )
 def test_bad_arguments_get_one_line_and_leave_nothing(evaluate, table, arguments, message):
@@ -162,6 +162,30 @@ def test_overwriting_drops_the_images_of_the_run_replaced_and_no_other_file(eval
     records = [json.loads(line) for line in (table.parent / "out" / "records.jsonl").read_text().splitlines()]
     named = {name for entry in records for one in entry.get("records", ()) for name in one["files"].values() if name}
     assert {name.split("/")[-1] for name in second} - {"mine.png"} == named
+
+
+def test_cocos_instances_do_in_place_of_a_table(cli, evaluate, table, tiny):
+    assert evaluate("--clean", "--json")[0] == 0
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    content = {
+        "categories": [{"id": 7 * place, "name": label} for place, label in enumerate(LABELS)],
+        "images": [{"id": number, "file_name": row["image"]} for number, row in enumerate(rows)],
+        "annotations": [
+            {"image_id": number, "category_id": 7 * place}
+            for number, row in enumerate(rows)
+            for place, label in enumerate(LABELS)
+            if row[label] == "1"
+        ],
+    }
+    instances = table.parent / "instances_val.json"
+    instances.write_text(json.dumps(content))
+    data = ("--photos", table.parent / "photos", "--coco", instances, "--checkpoint", tiny, "--device", "cpu")
+    code, stdout, stderr = cli("evaluate", *data, "--clean", "--json", "--out", table.parent / "coco")
+    assert (code, stderr) == (0, "")
+    figures = json.loads((table.parent / "out" / "table3.json").read_text())
+    assert json.loads(stdout) == {"instances_val.json": figures["labels.csv"]}
+    code, stdout, stderr = cli("evaluate", *data, "--csv", table, "--out", table.parent / "both")
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
 
 
 @linux

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
@@ -67,6 +68,21 @@ def test_a_folder_with_a_table_is_trained_on_and_a_tenth_held_out(tmp_path, monk
     out = tmp_path / "mine.safetensors"
     assert _run(monkeypatch, "--photos", tmp_path / "photos", "--csv", table, *TINY, "--head-only", "--out", out) == 0
     assert read_metadata(out).provenance["photos"] == {"training": 11, "validation": 1}
+
+
+def test_cocos_instances_are_trained_on(tmp_path, monkeypatch):
+    names = _photos(tmp_path / "photos", 12)
+    instances = tmp_path / "instances_train.json"
+    content = {
+        "categories": [{"id": number, "name": label} for number, label in enumerate(LABELS)],
+        "images": [{"id": number, "file_name": f"{name}.jpg"} for number, name in enumerate(names)],
+        "annotations": [{"image_id": number, "category_id": number % 2} for number in range(12)],
+    }
+    instances.write_text(json.dumps(content))
+    data = ["--photos", tmp_path / "photos", "--coco", instances]
+    out = tmp_path / "mine.safetensors"
+    assert _run(monkeypatch, *data, *TINY, "--head-only", "--out", out) == 0
+    assert read_metadata(out).labels == LABELS
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlperturb.errors import DatasetError
-from mlperturb.photos.datasets import VOC_LABELS, Dataset, read_csv, read_voc
+from mlperturb.photos.datasets import VOC_LABELS, Dataset, read_coco, read_csv, read_voc
 
 
 @pytest.fixture
@@ -124,6 +125,83 @@ def test_a_table_that_does_not_fit_its_header_is_a_dataset_error(write_table, tm
 def test_a_missing_table_is_a_dataset_error(tmp_path):
     with pytest.raises(DatasetError, match="cannot read"):
         read_csv(tmp_path, tmp_path / "none.csv")
+
+
+COCO: dict = {
+    "info": {"year": 2017},
+    "categories": [{"id": 18, "name": "dog", "supercategory": "animal"}, {"id": 1, "name": "person"}],
+    "images": [
+        {"id": 139, "file_name": "a.jpg", "width": 4},
+        {"id": 9, "file_name": "sub/b.jpg"},
+        {"id": 25, "file_name": "c.jpg"},
+    ],
+    "annotations": [
+        {"id": 3, "image_id": 9, "category_id": 18, "iscrowd": 0, "bbox": [0, 0, 1, 1]},
+        {"id": 4, "image_id": 9, "category_id": 18, "iscrowd": 0},
+        {"id": 5, "image_id": 139, "category_id": 1, "iscrowd": 1},
+    ],
+}
+
+
+@pytest.fixture
+def write_coco(tmp_path):
+    def write(content: object) -> Path:
+        (tmp_path / "sub").mkdir()
+        for name in ("a.jpg", "sub/b.jpg", "c.jpg"):
+            (tmp_path / name).touch()
+        path = tmp_path / "instances_val2017.json"
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        return path
+
+    return write
+
+
+def test_cocos_instances_are_read_as_labels_in_the_order_of_their_numbers(write_coco, tmp_path):
+    dataset = read_coco(tmp_path, write_coco(COCO))
+    assert dataset.labels == ("person", "dog")
+    assert dataset.paths == (tmp_path / "a.jpg", tmp_path / "sub" / "b.jpg", tmp_path / "c.jpg")
+    assert dataset.truth.tolist() == [[1, -1], [-1, 1], [-1, -1]]  # a crowd counts; the last photo has no label
+    assert dataset.truth.dtype == np.int8
+
+
+def test_cocos_photos_without_a_single_annotation_have_no_labels(write_coco, tmp_path):
+    assert (read_coco(tmp_path, write_coco(COCO | {"annotations": []})).truth == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot read"),
+        (b"{", "cannot read"),
+        (b"\xff\xfe\x00{", "cannot read"),
+        (b"[" * 100_000, "cannot read"),
+        (b'{"images": ' + b"9" * 5000 + b"}", "cannot read"),
+        ([], "expected an object with a list `categories`"),
+        ({}, "expected an object with a list `categories`"),
+        (COCO | {"images": {}}, "expected an object with a list `images`"),
+        (COCO | {"annotations": None}, "expected an object with a list `annotations`"),
+        (COCO | {"categories": []}, "expected distinct names in `categories`, got 0"),
+        (COCO | {"categories": [{"id": 1, "name": "x"}, {"id": 18, "name": "x"}]}, "expected distinct names"),
+        (COCO | {"categories": [{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]}, "expected each `id` once"),
+        (COCO | {"categories": [{"id": 1, "name": 5}]}, r"`name` \(str\) in entry 0 of `categories`"),
+        (COCO | {"categories": [5]}, "in entry 0 of `categories`"),
+        (COCO | {"images": [{"id": True, "file_name": "a.jpg"}]}, r"expected `id` \(int\)"),
+        (COCO | {"images": [{"id": [], "file_name": "a.jpg"}]}, r"expected `id` \(int\)"),
+        (COCO | {"images": [*COCO["images"], COCO["images"][0]]}, "expected each `id` once"),
+        (COCO | {"images": [{"id": 9, "file_name": "../a.jpg"}]}, "expected files inside"),
+        (COCO | {"images": [{"id": 9, "file_name": "/etc/passwd"}]}, "expected files inside"),
+        (COCO | {"images": [], "annotations": []}, "names no photo"),
+        (COCO | {"images": [{"id": 9, "file_name": "n\x00.jpg"}], "annotations": []}, "1 missing photos"),
+        (COCO | {"images": [{"id": n, "file_name": "a.jpg"} for n in (9, 139)]}, r"names a\.jpg twice"),
+        (COCO | {"annotations": [{"image_id": 9}]}, "in entry 0 of `annotations`"),
+        (COCO | {"annotations": [{"image_id": 8, "category_id": 1}]}, "photo 8 and category 1, not both known"),
+        (COCO | {"annotations": [{"image_id": 9, "category_id": 2}]}, "photo 9 and category 2, not both known"),
+    ],
+)
+def test_instances_that_are_not_as_coco_has_them_are_a_dataset_error(write_coco, tmp_path, content, message):
+    with pytest.raises(DatasetError, match=message) as caught:
+        read_coco(tmp_path, write_coco(content))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def _dataset(names: str, labels: tuple[str, ...] = ("x",)) -> Dataset:
