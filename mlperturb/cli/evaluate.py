@@ -196,7 +196,7 @@ class _Run:
             move_journal(path, old)
         long.share.agree(dataset.fingerprint, "photos")
         try:
-            rows, failures = self._attack(dataset, path)
+            rows, curves, failures = self._attack(dataset, path)
         except UsageError:
             if overwrite and long.share.first and find_journal(old):  # a refused command must not lose the old journal
                 move_journal(old, path)
@@ -211,12 +211,14 @@ class _Run:
             self._drop_old_images(old, path)
         remove_journal(old)
         self._report(rows)
+        self._draw(curves)
         for line in failures:
             print_error(line)
         return long.exit_code(int(bool(failures)))
 
-    def _attack(self, dataset: Dataset, path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-        """Attack; return the rows of the tables, and a line for each photo that could not be read or attacked."""
+    def _attack(self, dataset: Dataset, path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+        """Attack; return the rows of the tables, the curves, and a line for each photo that could not be attacked."""
+        from mlperturb.experiment.curves import read_curves
         from mlperturb.experiment.evaluate import run as run_evaluation
         from mlperturb.experiment.records import failures
 
@@ -237,19 +239,44 @@ class _Run:
                 done=lambda part, count: long.advance(count, f"{part.case}, {part.method}"),
                 hold=interrupts.hold,
             )
-            return rows, failures(journal)
-        return [], []
+            return rows, read_curves(journal, self.protocol) if rows else [], failures(journal)
+        return [], [], []
 
     def _report(self, rows: list[dict[str, Any]]) -> None:
         """Write the tables, and print them."""
-        from mlperturb.show.tables import evaluation_grid, to_csv
+        from mlperturb.show.tables import curve_grid, evaluation_grid, to_csv
 
         for case in self.protocol.cases:
             if not any(row["case"] == case.name for row in rows):
                 self.long.note(f"case {case.name}: no photo that the classifier gets right has the labels for it")
         self._write("tables.csv", to_csv(rows))
-        shown = [evaluation_grid(rows, which, digits=3) for which in ("float", "saved")]
-        self._finish("tables", rows, [evaluation_grid(rows, which) for which in ("float", "saved")], shown)
+        grids, shown = (
+            [
+                *(evaluation_grid(rows, which, digits=digits) for which in ("float", "saved")),
+                curve_grid(rows, digits=digits),
+            ]
+            for digits in (4, 3)
+        )
+        self._finish("tables", rows, grids, shown)
+
+    def _draw(self, curves: list[dict[str, Any]]) -> None:
+        """Write success against RMSD: the figures, and a picture for each case."""
+        from mlperturb import __version__
+        from mlperturb.experiment.curves import SCHEMA, by_case
+        from mlperturb.experiment.records import slug
+        from mlperturb.run.outputs import CURVE, CURVES
+        from mlperturb.run.report import to_json
+        from mlperturb.show.curves import draw_curves
+        from mlperturb.show.figures import save_figure
+        from mlperturb.show.tables import curves_csv
+
+        self._write(CURVES, to_json({"schema": SCHEMA, "version": __version__, "curves": curves}) + "\n")
+        self._write("curves.csv", curves_csv(curves))
+        pictures = {f"{CURVE}{slug(case)}.png": (case, mine) for case, mine in by_case(curves, "saved")}
+        for name, (case, mine) in pictures.items():
+            save_figure(draw_curves(case, mine), self.out / name)
+        if not self.json and not self.long.quiet:
+            stdout.print(f"success against RMSD: {CURVES}, curves.csv, {', '.join(pictures)}", soft_wrap=True)
 
     def _drop_old_images(self, old: Path, new: Path) -> None:
         """Delete the images that the replaced run kept and this run did not write again."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mlperturb.errors import StorageError
 from mlperturb.experiment.cases import Protocol
+from mlperturb.experiment.curves import RESULTS, summarise
 from mlperturb.experiment.records import batches
 from mlperturb.metrics import (
     auc,
@@ -55,17 +56,20 @@ def tabulate(journal: Journal, protocol: Protocol, labels: Sequence[str], bounda
 
 
 def measure(records: Sequence[dict[str, Any]], labels: Sequence[str], boundary: Tensor) -> Figures:
-    """Return the figures of each of N records: `success`, `success_float`, `passes`, `error`, and `METRICS` by result.
+    """Return the figures of each of N records: `METRICS` by result, and those of the whole record.
 
-    The results are `float` and `saved`, and both are compared with y*. A figure that is not defined for a photo is NaN:
-    Hamming(B) if B is empty; ranking loss, mAP and AUC if no label is positive in y*, or every label is.
+    These are `success`, `success_float`, `forward`, `backward`, `passes`, which is their sum, and `error`. The results
+    are `float` and `saved`, and both are compared with y*. A figure that is not defined for a photo is NaN: Hamming(B)
+    if B is empty; ranking loss, mAP and AUC if no label is positive in y*, or every label is.
     """
     figures: Figures = {
         "success": np.array([record["status"] == "success" for record in records], dtype=np.float64),
         "success_float": np.array([bool(record["success_float"]) for record in records], dtype=np.float64),
-        "passes": np.array([r["cost"]["forward"] + r["cost"]["backward"] for r in records], dtype=np.float64),
+        "forward": np.array([record["cost"]["forward"] for record in records], dtype=np.float64),
+        "backward": np.array([record["cost"]["backward"] for record in records], dtype=np.float64),
         "error": np.array([record["error"] is not None for record in records], dtype=np.float64),
     }
+    figures["passes"] = figures["forward"] + figures["backward"]
 
     def table(values: Iterable[Iterable[float]]) -> Tensor:
         return torch.tensor([list(row) for row in values], dtype=torch.double).view(-1, len(labels))
@@ -95,7 +99,10 @@ def measure(records: Sequence[dict[str, Any]], labels: Sequence[str], boundary: 
 
 
 def make_row(case: str, method: str, figures: Sequence[Figures]) -> dict[str, Any]:
-    """Average the figures of a case and method; `intervals` holds 95% bootstrap intervals over the photos."""
+    """Average the figures of a case and method; `intervals` holds 95% bootstrap intervals over the photos.
+
+    `curve` holds the figures of success against RMSD, see `curves.summarise`, by result.
+    """
     joined = {name: np.concatenate([part[name] for part in figures]) for name in figures[0]}
     if "row" in joined:  # in the order of the data set; of two attempts at a photo, take the later
         last = {row: place for place, row in enumerate(joined["row"].tolist())}
@@ -103,12 +110,16 @@ def make_row(case: str, method: str, figures: Sequence[Figures]) -> dict[str, An
         joined = {name: values[order] for name, values in joined.items()}
     row: dict[str, Any] = {"case": case, "method": method, "images": len(joined["success"])}
     intervals: dict[str, Any] = {}
-    for name, source in (("success_rate", "success"), ("success_rate_float", "success_float"), ("passes", "passes")):
-        row[name], intervals[name] = _mean(joined[source])
+    for name in ("success_rate", "success_rate_float", "passes", "forward", "backward"):
+        row[name], intervals[name] = _mean(joined[name.replace("_rate", "")])
     for which in ("float", "saved"):
         pairs = {metric: _mean(joined[f"{which}.{metric}"]) for metric in METRICS}
         row[which] = {metric: mean for metric, (mean, _) in pairs.items()}
         intervals[which] = {metric: interval for metric, (_, interval) in pairs.items()}
+    row["curve"], intervals["curve"] = {}, {}
+    for which, source in zip(RESULTS, ("success_float", "success"), strict=True):
+        sizes = np.where(joined[source] > 0, joined[f"{which}.rmsd"], np.inf)
+        row["curve"][which], intervals["curve"][which] = summarise(sizes)
     counts = {"ranked_images": int((~np.isnan(joined["saved.auc"])).sum()), "errors": int(joined["error"].sum())}
     return {**row, **counts, "intervals": intervals}
 

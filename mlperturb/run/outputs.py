@@ -16,6 +16,8 @@ from mlperturb.system.journal import find_journal, remove_journal
 JOURNAL = "journal.jsonl"  # in the output folder
 DEFENCE = "jpeg-defence.json"  # of `jpeg-defend`
 CHARTS = ("jpeg-histogram.png", "jpeg-curve.png")  # beside DEFENCE
+CURVES = "curves.json"  # of `evaluate`
+CURVE = "curve-"  # how the names of its pictures begin, beside CURVES
 FIGURES = "figures"  # the folder of `figures`, beside the first report
 _DRAWN = ("case-", "histogram-", "jpeg-")  # how the names of figures begin
 
@@ -95,6 +97,8 @@ def is_own(path: Path) -> bool:
 
     folder = path.parent if is_remote(path) else path.absolute().parent
     if path.name in CHARTS and _is_ours(folder / DEFENCE):
+        return True
+    if path.name.startswith(CURVE) and _is_ours(folder / CURVES):
         return True
     if folder.name == FIGURES and path.name.startswith(_DRAWN):
         return any(_is_ours(folder.parent / name) for name in ("report.json", DEFENCE))

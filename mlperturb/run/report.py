@@ -35,9 +35,10 @@ def report_lines(
     yield ',\n  "summary": ' + indent(to_json(summary.to_dict(seconds)), "  ").lstrip() + "\n}"
 
 
-def read_schema() -> dict[str, Any]:
-    """Return the JSON Schema of `report.json`."""
-    schema: dict[str, Any] = json.loads((files("mlperturb") / "schemas" / f"report-{SCHEMA[-1]}.json").read_text())
+def read_schema(name: str = SCHEMA) -> dict[str, Any]:
+    """Return the JSON Schema of this name, such as `mlperturb.curves/1`; by default that of `report.json`."""
+    file = name.removeprefix("mlperturb.").replace("/", "-") + ".json"
+    schema: dict[str, Any] = json.loads((files("mlperturb") / "schemas" / file).read_text())
     return schema
 
 

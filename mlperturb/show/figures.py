@@ -39,9 +39,9 @@ _GREY, _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY = (
     "#CC79A7",
     "#56B4E9",
 )
-_METHODS = (_BLUE, _RED, _GREEN, _PURPLE, _ORANGE, _SKY, "black")
+COLOURS = (_BLUE, _RED, _GREEN, _PURPLE, _ORANGE, _SKY, "black")
 _MARKERS = "os^Dv"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
@@ -86,7 +86,7 @@ def draw_case(report: dict[str, Any], image: dict[str, Any], folder: Path) -> Fi
         path = find_output(image, kind, folder, report["settings"])
         assert path is not None
         pictures.append((words, read_photo(path).rgb))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_PAGE, 2.3), layout="constrained")
         widths = [1.0] * len(pictures) + [1.1]
         axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
@@ -152,11 +152,11 @@ def draw_histogram(reports: Sequence[dict[str, Any]], label: str) -> Figure:
 
 def _histogram(series: dict[str, list[float]], label: str, threshold: float) -> Figure:
     """Draw the first series filled grey, and the other series over it."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_COLUMN, 2.3), layout="constrained")
         axes = figure.subplots()
         for number, (name, values) in enumerate(series.items()):
-            colour = _METHODS[(number - 1) % len(_METHODS)] if number else _GREY
+            colour = COLOURS[(number - 1) % len(COLOURS)] if number else _GREY
             face = to_rgba(colour, 0.15 if number else 0.6)
             axes.hist(
                 values, _BINS, histtype="stepfilled", facecolor=face, edgecolor=colour, lw=1.2, label=printable(name)
@@ -204,13 +204,13 @@ def draw_curve(result: dict[str, Any]) -> Figure:
         return row[key]["labels"] / row[key]["total"] if row[key]["total"] else float("nan")
 
     kinds = list(dict.fromkeys(row["defence"] for row in rows))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_PAGE, 2.8), layout="constrained")
         left, right = figure.subplots(1, 2)
         handles = []
         for number, kind in enumerate(kinds):
             mine = sorted((row for row in rows if row["defence"] == kind), key=lambda row: int(row["quality"]))
-            colour, marker = _METHODS[number % len(_METHODS)], _MARKERS[number % len(_MARKERS)]
+            colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)]
             if kind in ("jpeg", "webp"):
                 for key, (style, _) in _LINES.items():
                     values = [share(row, key) for row in mine]
@@ -244,7 +244,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     stream = io.BytesIO()
     kind = path.suffix[1:]
     dates: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings on glyphs that the font lacks
         figure.savefig(stream, format=kind, dpi=200, metadata=dates[kind])
     write_file(path, stream.getvalue())

@@ -218,6 +218,22 @@ def _comparable(other: dict[str, Any], row: dict[str, Any], which: str, key: str
     return bool(key != "rmsd" or other[which]["hamming_a"] < 0.5)
 
 
+_CURVE = (("rmsd_50", "RMSD 50%"), ("rmsd_90", "RMSD 90%"), ("area", "area"))
+
+
+def curve_grid(rows: Sequence[dict[str, Any]], *, digits: int = 4) -> Grid:
+    """Lay out success against RMSD: the RMSD within which half and nine tenths succeed, the area, passes apart."""
+    headings = [f"{heading}{end}" for end in ("", " float") for _, heading in _CURVE]
+    columns = ("case", "images", "method", *headings, "forward", "backward")
+    cells = []
+    for row in rows:
+        values = [row["curve"][which][key] for which in ("saved", "float") for key, _ in _CURVE]
+        texts = ["-" if value is None else _number(value, digits) for value in values]
+        passes = [f"{row[name]:.0f}" for name in ("forward", "backward")]
+        cells.append([row["case"], str(row["images"]), row["method"], *texts, *passes])
+    return Grid("success against RMSD, a failure as infinite: of the PNG, of the float result", columns, cells, keys=3)
+
+
 def classifier_grid(metrics: dict[str, dict[str, Any]]) -> Grid:
     """Lay out the `metrics.classifier_metrics` of data sets as Table III."""
     names = ("images", "hamming", "macro_f1", "micro_f1", "ranking_loss", "map")
@@ -290,17 +306,34 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     stream = io.StringIO()
     keys = [key for key, _, _ in _METRICS]
     writer = csv.writer(stream, lineterminator="\n")
-    names = [f"{key}{end}" for key in ("success_rate", "passes", *keys) for end in ("", "_low", "_high")]
+    curve = [key for key, _ in _CURVE]
+    wanted = ("success_rate", "passes", *keys, *curve, "forward", "backward")
+    names = [f"{key}{end}" for key in wanted for end in ("", "_low", "_high")]
     writer.writerow(["case", "method", "result", "images", *names])
     for row in rows:
         for which, success in (("float", "success_rate_float"), ("saved", "success_rate")):
-            means = [row[success], row["passes"], *(row[which][key] for key in keys)]
-            intervals = [row["intervals"][key] for key in (success, "passes")]
-            intervals += [row["intervals"][which][key] for key in keys]
+            means, intervals = (
+                [part[success], part["passes"], *(part[which][key] for key in keys)]
+                + [part["curve"][which][key] for key in curve]
+                + [part["forward"], part["backward"]]
+                for part in (row, row["intervals"])
+            )
             line = [row["case"], row["method"], which, row["images"]]
             for mean, interval in zip(means, intervals, strict=True):
                 line += [mean, *(interval or (None, None))]
             writer.writerow(line)
+    return stream.getvalue()
+
+
+def curves_csv(curves: Sequence[dict[str, Any]]) -> str:
+    """Return the steps of curves of success against RMSD, a line each."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    keys = ("rmsd", "success", "low", "high")
+    writer.writerow(["case", "method", "result", "images", *keys])
+    for curve in curves:
+        names = [curve[key] for key in ("case", "method", "result", "images")]
+        writer.writerows([*names, *step] for step in zip(*(curve[key] for key in keys), strict=True))
     return stream.getvalue()
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import fsspec
+import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +15,9 @@ from support.processes import finish, launch, linux
 from mlperturb.experiment.evaluate import predict_photos
 from mlperturb.model.checkpoints import load_checkpoint
 from mlperturb.photos.datasets import Dataset
+from mlperturb.photos.images import read_photo
+from mlperturb.run.outputs import is_own
+from mlperturb.run.report import read_schema
 
 QUICK = ("--budget", "fast", "--passes", 20, "--images", 2, "--methods", "fgs,ml-cw", "--cases", "random,extreme")
 
@@ -58,12 +62,43 @@ def test_tables_are_printed_and_written(evaluate, table):
     metrics = {"rmsd", "hamming_a", "hamming_b", "f1", "ranking_loss", "map", "auc", "kendall_tau"}
     assert all(keys <= row.keys() and row["float"].keys() == row["saved"].keys() == metrics for row in rows)
     assert sorted(path.name for path in (table.parent / "out").iterdir()) == [
+        "curve-extreme.png",
+        "curve-random.png",
+        "curves.csv",
+        "curves.json",
         "records.jsonl",
         "tables.csv",
         "tables.json",
         "tables.md",
         "tables.tex",
     ]
+
+
+def test_curves_of_success_agree_with_the_records_and_the_tables(evaluate, table):
+    assert evaluate(*QUICK)[0] == 0
+    out = table.parent / "out"
+    curves = json.loads((out / "curves.json").read_text())
+    jsonschema.validate(curves, read_schema("mlperturb.curves/1"))
+    entries = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    for row in json.loads((out / "tables.json").read_text()):
+        batches = [
+            entry for entry in entries if (entry.get("case"), entry.get("method")) == (row["case"], row["method"])
+        ]
+        records = [record for entry in batches for record in entry["records"]]
+        for which, key in (("float", "distortion_float"), ("saved", "distortion")):
+            held = [r["success_float"] if which == "float" else r["status"] == "success" for r in records]
+            reached = sorted({r[key]["rmsd"] for r, good in zip(records, held, strict=True) if good})
+            (curve,) = [
+                c for c in curves["curves"] if all(c[k] == row[k] for k in ("case", "method")) and c["result"] == which
+            ]
+            assert curve["rmsd"] == reached
+            assert curve["success"][-1:] == ([sum(held) / len(held)] if reached else [])
+            assert row["curve"][which]["rmsd_50"] == (reached[0] if sum(held) else None)
+        assert row["passes"] == row["forward"] + row["backward"]
+        assert row["forward"] == sum(record["cost"]["forward"] for record in records) / len(records)
+    assert read_photo(out / "curve-random.png").rgb.shape[1] > 500
+    assert is_own(out / "curve-random.png")
+    assert not is_own(table.parent / "photos" / "curve-random.png")
 
 
 def test_the_same_command_goes_on_and_another_one_is_refused(evaluate, table):
