@@ -122,6 +122,17 @@ def train(
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode photos.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     resume: Annotated[bool, typer.Option(help="Resume from OUT.resume.pt.")] = False,
+    fresh_head: Annotated[
+        bool, typer.Option("--fresh-head", help="Draw the last layer anew, even where --init has it.")
+    ] = False,
+    shift: Annotated[
+        str,
+        typer.Option(help="What held-out photos add to the logits at the end: a bias for each label, one, or none."),
+    ] = "label",
+    over: Annotated[
+        Path | None,
+        typer.Option(**HERE, help="Write only what differs from this checkpoint, which must lie beside OUT."),
+    ] = None,
     source: Annotated[
         str, typer.Option(help="Text on the data and initial weights, for the checkpoint's metadata.")
     ] = "",
@@ -155,6 +166,8 @@ def train(
         instance_weight=instance_weight,
         calibration_weight=calibration_weight,
         head_only=head_only,
+        fresh_head=fresh_head,
+        shift=shift,
         probe=probe,
         blend=blend,
         layer_decay=layer_decay,
@@ -194,6 +207,7 @@ def train(
         pretrained="torchvision" in (init or ()),
         teachers=teacher or (),
         half=half,
+        base=over,
         device=prepare(local_device(device), seed),
         resume=resume,
         provenance=provenance,

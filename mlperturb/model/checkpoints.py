@@ -23,6 +23,7 @@ from mlperturb.model.architectures import TIMM
 from mlperturb.model.architectures import build_network as build_network
 from mlperturb.model.architectures import check_architecture as check_architecture
 from mlperturb.model.architectures import default_preprocess as default_preprocess
+from mlperturb.model.bases import KEY, describe_base, differing, read_with_base
 from mlperturb.system.files import write_file
 
 if TYPE_CHECKING:
@@ -107,11 +108,12 @@ def read_metadata(path: Path) -> Metadata:
     return Metadata(architecture, labels, thresholds, **rest)
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
-    """Write a checkpoint atomically.
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata, *, base: Path | None = None) -> None:
+    """Write a checkpoint atomically; with a `base`, only the tensors that differ from it, see `model.bases`.
 
     Raises:
         OutputError: if the file cannot be written.
+        CheckpointError: if `base` is not a whole checkpoint of the same architecture.
     """
     from safetensors.torch import save
 
@@ -123,6 +125,8 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Metadat
             for name in ("labels", "thresholds", "preprocess", "provenance", "metrics")
         },
     }
+    if base is not None:
+        tensors, described[KEY] = differing(tensors, base), describe_base(base)
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, described)
     write_file(path, data)
 
@@ -246,13 +250,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         if path.suffix == ".safetensors":
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-
-            try:
-                return load_file(path)
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+            return read_with_base(path)
         _refuse_bomb(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an odd pickle protocol; the content is checked below

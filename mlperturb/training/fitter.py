@@ -243,7 +243,7 @@ class Fitter:
         """
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            theirs = {**dict(state["recipe"]), "training set": state["data"]}
+            theirs = {**asdict(Recipe()), **dict(state["recipe"]), "training set": state["data"]}  # of an older version
             ours = {**asdict(self.recipe), "training set": self.training.fingerprint}
         except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__

@@ -51,31 +51,38 @@ def cross_entropy(logits: Tensor, truth: Tensor, teacher: Tensor | None = None, 
     return (losses * counted).sum(1).mean() / 2  # summed over labels, so that it weighs as much as Eq. 12's means
 
 
-def calibrate(logits: Tensor, truth: Tensor, boundary: Tensor) -> Tensor:
+SHIFTS = {"label": 1.5, "one": 6.0, "none": 0.0}  # by name, how far one shift for all labels may go
+
+
+def calibrate(logits: Tensor, truth: Tensor, boundary: Tensor, shift: str = "label") -> Tensor:
     """Fit a bias for each label, (L,), so that its threshold separates: Eq. 12 alone does not place it.
 
-    Each bias maximises the likelihood of the annotations at a fixed slope, shrunk a little to zero so that a rare
-    label is not thrown about; then one shift for all labels maximises micro-F1 at the thresholds.
+    With `label`, each bias maximises the likelihood of the annotations at a fixed slope, shrunk a little to zero so
+    that a rare label is not thrown about. Then, or with `one` alone, one shift for all labels maximises micro-F1 at the
+    thresholds. With `none`, every bias is zero.
 
     Args:
         logits: of validation photos, (N, L).
         truth: (N, L).
         boundary: logit(t), (L,).
+        shift: a name of `SHIFTS`.
     """
     counted, positive = (truth != 0).double(), (truth > 0).double()
     scores = logits.double() - boundary
     bias = torch.zeros(scores.shape[1], dtype=torch.double)
-    for _ in range(50):  # Newton's method on a concave function of one variable a label
+    for _ in range(50 if shift == "label" else 0):  # Newton's method on a concave function of one variable a label
         predicted = torch.sigmoid(scores + bias)
         slope = ((positive - predicted) * counted).sum(0) - bias
         curvature = (predicted * (1 - predicted) * counted).sum(0) + 1
         bias = bias + (slope / curvature).clamp(-1, 1)
 
-    def micro_f1(shift: float) -> float:
-        decided = (scores + bias + shift >= 0).double() * counted
+    def micro_f1(moved: float) -> float:
+        decided = (scores + bias + moved >= 0).double() * counted
         return float(2 * (decided * positive).sum() / (decided.sum() + (positive * counted).sum()).clamp(min=1))
 
-    shifts = np.linspace(-1.5, 1.5, 61)
-    smooth = np.convolve([micro_f1(float(shift)) for shift in shifts], np.ones(7) / 7, mode="valid")
+    if not SHIFTS[shift]:
+        return bias.to(logits.dtype)
+    shifts = np.linspace(-SHIFTS[shift], SHIFTS[shift], round(40 * SHIFTS[shift]) + 1)
+    smooth = np.convolve([micro_f1(float(moved)) for moved in shifts], np.ones(7) / 7, mode="valid")
     best = shifts[3:-3][smooth >= smooth.max() - 1e-9]  # a plateau where many shifts decide alike
     return (bias + float(best[np.argmin(np.abs(best))])).to(logits.dtype)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mlperturb.errors import UsageError
 from mlperturb.training.adversarial import Threat
+from mlperturb.training.losses import SHIFTS
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class Recipe:
         calibration_weight: weight of a binary cross-entropy beside Eq. 12, which alone is blind to a constant added
             to a label's logits; 0 is the paper's pure ranking loss.
         head_only: train the last layer on cached features, the paper's partial retraining.
+        fresh_head: draw the last layer anew, even where the initial weights have it.
+        shift: what is added to the logits at the end, fitted on the validation photos: a bias for each `label`, `one`
+            for all, or `none`.
         probe: first fit the last layer alone, its weight decay chosen on the validation photos; then train the rest.
         blend: at the end mix the weights with those that training began from, in the proportion that is best on the
             validation photos: robust fine-tuning (Wortsman et al., WiSE-FT).
@@ -51,7 +55,8 @@ class Recipe:
         workers: processes that decode photos.
 
     Raises:
-        UsageError: if `adversarial` is not a threat, or the photos do not pass through the whole network.
+        UsageError: if `adversarial` is not a threat, or the photos do not pass through the whole network; if `shift` is
+            unknown.
     """
 
     architecture: str = "mobilenet_v2"
@@ -63,6 +68,8 @@ class Recipe:
     instance_weight: float = 0.5
     calibration_weight: float = 1.0
     head_only: bool = False
+    fresh_head: bool = False
+    shift: str = "label"
     probe: bool = False
     blend: bool = False
     layer_decay: float = 1.0
@@ -85,6 +92,8 @@ class Recipe:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        if self.shift not in SHIFTS:
+            raise UsageError(f"unknown `shift` {self.shift!r}: expected {', '.join(SHIFTS)}")
         if self.adversarial:
             Threat.parse(self.adversarial)
             if self.head_only or self.views:

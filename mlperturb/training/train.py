@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,13 @@ from mlperturb.training.recipe import Recipe
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the trained weights in a blend
 
 
-def initialise(network: nn.Module, files: Sequence[Path]) -> dict[str, frozenset[str]]:
+def initialise(network: nn.Module, files: Sequence[Path], leave: Collection[str] = ()) -> dict[str, frozenset[str]]:
     """Copy every tensor that fits by name and shape from each file in turn; return the names that each gave.
+
+    Args:
+        network: to fill.
+        files: of weights.
+        leave: names of tensors that stay as they are.
 
     Raises:
         CheckpointError: if a file gives nothing.
@@ -46,7 +51,7 @@ def initialise(network: nn.Module, files: Sequence[Path]) -> dict[str, frozenset
         given = {
             name: tensor.to(own[name].dtype)
             for name, tensor in read_tensors(path).items()
-            if name in own and own[name].shape == tensor.shape
+            if name in own and own[name].shape == tensor.shape and name not in leave
         }
         if not given:
             raise CheckpointError(f"{path} has no tensor that fits the network by name and shape")
@@ -66,6 +71,7 @@ def train(
     pretrained: bool = False,
     teachers: Sequence[Path] = (),
     half: bool = False,
+    base: Path | None = None,
     device: str = "cpu",
     resume: bool = False,
     provenance: dict[str, Any] | None = None,
@@ -86,6 +92,7 @@ def train(
         pretrained: start from torchvision's own weights, which it downloads.
         teachers: checkpoints of ours whose probabilities on the training photos, averaged over them, are targets too.
         half: write matrices in float16, as they are then calibrated and measured too.
+        base: write only the tensors that differ from this checkpoint, which must lie beside `output` to load it.
         device: the device to train on.
         resume: resume from `.resume.pt`.
         provenance: the provenance for the checkpoint's metadata.
@@ -113,7 +120,7 @@ def train(
         _run_epochs(fitter, validation, output, report)
     if not share.first:
         return None
-    return _finish(fitter, validation, tests, provenance or {}, output, half)
+    return _finish(fitter, validation, tests, provenance or {}, output, half, base)
 
 
 def _fill_network(
@@ -122,13 +129,14 @@ def _fill_network(
     """Return the network that training starts from, and the names of the tensors that the last file gave."""
     torch.manual_seed(recipe.seed)
     network = build_network(recipe.architecture, outputs)
-    find_head(network)  # calibration needs it: better told now than after the last epoch
+    head, _ = find_head(network)  # calibration needs it: better told now than after the last epoch
     if not share.first:
         share.agree("", "weights")  # rank 0 downloads them; the others find them on the disk
     given = _load_pretrained(network, recipe.architecture) if pretrained else frozenset()
     if share.first:
         share.agree("", "weights")
-    for names in initialise(network, initial).values():
+    fresh = (f"{head}.weight", f"{head}.bias") if recipe.fresh_head else ()
+    for names in initialise(network, initial, fresh).values():
         given = names
     return network, given
 
@@ -274,6 +282,7 @@ def _finish(
     provenance: dict[str, Any],
     output: Path,
     half: bool,
+    base: Path | None,
 ) -> Metadata:
     """Blend, calibrate and measure the averaged network, and write the checkpoint; return its metadata."""
     if fitter.recipe.blend:
@@ -283,7 +292,9 @@ def _finish(
             value.data = _halve(value).float()
     metadata = _calibrate_and_measure(fitter, validation, tests, {**provenance, **fitter.notes})
     tensors = fitter.averaged.state_dict()
-    save_checkpoint(output, {name: _halve(value) for name, value in tensors.items()} if half else tensors, metadata)
+    if half:
+        tensors = {name: _halve(value) for name, value in tensors.items()}
+    save_checkpoint(output, tensors, metadata, base=base)
     return metadata
 
 
@@ -321,7 +332,7 @@ def _calibrate_and_measure(
     """Fit the bias of the averaged network's head on `validation`; return what its checkpoint says of it."""
     recipe, labels = fitter.recipe, fitter.training.labels
     boundary = torch.zeros(len(labels))
-    bias = calibrate(_predict(fitter, validation), torch.from_numpy(validation.truth), boundary)
+    bias = calibrate(_predict(fitter, validation), torch.from_numpy(validation.truth), boundary, recipe.shift)
     head = find_head(fitter.averaged)[1]
     head.bias.data += bias.to(head.bias)
     metrics = {

@@ -82,6 +82,15 @@ def test_calibration_moves_a_shifted_label_to_its_threshold(boundary):
     assert bool(((middle / 2 - edge).abs() < 0.8).all())
 
 
+def test_one_shift_for_all_labels_moves_them_together_and_no_shift_moves_none():
+    truth = torch.randint(0, 2, (400, 4)) * 2 - 1
+    logits = truth * torch.tensor([1.0, 0.5, 2.0, 1.0]) + 4.5 + 0.3 * torch.randn(400, 4)
+    moved = calibrate(logits, truth, torch.zeros(4), "one")
+    assert bool((moved == moved[0]).all())
+    assert float(moved[0]) == pytest.approx(-4.5, abs=0.25)
+    assert torch.equal(calibrate(logits, truth, torch.zeros(4), "none"), torch.zeros(4))
+
+
 def test_calibration_leaves_a_calibrated_model_almost_alone():
     truth = torch.randint(0, 2, (600, 3)) * 2 - 1
     logits = truth * 2 + torch.randn(600, 3) * 2**0.5  # log odds of two normals: twice the mean over the variance

@@ -142,6 +142,47 @@ def test_training_lowers_the_loss_and_writes_a_checkpoint_that_loads(data, start
     assert measured == read.metrics["again"]
 
 
+def test_a_fresh_head_takes_nothing_from_the_initial_weights(data, start, tmp_path):
+    nothing = replace(RECIPE, epochs=0, head_only=True, shift="none")
+    for name, fresh in (("own", False), ("fresh", True)):
+        _train(replace(nothing, fresh_head=fresh), data, tmp_path / f"{name}.safetensors", initial=[start])
+    given = read_tensors(start)
+    own, fresh = (read_tensors(tmp_path / f"{name}.safetensors") for name in ("own", "fresh"))
+    assert {name for name, value in own.items() if not torch.equal(value, given[name])} == set()
+    assert {name for name, value in fresh.items() if not torch.equal(value, given[name])} == {"fc.weight", "fc.bias"}
+
+
+def test_a_head_is_written_over_the_checkpoint_it_was_trained_on(data, start, tmp_path):
+    whole, small = tmp_path / "whole.safetensors", tmp_path / "small.safetensors"
+    _train(replace(RECIPE, epochs=1), data, whole, initial=[start], half=True)
+    metadata = _train(replace(RECIPE, head_only=True, fresh_head=True), data, small, initial=[whole], base=whole)
+    assert small.stat().st_size < whole.stat().st_size / 20
+    classifier, _ = load_checkpoint(small)
+    logits = predict_dataset(classifier.network, data, classifier.preprocess, device="cpu")
+    assert (
+        classifier_metrics(logits, torch.from_numpy(data.truth), torch.zeros(2), data.labels)
+        == metadata.metrics["again"]
+    )
+
+
+def test_a_state_from_before_a_setting_existed_goes_on(data, start, tmp_path):
+    output = tmp_path / "m.safetensors"
+    _train(replace(RECIPE, epochs=1), data, output, initial=[start])
+    state = torch.load(f"{output}.resume.pt", weights_only=True)
+    for name in ("shift", "fresh_head"):
+        del state["recipe"][name]
+    torch.save(state, f"{output}.resume.pt")
+    _train(RECIPE, data, output, initial=[start], resume=True)
+    assert read_metadata(output).provenance["recipe"]["epochs"] == 2
+    with pytest.raises(CheckpointError, match="another shift"):
+        _train(replace(RECIPE, shift="none", epochs=3), data, output, initial=[start], resume=True)
+
+
+def test_an_unknown_shift_is_refused():
+    with pytest.raises(UsageError, match="unknown `shift` 'two': expected label, one, none"):
+        Recipe(shift="two")
+
+
 def test_training_the_head_alone_leaves_the_rest_as_it_was(data, start, tmp_path):
     _train(replace(RECIPE, head_only=True), data, tmp_path / "m.safetensors", initial=[start])
     trained = read_tensors(tmp_path / "m.safetensors")
