@@ -15,15 +15,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlperturb.attacks.best import Best, Outcome
+from mlperturb.attacks.diversity import Diversity
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.lattice import lattice_scale
 from mlperturb.attacks.panel import LATE, Panel, verify, verify_waiting
 from mlperturb.attacks.problem import Problem, each_view, norms, spread
+from mlperturb.attacks.strongest import climb
 from mlperturb.attacks.walk import Walk
 from mlperturb.model.linear import strips
 from mlperturb.targets import Space
 
 Rounding = Literal["inside", "after"]
+Aim = Literal["least", "strongest"]
 
 # The constants of the rules below. Those of steps 3 to 7, and `Pace`, were measured at half and at twice their value
 # (`tests/benchmarks/constants.py`, docs/experiments.md); those of step 8 were chosen on a few photos of Extreme.
@@ -66,7 +69,15 @@ SEARCH = Pace()  # for a start at the clean photo
 GENTLE = Pace(rate=0.3, shrink=0.05, grow=0.05, need=0.0, sharpness=4.0, restarts=False)  # for a good start
 
 
-def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "inside", iterations: int = 48) -> Outcome:
+def ml_ddn(
+    problem: Problem,
+    *,
+    space: Space = "logit",
+    rounding: Rounding = "inside",
+    aim: Aim = "least",
+    diversity: Diversity = "none",
+    iterations: int = 48,
+) -> Outcome:
     """Min ||r||_2 so that every constraint holds: DDN with a multiplier for each constraint, on the 8-bit lattice.
 
     1. r = 0, every multiplier mu_j = 1.
@@ -101,13 +112,17 @@ def ml_ddn(problem: Problem, *, space: Space = "logit", rounding: Rounding = "in
         space: measure violations on the logits or the probabilities, see `ClassificationGoal`.
         rounding: `inside` the loop, so that the result is a lattice point; or `after` the loop, by `quantise`, as for
             the other attacks. `after` gives a float result nearer to the photo, but a file further from it.
+        aim: `strongest` first seeks the largest margin within the limits (`attacks.strongest`); the steps above are for
+            the images with which that fails.
+        diversity: of `strongest`, see `attacks.diversity`.
         iterations: the number of iterations: a backward and a forward pass each, after a first forward pass, and the
             passes of step 9.
     """
     problem, inside = problem.aim(ClassificationGoal(problem.targets, space)), rounding == "inside"
-    best, part = Best(problem, files=inside), problem
-    if problem.clean is None and problem.views > 1:  # a panel begins with a look at the clean photos in every view
-        part = problem.select(problem.affordable(problem.views).nonzero().flatten())
+    best = Best(problem, files=inside)
+    part = climb(problem, best, iterations, space=space, diversity=diversity) if aim == "strongest" else problem
+    if part.clean is None and part.views > 1:  # a panel begins with a look at the clean photos in every view
+        part = part.select(part.affordable(part.views).nonzero().flatten())
     if len(part):
         descend(part, best, iterations, lattice=inside)
     return best.outcome(problem.goal, on_lattice=inside)

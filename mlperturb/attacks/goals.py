@@ -76,16 +76,26 @@ class ClassificationGoal:
         """Count the constraints that hold, (N,)."""
         return self.targets.holds(logits).sum(1).to(logits.dtype)
 
-    def select(self, rows: Tensor) -> ClassificationGoal:
+    def select(self, rows: Tensor) -> Self:
         """Return the goal of some images: rows of the batch, (n,)."""
         return replace(self, targets=self.targets.select(rows))
 
-    def aimed_at(self, targets: Targets) -> ClassificationGoal:
+    def aimed_at(self, targets: Targets) -> Self:
         """Return the goal of other targets."""
         return replace(self, targets=targets)
 
     def describe(self, logits: Tensor) -> None:
         """Return None: a record has no fields beside the decisions."""
+
+
+@dataclass(frozen=True)
+class LargestMargin(ClassificationGoal):
+    """Eq. 1 too; of results with which every constraint holds, the result of the largest least margin scores best."""
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Count the constraints that hold; where all do, add m / (1 + m) for the least margin m, (N,)."""
+        margin = -self.violations(logits).amax(1).clamp(max=0)
+        return super().score(logits) + torch.where(self.met(logits), margin / (1 + margin), 0)
 
 
 @dataclass(frozen=True)

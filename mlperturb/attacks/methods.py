@@ -20,6 +20,8 @@ CHOICES: dict[str, tuple[str, ...]] = {  # the options of methods, and their val
     "between": ("rest", "rest-positive", "rest-negative", "none", "threshold"),
     "solver": ("pinv", "nnls"),
     "space": ("logit", "probability"),
+    "aim": ("least", "strongest"),
+    "diversity": ("none", "resize", "shift", "both"),
 }
 
 
@@ -93,7 +95,7 @@ METHODS: dict[str, Method] = {
         "least norm by direction and norm apart, a multiplier for each constraint",
         "after Rony et al. 2019, 2021",
         {name: {"iterations": count, "rounding": "inside"} for name, count in zip(BUDGETS, (13, 48, 500), strict=True)},
-        ("space", "rounding"),
+        ("space", "rounding", "aim", "diversity"),
         opens=True,
     ),
     "fgs": Method(

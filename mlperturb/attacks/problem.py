@@ -102,6 +102,12 @@ def views_of(model: Model | Viewed) -> int:
     return int(getattr(model, "views", 1))
 
 
+def sizes_of(model: Model | Viewed, images: Tensor) -> list[tuple[int, int]]:
+    """Return the (height, width) of each photo of a batch, as its model knows it; else that of the batch itself."""
+    whole = (int(images.shape[2]), int(images.shape[3]))
+    return list(getattr(model, "sizes", [whole] * len(images)))
+
+
 def call(model: Model | Viewed, images: Tensor, view: int) -> Tensor:
     """Return the logits of one view, (n, L)."""
     return model(images) if views_of(model) == 1 else cast(Viewed, model)(images, view)

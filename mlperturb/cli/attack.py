@@ -71,6 +71,17 @@ def attack(
     max_linf: Annotated[
         int | None, typer.Option(metavar="LEVELS", help="Largest change of a pixel in grey levels, 1 to 255.")
     ] = None,
+    strongest: Annotated[
+        bool,
+        typer.Option(
+            "--strongest",
+            help="ml-ddn: seek the largest margin within --max-rmsd or --max-linf, in place of the least distortion.",
+        ),
+    ] = False,
+    diversity: Annotated[
+        str | None,
+        typer.Option(help="With --strongest: see copies of the photo on the way: resize, shift, both, or none."),
+    ] = None,
     reader: Readers = None,
     margin: Margin = MARGIN,
     survive: Annotated[
@@ -150,7 +161,8 @@ def attack(
         readers=source.readers,
         format=format,
         keep_metadata=keep_metadata,
-        options={"between": between, "solver": solver, "rounding": rounding, "space": space},
+        options={"between": between, "solver": solver, "rounding": rounding, "space": space}
+        | {"aim": "strongest" if strongest else None, "diversity": diversity},
     )
     left_out: list[Path] = []
     photos = find_photos(paths, recursive=recursive, own=is_own, left_out=left_out)

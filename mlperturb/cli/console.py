@@ -18,10 +18,11 @@ err = Console(stderr=True, highlight=False, emoji=False, markup=False)
 
 OPTIONS = {  # option of the command line by parameter of the library
     **{name: f"--{name}" for name in ("flip", "keep", "add", "remove", "passes", "survive", "region")},
-    **{name: f"--{name}" for name in ("between", "solver", "rounding", "space", "reduce", "augment")},
+    **{name: f"--{name}" for name in ("between", "solver", "rounding", "space", "reduce", "augment", "diversity")},
     **{name: f"--{name}" for name in ("labels", "out", "overwrite", "report", "subsampling", "margin")},
     **{name: f"--{name}" for name in ("format", "method")},
     **{name: f"--{name}" for name in ("adversarial", "views")},
+    "aim": "--strongest",
     "head_only": "--head-only",
     "rmsd": "--max-rmsd",
     "linf": "--max-linf",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any
@@ -86,7 +86,7 @@ class Settings:
             raise UsageError(
                 f"expected `limits` such as Limits(passes=100, rmsd=2.0), got a {type(self.limits).__name__}"
             )
-        find_method(self.method).tuning(self.budget, **self.options)
+        _check_aim(find_method(self.method).tuning(self.budget, **self.options), self.limits)
         seen = 1 + len(self.survive[0])  # views of the attack: the photo, and each compressed photo
         passes, least = self.limits.passes, self.looks + len(self.readers) * seen + 4 * seen
         if passes is not None and passes < least:
@@ -146,6 +146,22 @@ class Settings:
             "readers": [reader.name for reader in self.readers],
             **{name: value for name, value in self.options.items() if value is not None},
         }
+
+
+def _check_aim(tuning: Mapping[str, Any], limits: Limits) -> None:
+    """Refuse settings with which the strongest file cannot be made, or an option that only it has.
+
+    Raises:
+        UsageError: if they are such.
+    """
+    if tuning.get("aim") != "strongest":
+        if tuning.get("diversity", "none") != "none":
+            raise UsageError("expected `aim` strongest with `diversity`: the least perturbation has nothing to spare")
+        return
+    if limits.rmsd is None and limits.linf is None:
+        raise UsageError("expected `rmsd` or `linf` with `aim` strongest: without a limit no file is the strongest")
+    if tuning.get("rounding") != "inside":
+        raise UsageError("expected `rounding` inside with `aim` strongest")
 
 
 def check_seed(seed: object) -> int:
