@@ -1,18 +1,15 @@
 """Read checkpoints of several formats, write checkpoints of ours, and find the bundled checkpoint.
 
-Our format is a safetensors file whose metadata describes the tensors. Its header is JSON and is read here without
-torch, so that label names can be checked and shown at once. A plain PyTorch `state_dict` is read with
-`weights_only=True`; nothing is ever unpickled.
+Our format is a safetensors file whose metadata describes the tensors, see `mlperturb.model.metadata`. A plain PyTorch
+`state_dict` is read with `weights_only=True`; nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +21,9 @@ from mlperturb.model.architectures import build_network as build_network
 from mlperturb.model.architectures import check_architecture as check_architecture
 from mlperturb.model.architectures import default_preprocess as default_preprocess
 from mlperturb.model.bases import KEY, describe_base, differing, read_with_base
+from mlperturb.model.metadata import FORMAT as FORMAT
+from mlperturb.model.metadata import Metadata as Metadata
+from mlperturb.model.metadata import read_metadata as read_metadata
 from mlperturb.system.files import write_file
 
 if TYPE_CHECKING:
@@ -33,33 +33,8 @@ if TYPE_CHECKING:
     from mlperturb.model.classifier import Classifier
     from mlperturb.model.preprocess import Preprocess
 
-FORMAT = "mlperturb.checkpoint/1"
 BUNDLED = "voc-mobilenet-v2.safetensors"
-_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
-_MAX_LABELS = 100_000
-_MAX_DEPTH = 50  # levels of nested metadata; the JSON writer has a limit too
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception v3 and GoogLeNet that only training uses
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """The metadata of a checkpoint.
-
-    Attributes:
-        architecture: the name of a torchvision classification model, or `timm/` and the name of a timm model.
-        labels: L names.
-        thresholds: L decision thresholds on the probabilities, inside (0, 1).
-        preprocess: the fields of `preprocess.Preprocess`.
-        provenance: command, data, initial weights and their licence.
-        metrics: the metrics of Table III, by data set and by label.
-    """
-
-    architecture: str
-    labels: tuple[str, ...]
-    thresholds: tuple[float, ...]
-    preprocess: dict[str, Any]
-    provenance: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 def bundled_checkpoint() -> Path:
@@ -73,39 +48,6 @@ def bundled_checkpoint() -> Path:
         if (folder / BUNDLED).is_file():
             return folder / BUNDLED
     raise CheckpointError(f"the bundled checkpoint {BUNDLED} is missing from this installation")
-
-
-def read_metadata(path: Path) -> Metadata:
-    """Read the metadata of a checkpoint of ours, without torch.
-
-    Raises:
-        CheckpointError: if the file is missing, is not a safetensors file, or has no metadata of ours.
-    """
-    header = _read_header(path)
-    values = header.get("__metadata__")
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has no mlperturb metadata: expected format {FORMAT}; "
-            "for plain weights give `architecture` and `labels`"
-        )
-    try:
-        labels = tuple(_list(_parse(values["labels"])))
-        thresholds = tuple(float(value) for value in _list(_parse(values["thresholds"])))
-        rest = {name: _parse(values[name]) for name in ("preprocess", "provenance", "metrics")}
-        architecture = str(values["architecture"])
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
-    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
-        raise CheckpointError(f"{path} has damaged metadata: expected distinct label names")
-    if len(labels) > _MAX_LABELS:
-        raise CheckpointError(f"{path} names {len(labels)} labels, expected at most {_MAX_LABELS}")
-    if len(thresholds) != len(labels) or not all(0 < threshold < 1 for threshold in thresholds):
-        raise CheckpointError(f"{path} has damaged metadata: expected {len(labels)} thresholds inside (0, 1)")
-    if not _is_shallow(rest, _MAX_DEPTH):
-        raise CheckpointError(f"{path} has damaged metadata: nested more than {_MAX_DEPTH} deep")
-    if not all(isinstance(value, dict) for value in rest.values()):
-        raise CheckpointError(f"{path} has damaged metadata: expected objects, got {rest!r:.200}")
-    return Metadata(architecture, labels, thresholds, **rest)
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata, *, base: Path | None = None) -> None:
@@ -306,24 +248,6 @@ def _refuse_bomb(path: Path) -> None:
                 continue
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """Read the JSON header of a safetensors file."""
-    try:
-        with path.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
-                raise CheckpointError(f"{path} is not a safetensors file: its header length is wrong")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object")
-    return header
-
-
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, outputs: int) -> None:
     """Put a file's tensors into a network built on the meta device.
 
@@ -368,27 +292,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
         return tensor.to(dtype)
     except RuntimeError:  # packed bits raise it, or its subclass NotImplementedError
         return None
-
-
-def _parse(text: str) -> Any:
-    """Parse JSON; numbers that are not finite, which strict JSON does not have, become null."""
-
-    def number(digits: str) -> float | None:
-        return float(digits) if math.isfinite(float(digits)) else None
-
-    return json.loads(text, parse_float=number, parse_constant=lambda _: None)
-
-
-def _is_shallow(value: object, levels: int) -> bool:
-    """Say whether a value nests at most `levels` deep."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner)
-
-
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"expected a list, got {value!r:.80}")
-    return value
 
 
 def _some(names: Sequence[str]) -> str:
