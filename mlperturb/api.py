@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +22,9 @@ from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.model.readers import parse_reader
 from mlperturb.model.views import read_logits
-from mlperturb.photos.formats import to_image
-from mlperturb.photos.images import Photo, Pixels, convert_photo, read_photo
+from mlperturb.photos.forms import Images as Images
+from mlperturb.photos.forms import form_of, open_images
+from mlperturb.photos.images import Photo, Pixels
 from mlperturb.photos.regions import name_region
 from mlperturb.run.record import Status
 from mlperturb.run.search import Found, Searcher
@@ -35,8 +35,6 @@ from mlperturb.system.devices import prepare
 if TYPE_CHECKING:
     from mlperturb.labels import Request
 
-ImageLike: TypeAlias = "Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.floating] | Image.Image | str | Path"
-Images: TypeAlias = "Tensor | Sequence[ImageLike]"
 Names: TypeAlias = "str | Iterable[str]"
 
 
@@ -83,8 +81,9 @@ def load(
     checkpoint: str | Path | None = None,
     *,
     arch: str | None = None,
-    labels: Sequence[str] | None = None,
-    preprocess: Preprocess | None = None,
+    labels: Sequence[str] | Path | None = None,
+    thresholds: float | str | Path | Mapping[str, float] | Sequence[float] | None = None,
+    preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
     device: str = "cpu",
 ) -> Classifier:
     """Load a classifier.
@@ -94,20 +93,27 @@ def load(
             with `arch` and `labels`, or the folder of a timm model (config.json, model.safetensors, and often
             selected_tags.csv); by default the bundled classifier of the 20 labels of PASCAL VOC.
         arch: the torchvision architecture of plain weights, such as `resnet50`.
-        labels: the label names of plain weights, or of a folder without names, in the order of the network's outputs.
+        labels: the label names of plain weights, or of a folder without names, in the order of the network's outputs;
+            or a file of them, a name a line or a CSV table with the columns `name` and, if you like, `category`.
+        thresholds: the decision thresholds, inside (0, 1), where the checkpoint records none (0.5 is used then) or
+            others are wanted: a number for all labels, numbers by label, a number for each label, or a CSV table with
+            the columns `name` or `category`, and `threshold`.
         preprocess: how a photo becomes network input, where the checkpoint does not say it or says it wrongly: no
-            timm folder records that its network wants BGR, or photos padded to a white square.
+            timm folder records that its network wants BGR, or photos padded to a white square. A `Preprocess` takes
+            the place of the checkpoint's own; fields by name, or a JSON file of them, take the place of those fields.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
 
     Raises:
         CheckpointError: if the file is missing, is not a checkpoint, or does not fit `arch` and `labels`.
-        UsageError: if this machine does not have the device, or `labels` is not a list of names.
+        UsageError: if this machine does not have the device, or `labels`, `thresholds` or `preprocess` cannot be read.
     """
     path = bundled_checkpoint() if checkpoint is None else Path(checkpoint)
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
     place = device if device == "cpu" else prepare(device, 0)
-    return load_checkpoint(path, architecture=arch, labels=labels, preprocess=preprocess, device=place)[0]
+    return load_checkpoint(
+        path, architecture=arch, labels=labels, thresholds=thresholds, preprocess=preprocess, device=place
+    )[0]
 
 
 @torch.no_grad()
@@ -126,7 +132,7 @@ def predict(classifier: Classifier, images: Images, *, reader: str | None = None
     """
     _check_classifier(classifier)
     chosen = parse_reader(reader or classifier.preprocess.readers[0])
-    rows = [read_logits(classifier, photo.rgb, chosen) for photo, _ in _open(images)]
+    rows = [read_logits(classifier, photo.rgb, chosen) for photo, _ in open_images(images, classifier.preprocess.alpha)]
     return torch.sigmoid(torch.cat(rows)) if rows else torch.empty(0, len(classifier.labels))
 
 
@@ -157,8 +163,9 @@ def attack(
             uint8), NumPy arrays (H, W, 3) (float in [0, 1] or uint8), PIL images, or paths. Floats are rounded to 8
             bits first.
         flip: names of labels to reverse, present or not; or `all`; or `any`, the label nearest to its threshold. In
-            all four sets labels are named, not numbered.
-        keep: names of labels whose decision is to stay; or `rest`, every label not named elsewhere.
+            all four sets labels are named, not numbered, and `category:NAME` stands for the labels of a category.
+        keep: names of labels whose decision is to stay; or `rest`, every label not named elsewhere; or `present`, those
+            of them that the image has now.
         add: names of labels to be present: flipped where they are absent, kept elsewhere.
         remove: names of labels to be absent: flipped where they are present, kept elsewhere.
         method: a name of `mlperturb.attacks.METHODS`.
@@ -187,7 +194,7 @@ def attack(
     words = Words(**{name: list_names(names, name) for name, names in given.items()}, region=name_region(region))
     settings = read_settings(
         words, classifier.labels, method=method, budget=budget, limits=limits, margin=margin,
-        readers=classifier.preprocess.readers, options=dict(options),
+        readers=classifier.preprocess.readers, options=dict(options), categories=classifier.categories,
     )  # fmt: skip
     return _run(classifier, images, settings, check_seed(seed), progress)
 
@@ -200,7 +207,7 @@ def _run(
     progress: Callable[[int, int], None] | None,
 ) -> Result:
     """Attack the images, and give the results the images' own form."""
-    opened = _open(images)
+    opened = open_images(images, classifier.preprocess.alpha)
     photos = [photo for photo, _ in opened]
     with torch.random.fork_rng(enabled=bool(photos)):
         torch.manual_seed(seed)
@@ -316,91 +323,4 @@ def _result(
 
 def _check_classifier(classifier: object) -> None:
     if not isinstance(classifier, Classifier):
-        raise UsageError(f"expected a Classifier, such as Classifier(network, labels), got a {_form(classifier)}")
-
-
-Restore: TypeAlias = "Callable[[Pixels], Tensor | npt.NDArray[np.generic] | Image.Image]"
-
-
-def _open(images: Images) -> list[tuple[Photo, Restore]]:
-    """Return the 8-bit pixels of every image, and a function that gives new pixels the form of the image."""
-    if isinstance(images, Tensor):
-        if images.dim() != 4:
-            raise UsageError(f"expected a batch (N, 3, H, W) or a list of images, got a {_form(images)}")
-        return [_open_tensor(image) for image in images]
-    if isinstance(images, str | Path | Image.Image | np.ndarray) or not isinstance(images, Sequence):
-        raise UsageError(f"expected a batch (N, 3, H, W) or a list of images, got a {_form(images)}: put it in a list")
-    return [_open_image(image) for image in images]
-
-
-def _open_image(image: ImageLike) -> tuple[Photo, Restore]:
-    if isinstance(image, str | Path):
-        photo = read_photo(Path(image))
-        return photo, lambda pixels: _to_pil(pixels, photo)
-    if isinstance(image, Image.Image):
-        photo = convert_photo(image, sha256(image.tobytes()).hexdigest())
-        return photo, lambda pixels: _to_pil(pixels, photo)
-    if isinstance(image, Tensor):
-        return _open_tensor(image)
-    if isinstance(image, np.ndarray):
-        return _open_array(image)
-    raise UsageError(f"expected a tensor, an array, a PIL image or a path, got a {_form(image)}")
-
-
-def _open_tensor(image: Tensor) -> tuple[Photo, Restore]:
-    if image.dim() != 3 or image.shape[0] != 3:
-        raise UsageError(f"expected an image tensor (3, H, W), got a {_form(image)}")
-    if image.dtype == torch.bfloat16:
-        raise UsageError("expected float16, float32, float64 or uint8, got bfloat16, which cannot hold 255 grey levels")
-    pixels = _to_pixels(image.detach().permute(1, 2, 0).cpu().numpy())
-
-    def restore(adversarial: Pixels) -> Tensor:
-        tensor = torch.from_numpy(adversarial).permute(2, 0, 1)
-        if image.is_floating_point():
-            tensor = tensor.to(image.dtype) / 255
-        return tensor.to(image.device).contiguous()
-
-    return _photo(pixels), restore
-
-
-def _open_array(image: npt.NDArray[np.generic]) -> tuple[Photo, Restore]:
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise UsageError(f"expected an image array (H, W, 3), got a {_form(image)}")
-    pixels = _to_pixels(image)
-
-    def restore(adversarial: Pixels) -> npt.NDArray[np.generic]:
-        return adversarial.astype(image.dtype) / image.dtype.type(255) if image.dtype.kind == "f" else adversarial
-
-    return _photo(pixels), restore
-
-
-def _to_pixels(values: npt.NDArray[np.generic]) -> Pixels:
-    """Return uint8 values as they are, and floats in [0, 1] rounded to 8 bits.
-
-    Raises:
-        UsageError: if the values are of another type or range.
-    """
-    if values.dtype == np.uint8:
-        return np.ascontiguousarray(values, dtype=np.uint8)
-    if values.dtype.kind != "f":
-        raise UsageError(f"expected pixels of uint8, or floats in [0, 1], got {values.dtype}")
-    if values.size and not (float(values.min()) >= 0 and float(values.max()) <= 1):
-        raise UsageError(f"expected floats in [0, 1], got values from {values.min():.4g} to {values.max():.4g}")
-    return np.ascontiguousarray((values.astype(np.float64) * 255).round(), dtype=np.uint8)
-
-
-def _to_pil(pixels: Pixels, photo: Photo) -> Image.Image:
-    image = to_image(pixels, photo.alpha, grey=photo.grey)
-    if photo.beside.profile is not None:
-        image.info["icc_profile"] = photo.beside.profile  # `Image.save` writes it
-    return image
-
-
-def _photo(rgb: Pixels) -> Photo:
-    return Photo(rgb, None, sha256(rgb.tobytes()).hexdigest())
-
-
-def _form(value: object) -> str:
-    """Return the type and shape of a value, for an error message."""
-    shape = getattr(value, "shape", None)
-    return f"{type(value).__name__}{'' if shape is None else f' of shape {tuple(shape)}'}"
+        raise UsageError(f"expected a Classifier, such as Classifier(network, labels), got a {form_of(classifier)}")

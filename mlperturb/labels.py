@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlperturb.errors import LabelError, UsageError
 
@@ -19,6 +20,7 @@ class Request:
         add: labels that are to be present afterwards.
         remove: labels that are to be absent afterwards.
         keep_rest: keep every label that the request does not name; without `any_label`, `keep` lists these labels too.
+        keep_present: keep every label that a photo has and the request does not name.
         any_label: non-targeted (Section II): flip the label outside `keep` that is nearest to its threshold.
     """
 
@@ -28,6 +30,47 @@ class Request:
     remove: tuple[int, ...] = ()
     keep_rest: bool = False
     any_label: bool = False
+    keep_present: bool = False
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """The labels of all four sets."""
+        return (*self.flip, *self.keep, *self.add, *self.remove)
+
+
+@dataclass(frozen=True)
+class Categories:
+    """The categories of L labels, such as those of a tagger: `0` general, `4` character.
+
+    Attributes:
+        of: the category of each label, (L,); empty if the labels have no categories.
+        names: names of categories, by category, as far as they are known.
+    """
+
+    of: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def find(self, name: str) -> list[int]:
+        """Return the numbers of the labels of a category, given by itself or by its name.
+
+        Raises:
+            LabelError: if the labels have no such category.
+        """
+        wanted = name.casefold()
+        members = [
+            number
+            for number, category in enumerate(self.of)
+            if wanted in (category.casefold(), self.names.get(category, category).casefold())
+        ]
+        if not members:
+            known = ", ".join(self.describe()) or "none: the labels have no categories"
+            raise LabelError(f"unknown category {name!r}: expected {known:.400}")
+        return members
+
+    def describe(self) -> dict[str, int]:
+        """Return how many labels each category has, by category and, where known, its name: `0 (general)`."""
+        shown = {one: f"{one} ({self.names[one]})" if self.names.get(one, one) != one else one for one in set(self.of)}
+        return {shown[one]: count for one, count in sorted(Counter(self.of).items())}
 
 
 def present_labels(probabilities: Mapping[str, float], thresholds: Mapping[str, float]) -> list[str]:
@@ -36,7 +79,8 @@ def present_labels(probabilities: Mapping[str, float], thresholds: Mapping[str, 
 
 
 _SETS = ("flip", "keep", "add", "remove")
-_WORDS = {"all": "`flip`", "any": "`flip`", "rest": "`keep`"}
+_WORDS = {"all": "`flip`", "any": "`flip`", "rest": "`keep`", "present": "`keep`"}
+CATEGORY = "category:"  # before the name of a category, in place of a label
 
 
 def split_names(values: Iterable[str], labels: Sequence[str] = ()) -> list[str]:
@@ -97,6 +141,31 @@ def find_label(name: str, labels: Sequence[str]) -> int:
     raise LabelError(f"unknown label {name!r}: {hint}")
 
 
+def find_like(text: str, labels: Sequence[str], among: Sequence[int]) -> list[int]:
+    """Return the numbers of the labels that have this text in their names, or else of those with names like it.
+
+    The label of exactly this name comes first, then names that begin with the text; otherwise the order is that of
+    `among`. Upper and lower case count as equal.
+
+    Args:
+        text: to look for.
+        labels: L names.
+        among: the numbers of the labels to look at.
+
+    Raises:
+        LabelError: if no name is like it.
+    """
+    wanted = text.casefold()
+    names = {number: labels[number].casefold() for number in among}
+    found = [number for number, name in names.items() if wanted in name]
+    if found:
+        return sorted(found, key=lambda number: (names[number] != wanted, not names[number].startswith(wanted)))
+    close = difflib.get_close_matches(wanted, list(names.values()), n=10, cutoff=0.6)
+    if not close:
+        raise LabelError(f"no label is like {text!r}, among {len(names)}")
+    return sorted((number for number, name in names.items() if name in close), key=lambda one: close.index(names[one]))
+
+
 def parse_request(
     labels: Sequence[str],
     *,
@@ -104,41 +173,33 @@ def parse_request(
     keep: Iterable[str] = (),
     add: Iterable[str] = (),
     remove: Iterable[str] = (),
+    categories: Categories | None = None,
 ) -> Request:
     """Turn label names into a `Request`.
+
+    In all four sets, `category:NAME` stands for the labels of a category that are not named elsewhere.
 
     Args:
         labels: the classifier's L label names.
         flip: names, `all` (every label not named elsewhere) or `any` (non-targeted).
-        keep: names, or `rest` (every label not named elsewhere).
+        keep: names, `rest` (every label not named elsewhere) or `present` (those of them that a photo has).
         add: names of labels to be present afterwards.
         remove: names of labels to be absent afterwards.
+        categories: of the labels, if they have any.
 
     Raises:
-        LabelError: for an unknown label, or a label in two sets.
-        UsageError: if no label is to change, or `all`, `any` and `rest` contradict each other.
+        LabelError: for an unknown label or category, or a label in two sets.
+        UsageError: if no label is to change, or `all`, `any`, `rest` and `present` contradict each other.
     """
     flips, keeps = split_names(flip, labels), split_names(keep, labels)
-    any_label = _take_word("any", flips, labels)
-    flip_all = _take_word("all", flips, labels)
-    keep_rest = _take_word("rest", keeps, labels)
+    any_label, flip_all = _take_word("any", flips, labels), _take_word("all", flips, labels)
+    keep_rest, keep_present = _take_word("rest", keeps, labels), _take_word("present", keeps, labels)
     if any_label and (flip_all or flips):
         raise UsageError("expected `flip` any alone, got further labels to flip")
-    if flip_all and keep_rest:
-        raise UsageError("expected `flip` all or `keep` rest, got both")
+    if flip_all and (keep_rest or keep_present):
+        raise UsageError(f"expected `flip` all or `keep` {'rest' if keep_rest else 'present'}, got both")
     sets = {"flip": flips, "keep": keeps, "add": split_names(add, labels), "remove": split_names(remove, labels)}
-    chosen: dict[str, list[int]] = {}
-    taken: dict[int, str] = {}
-    for option, names in sets.items():
-        chosen[option] = []
-        for name in names:
-            number = find_label(name, labels)
-            if taken.setdefault(number, option) != option:
-                raise LabelError(
-                    f"expected a label in one set, got {labels[number]!r} in both `{taken[number]}` and `{option}`"
-                )
-            if number not in chosen[option]:
-                chosen[option].append(number)
+    chosen, taken = _find_sets(sets, labels, categories or Categories())
     rest = [number for number in range(len(labels)) if number not in taken]
     if flip_all:
         chosen["flip"] = sorted(chosen["flip"] + rest)
@@ -149,13 +210,52 @@ def parse_request(
     if not (chosen["flip"] or chosen["add"] or chosen["remove"] or any_label):
         raise UsageError("nothing to change: expected at least one label in `flip`, `add` or `remove`")
     return Request(
-        flip=tuple(chosen["flip"]),
-        keep=tuple(chosen["keep"]),
-        add=tuple(chosen["add"]),
-        remove=tuple(chosen["remove"]),
+        **{name: tuple(numbers) for name, numbers in chosen.items()},
         keep_rest=keep_rest,
         any_label=any_label,
+        keep_present=keep_present,
     )
+
+
+def _find_sets(
+    sets: Mapping[str, Sequence[str]], labels: Sequence[str], categories: Categories
+) -> tuple[dict[str, list[int]], dict[int, str]]:
+    """Return the numbers of each set, and the set of each number; a label that is named goes before its category.
+
+    Raises:
+        LabelError: for an unknown label or category, or a label in two sets.
+    """
+    known = {label: number for number, label in reversed(list(enumerate(labels)))}
+    chosen: dict[str, dict[int, None]] = {option: {} for option in sets}  # in the order given
+    taken: dict[int, str] = {}
+    groups: list[tuple[str, str]] = []
+    for option, names in sets.items():
+        for name in names:
+            if name not in known and name.casefold().startswith(CATEGORY):
+                groups.append((option, name[len(CATEGORY) :]))
+                continue
+            number = known[name] if name in known else find_label(name, labels)
+            _take(number, option, taken, labels)
+            chosen[option][number] = None
+    named = frozenset(taken)
+    for option, group in groups:
+        for number in categories.find(group):
+            if number not in named:
+                _take(number, option, taken, labels)
+                chosen[option][number] = None
+    return {option: list(numbers) for option, numbers in chosen.items()}, taken
+
+
+def _take(number: int, option: str, taken: dict[int, str], labels: Sequence[str]) -> None:
+    """Note that a label is in this set.
+
+    Raises:
+        LabelError: if it is in another set already.
+    """
+    if taken.setdefault(number, option) != option:
+        raise LabelError(
+            f"expected a label in one set, got {labels[number]!r} in both `{taken[number]}` and `{option}`"
+        )
 
 
 def _take_word(word: str, names: list[str], labels: Sequence[str]) -> bool:

@@ -125,6 +125,9 @@ def make_targets(
     if len(requests) != len(truth):
         raise UsageError(f"expected a request for each of {len(truth)} images, got {len(requests)}")
     for row, one in enumerate(requests):
+        if one.keep_present:
+            keep[row] = truth[row] > 0
+            keep[row, list(one.named)] = False
         flip[row, list(one.flip)] = True
         keep[row, list(one.keep)] = True
         for labels, wanted in ((one.add, 1), (one.remove, -1)):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlperturb.errors import LabelError, UsageError
-from mlperturb.labels import Request, find_label, parse_request, split_names
+from mlperturb.labels import Categories, Request, find_label, find_like, parse_request, split_names
 
 LABELS = ("aeroplane", "Cat", "dog", "person", "potted plant", "sheep")
 
@@ -127,3 +127,56 @@ def test_any_text_gives_disjoint_sets_or_an_error_of_ours(flip, keep):
         return
     assert 2 in request.flip
     assert not set(request.flip) & set(request.keep)
+
+
+TAGGED = Categories(("0", "0", "4", "0", "9", "4"), {"0": "general", "4": "character"})
+
+
+def test_a_category_stands_for_its_labels_that_are_not_named_elsewhere():
+    request = parse_request(
+        LABELS,
+        flip=["person"],
+        keep=["category:GENERAL"],
+        remove=["category:character, potted plant"],
+        categories=TAGGED,
+    )
+    assert request == Request(flip=(3,), keep=(0, 1), remove=(4, 2, 5))
+
+
+def test_a_category_goes_by_its_number_too_and_a_label_of_that_name_goes_first():
+    assert parse_request(LABELS, flip=["category:9"], categories=TAGGED).flip == (4,)
+    odd = (*LABELS[:5], "category:4")
+    assert parse_request(odd, flip=["category:4"], categories=TAGGED).flip == (5,)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"flip": ["category:x"]}, r"unknown category 'x': expected 0 \(general\), 4 \(character\), 9"),
+        ({"flip": ["category:0"], "keep": ["category:general"]}, "'aeroplane' in both `flip` and `keep`"),
+    ],
+)
+def test_a_wrong_category_is_refused(sets, message):
+    with pytest.raises(LabelError, match=message):
+        parse_request(LABELS, **sets, categories=TAGGED)
+    with pytest.raises(LabelError, match="expected none: the labels have no categories"):
+        parse_request(LABELS, flip=["category:0"])
+
+
+def test_present_keeps_the_labels_that_a_photo_has():
+    request = parse_request(LABELS, flip=["dog"], keep=["present", "sheep"])
+    assert request == Request(flip=(2,), keep=(5,), keep_present=True)
+    with pytest.raises(UsageError, match="expected `flip` all or `keep` present, got both"):
+        parse_request(LABELS, flip=["all"], keep=["present"])
+    with pytest.raises(LabelError, match="'present' is not a label: expected it only in `keep`"):
+        parse_request(LABELS, flip=["present"])
+    assert parse_request(("present", "b"), flip=["b"], keep=["present"]) == Request(flip=(1,), keep=(0,))
+
+
+def test_labels_are_found_by_a_part_of_their_name_or_like_it():
+    labels = ("cat girl", "1girl", "girl", "boy", "girls")
+    assert find_like("GIRL", labels, range(5)) == [2, 4, 0, 1]
+    assert find_like("girl", labels, [0, 1]) == [0, 1]
+    assert find_like("bouy", labels, range(5)) == [3]
+    with pytest.raises(LabelError, match="no label is like 'zebra', among 5"):
+        find_like("zebra", labels, range(5))

@@ -21,11 +21,13 @@ from mlperturb.cli.options import (
     Overwrite,
     Passes,
     Paths,
+    PreprocessFile,
     Quiet,
     Readers,
     Recursive,
     Seed,
     Source,
+    Thresholds,
     find_source,
     parse_batch_size,
 )
@@ -42,13 +44,16 @@ def attack(
     flip: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="LABEL", help="Labels to reverse: repeatable, comma-separated; `all` labels, or `any` label."
+            metavar="LABEL",
+            help="Labels to reverse: repeatable, comma-separated; `all` labels, `any` label, or `category:NAME`.",
         ),
     ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="LABEL", help="Labels whose decisions must stay; `rest`: all other labels. Default: none."
+            metavar="LABEL",
+            help="Labels whose decisions must stay; `rest`: all other labels; `present`: those of them "
+            "that a photo has; `category:NAME`. Default: none.",
         ),
     ] = None,
     add: Annotated[
@@ -111,6 +116,8 @@ def attack(
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
+    thresholds: Thresholds = None,
+    preprocess: PreprocessFile = None,
     out: Annotated[Path, typer.Option(**ANYWHERE, help="Folder, or URL, for the outputs and report.json.")] = Path(
         "mlperturb-out"
     ),
@@ -143,7 +150,7 @@ def attack(
     Each photo gives NAME.adv.png (.webp, .jpg) and NAME.map.png, the magnified perturbation, in the photo's subfolder;
     all photos together give report.json. The colour profile, alpha and a single channel of grey are kept.
     """
-    source = find_source(checkpoint, arch, labels)
+    source = find_source(checkpoint, arch, labels, thresholds, preprocess)
 
     from mlperturb.photos.images import describe_left_out, find_photos
     from mlperturb.run.jobs import plan_outputs
@@ -161,12 +168,13 @@ def attack(
         readers=source.readers,
         format=format,
         keep_metadata=keep_metadata,
+        categories=source.categories,
         options={"between": between, "solver": solver, "rounding": rounding, "space": space}
         | {"aim": "strongest" if strongest else None, "diversity": diversity},
     )
     left_out: list[Path] = []
     photos = find_photos(paths, recursive=recursive, own=is_own, left_out=left_out)
-    notes = [describe_left_out(left_out)] if left_out else []
+    notes = [*source.notes, *([describe_left_out(left_out)] if left_out else [])]
     outputs = Outputs(out, report or out / "report.json", html)
     jobs = plan_outputs(photos, paths, settings.format)
     settings.check_files(job.adversarial for job in jobs)

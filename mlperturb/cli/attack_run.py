@@ -16,7 +16,7 @@ from mlperturb.cli.advice import SHOWN, Told
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error, print_note
 from mlperturb.cli.longrun import LongRun
-from mlperturb.cli.options import Source
+from mlperturb.cli.options import Source, classifier_key
 from mlperturb.errors import StorageError
 from mlperturb.run.jobs import Job
 from mlperturb.run.ledger import Ledger, Part, size_of
@@ -59,7 +59,7 @@ class AttackRun:
         started = time.perf_counter()
         classifier, description = self.source.load(device)
         long = self.long
-        with self._ledger(description["sha256"], photos, existing) as interrupts:
+        with self._ledger(description, photos, existing) as interrupts:
             with long.bar("done", len(self.jobs), "loading"), long.stoppable():
                 run_attack(
                     classifier, self.jobs, self.outputs.folder, self.settings, self._done, finished=self._finished,
@@ -88,17 +88,17 @@ class AttackRun:
         return long.stopped
 
     @contextmanager
-    def _ledger(self, checkpoint: str, photos: str, existing: frozenset[str]) -> Iterator[Interrupts]:
+    def _ledger(self, classifier: dict[str, Any], photos: str, existing: frozenset[str]) -> Iterator[Interrupts]:
         """Open the ledger, with the records of an earlier start; signals wait until files are written.
 
         Args:
-            checkpoint: the SHA-256 of the checkpoint's file.
+            classifier: its description.
             photos: a fingerprint of the jobs and their batches.
             existing: names of outputs that exist already.
         """
         out, long = self.outputs.folder, self.long
         self.part = Part(self.jobs, out)
-        with long.journal(out / JOURNAL, self._key(checkpoint)) as (journal, interrupts):
+        with long.journal(out / JOURNAL, self._key(classifier)) as (journal, interrupts):
             self.ledger = Ledger(journal, [self.part])
             if long.share.first:
                 self.filled = self.ledger.begin(photos, self.part, existing)
@@ -115,13 +115,13 @@ class AttackRun:
                 )
             yield interrupts
 
-    def _key(self, checkpoint: str) -> dict[str, Any]:
+    def _key(self, classifier: dict[str, Any]) -> dict[str, Any]:
         """Return everything that decides the results, except the photos themselves and their batches."""
-        key, region = dict(self.described), self.settings.region
+        key, region = {**self.described, **classifier_key(classifier)}, self.settings.region
         del key["batch_size"]
         if region is not None and region.mask is not None:
             key["region"] = sha256(region.mask.tobytes()).hexdigest()
-        return self.long.key(checkpoint, **key)
+        return self.long.key(classifier["sha256"], **key)
 
     def _finished(self, job: Job) -> Size | None:
         record = self.ledger.finished(job, self.part)

@@ -25,13 +25,16 @@ from mlperturb.cli.options import (
     Overwrite,
     Passes,
     PhotoFolder,
+    PreprocessFile,
     Quiet,
     Readers,
     Seed,
     Source,
+    Thresholds,
     Voc,
     Year,
     check_data,
+    classifier_key,
     find_source,
     parse_batch_size,
 )
@@ -88,6 +91,8 @@ def evaluate(
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
+    thresholds: Thresholds = None,
+    preprocess: PreprocessFile = None,
     out: Annotated[
         Path,
         typer.Option(**ANYWHERE, help="Folder, or URL, for records and tables; a stopped run resumes from it."),
@@ -110,7 +115,7 @@ def evaluate(
         raise UsageError("expected --split with --voc: with --photos, the --csv or --coco is the split")
     if clean and (cases or reduce or augment or methods):
         raise UsageError("expected --clean without --cases, --reduce, --augment and --methods: it attacks nothing")
-    source = find_source(checkpoint, arch, labels)
+    source = find_source(checkpoint, arch, labels, thresholds, preprocess)
 
     from mlperturb.cli.longrun import LongRun
     from mlperturb.experiment.cases import Protocol, align, parse_cases, parse_variants
@@ -141,6 +146,8 @@ def evaluate(
     parts = {name: align(part, source.labels) for name, part in parts.items()}
     make_folder(out)
     run = _Run(LongRun(join(), quiet=quiet), protocol, parts, out, json)
+    for note in source.notes:
+        run.long.note(note)
     run.load(source, device)
     raise typer.Exit(run.clean() if clean else run.go(overwrite=overwrite))
 
@@ -292,7 +299,7 @@ class _Run:
         return self.long.key(
             self.description["sha256"],
             architecture=self.description["architecture"],
-            labels=self.description["labels"],
+            **classifier_key(self.description),
             data=dataset.fingerprint,
             images=protocol.images,
             budget=protocol.budget,

@@ -2,44 +2,128 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 from rich.table import Table
 
 from mlperturb.attacks.methods import METHODS
 from mlperturb.cli.console import out
-from mlperturb.cli.options import Arch, Checkpoint, Json, Labels, find_source
+from mlperturb.cli.options import (
+    Arch,
+    Checkpoint,
+    Json,
+    Labels,
+    PreprocessFile,
+    Source,
+    Thresholds,
+    find_source,
+)
+from mlperturb.labels import Categories, find_like
+from mlperturb.model.given import DEFAULT_FIELDS
+from mlperturb.model.readers import DEFAULT_READERS
 from mlperturb.system.text import printable
 
+if TYPE_CHECKING:
+    from mlperturb.model.metadata import Metadata
 
-def labels(checkpoint: Checkpoint = None, arch: Arch = None, labels: Labels = None, json: Json = False) -> None:
-    """Show the label names, thresholds and metadata of a checkpoint."""
-    from mlperturb.model.checkpoints import check_architecture, describe_folder, read_metadata
+_SHOWN = 60  # at most so many labels are shown
+
+
+def labels(
+    checkpoint: Checkpoint = None,
+    arch: Arch = None,
+    labels: Labels = None,
+    thresholds: Thresholds = None,
+    preprocess: PreprocessFile = None,
+    find: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Show the labels with this text in their name, or like it.")
+    ] = None,
+    category: Annotated[str | None, typer.Option(metavar="NAME", help="Show the labels of this category.")] = None,
+    json: Json = False,
+) -> None:
+    """Show the label names and thresholds of a checkpoint, all that is understood of it, and where that comes from."""
+    from mlperturb.model.checkpoints import describe_checkpoint
     from mlperturb.run.report import to_json
 
-    source = find_source(checkpoint, arch, labels)
-    if source.architecture is not None:
-        check_architecture(source.architecture)
-        thresholds, details = (0.5,) * len(source.labels), {"architecture": source.architecture}
-    else:
-        folder = source.path.is_dir()
-        metadata = describe_folder(source.path, source.names) if folder else read_metadata(source.path)
-        thresholds = metadata.thresholds
-        names = ("architecture", "preprocess", "provenance", "metrics")
-        details = {name: getattr(metadata, name) for name in names}
+    source = find_source(checkpoint, arch, labels, thresholds, preprocess)
+    metadata = describe_checkpoint(source.path, **source.said)
+    chosen = range(len(metadata.labels)) if category is None else metadata.categories.find(category)
+    if find is not None:
+        chosen = find_like(find, metadata.labels, chosen)
+    narrowed = find is not None or category is not None
     if json:
-        described = dict(zip(source.labels, thresholds, strict=True))
-        print(to_json({"checkpoint": str(source.path), "thresholds": described, **details}))
+        print(to_json(_describe(source, metadata, chosen, narrowed=narrowed)))
         return
-    table = Table("label", "threshold", box=None, pad_edge=False)
-    for label, threshold in zip(source.labels, thresholds, strict=True):
-        table.add_row(printable(label), f"{threshold:.3f}")
+    _print_labels(metadata, chosen, narrowed=narrowed)
+    if not narrowed:
+        _print_understood(source, metadata)
+
+
+def _describe(source: Source, metadata: Metadata, chosen: Sequence[int], *, narrowed: bool) -> dict[str, Any]:
+    """Return the JSON of these labels, by number, and of all that is understood."""
+    names = [metadata.labels[number] for number in chosen]
+    described: dict[str, Any] = {
+        "checkpoint": str(source.path),
+        "thresholds": {name: metadata.thresholds[number] for name, number in zip(names, chosen, strict=True)},
+    }
+    if metadata.categories.of:
+        described["categories"] = {
+            name: metadata.categories.of[number] for name, number in zip(names, chosen, strict=True)
+        }
+    if narrowed:
+        return {**described, "numbers": dict(zip(names, chosen, strict=True))}
+    details = {name: getattr(metadata, name) for name in ("architecture", "preprocess", "provenance", "metrics")}
+    return {**described, **details, "origin": _origin(metadata)}
+
+
+def _origin(metadata: Metadata) -> dict[str, str]:
+    """Return where each thing that is understood comes from."""
+    own = dict.fromkeys(("labels", "thresholds", "preprocess"), "the checkpoint") | metadata.origin
+    return {**own, "readers": own["preprocess"] if "readers" in metadata.preprocess else "the default"}
+
+
+def _print_labels(metadata: Metadata, chosen: Sequence[int], *, narrowed: bool) -> None:
+    """Print a table of labels, by number; of many labels the first."""
+    categories, shown = metadata.categories, chosen if len(chosen) <= _SHOWN else chosen[: _SHOWN // 2]
+    columns = ["label", "threshold"] + ["category"] * bool(categories.of) + ["number"] * narrowed
+    table = Table(*columns, box=None, pad_edge=False)
+    for number in shown:
+        row = [printable(metadata.labels[number]), f"{metadata.thresholds[number]:.3f}"]
+        row += [printable(_category(categories, number))] if categories.of else []
+        table.add_row(*row, *([str(number)] if narrowed else []))
     out.print(table)
+    left = len(chosen) - len(shown)
+    if left:
+        out.print(f"and {left} others: --find TEXT{', --category NAME' if categories.of else ''} or --json shows them")
+
+
+def _category(categories: Categories, number: int) -> str:
+    """Return the name of a label's category, or the category itself."""
+    return categories.names.get(categories.of[number], categories.of[number])
+
+
+def _print_understood(source: Source, metadata: Metadata) -> None:
+    """Print all that is understood of a checkpoint beside its labels, and where it comes from."""
+    groups = metadata.categories.describe()
+    counted = ", ".join(f"{name}: {count}" for name, count in groups.items())
+    out.print(f"labels: {len(metadata.labels)}" + (f", by category {printable(counted)}" if groups else ""))
+    provenance = {name: value for name, value in metadata.provenance.items() if name != "origin"}
+    details = {
+        "architecture": metadata.architecture,
+        "preprocess": {"readers": list(DEFAULT_READERS), **DEFAULT_FIELDS, **metadata.preprocess},
+        "from": _origin(metadata),
+        "provenance": provenance,
+        "metrics": metadata.metrics,
+    }
     for name, value in details.items():
         if not isinstance(value, dict):
             out.print(f"{name}: {printable(str(value))}", soft_wrap=True)
-            continue
-        out.print(f"{name}:")
-        for key, inner in value.items():
-            out.print(f"  {printable(str(key))}: {printable(_line(inner))}", soft_wrap=True)
+        elif value:
+            out.print(f"{name}:")
+            for key, inner in value.items():
+                out.print(f"  {printable(str(key))}: {printable(_line(inner))}", soft_wrap=True)
     out.print(f"checkpoint: {printable(str(source.path))}", soft_wrap=True)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +20,10 @@ from mlperturb.cli.options import (
     Json,
     Labels,
     Overwrite,
+    PreprocessFile,
     Quiet,
     Source,
+    Thresholds,
     check_attacked,
     find_source,
     named_source,
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from mlperturb.model.readers import Reader
     from mlperturb.photos.purify import Purification
 
+_SAME = ("sha256", "labels", "thresholds", "preprocess")  # of the descriptions of one classifier
 OUTPUTS = (DEFENCE, *CHARTS)
 
 
@@ -83,6 +88,8 @@ def jpeg_defend(
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
+    thresholds: Thresholds = None,
+    preprocess: PreprocessFile = None,
     out: Annotated[
         Path | None, typer.Option(**ANYWHERE, help="Folder for the results; default: the folder of the report.")
     ] = None,
@@ -104,10 +111,15 @@ def jpeg_defend(
         raise UsageError(f"no such folder of photos: {photos}")
     by_hand = bool(flip) or bool(keep)
     if by_hand:
-        source = find_source(checkpoint, arch, labels)
+        source = find_source(checkpoint, arch, labels, thresholds, preprocess)
         attacked, names = _name_attacked(source, paths, flip or [], keep or [], photos), source.readers
     else:
-        source, attacked, names = _read_reports(paths, checkpoint, arch, labels, photos, chosen=bool(reader))
+        source, attacked, names = _read_reports(
+            paths,
+            partial(find_source, checkpoint, arch, labels, thresholds, preprocess) if checkpoint else None,
+            photos,
+            chosen=bool(reader),
+        )
     readers = parse_readers(reader or names)
     attacked = list({one.adversarial.resolve(): one for one in attacked}.values())
     folder = out or (Path("mlperturb-defence") if by_hand else folder_of(paths[0]))
@@ -184,16 +196,18 @@ def _run(defence: _Defence, *, device: str, json: bool, quiet: bool) -> int:
 
 def _read_reports(
     paths: list[Path],
-    checkpoint: Path | None,
-    arch: str | None,
-    labels: Path | None,
+    find: Callable[[], Source] | None,
     photos: Path | None,
     *,
     chosen: bool,
 ) -> tuple[Source, list[Attacked], tuple[str, ...]]:
     """Read the attacked images of reports, and the classifier and readers, which must be the same in all of them.
 
-    With `chosen`, the user names the readers, and the reports may have different readers.
+    Args:
+        paths: of the reports.
+        find: finds the classifier that the user names; None for that of the reports.
+        photos: folder of the clean photos, if they have moved.
+        chosen: the user names the readers, and the reports may have different readers.
     """
     from mlperturb.experiment.defence import find_attacked
     from mlperturb.run.report import is_unchanged, read_report, readers_of, reading
@@ -207,7 +221,7 @@ def _read_reports(
             raise UsageError(f"{path} does not say which labels were flipped: give --flip, or the folder of its report")
         report, folder = read_report(path)
         with reading(path):
-            if described and described["sha256"] != report["classifier"]["sha256"]:
+            if described and any(described.get(name) != report["classifier"].get(name) for name in _SAME):
                 raise UsageError(f"expected reports on the same classifier, got another classifier in {path}")
             described, own = report["classifier"], readers_of(report)
             if readers and not chosen and own != readers:
@@ -225,10 +239,10 @@ def _read_reports(
     if unchanged:
         print_note(f"{unchanged} of {images} photos were as asked already and were not attacked: they are left out")
     with reading(paths[0]):
-        if checkpoint is None:
+        if find is None:
             return named_source(described), attacked, readers
-        source = find_source(checkpoint, arch, labels)
-        check_attacked(source.path, described["sha256"])
+        source = find()
+    check_attacked(source.path, described["sha256"])
     return source, attacked, readers
 
 
@@ -242,7 +256,9 @@ def _name_attacked(
 
     if not flip:
         raise UsageError("expected --flip with --keep for PNGs without a report, got --keep alone")
-    request = parse_request(source.labels, flip=flip, keep=keep, add=(), remove=())
+    request = parse_request(source.labels, flip=flip, keep=keep, categories=source.categories)
+    if request.keep_present:
+        raise UsageError("expected names of labels or rest for PNGs without a report, got --keep present")
     if request.any_label:
         raise UsageError("expected the name of the flipped label, got --flip any")
     files: dict[Path, str] = {}  # and the name of the photo, from the folder that was given

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlperturb.errors import CheckpointError, UsageError
+from mlperturb.labels import Categories
+from mlperturb.model.given import DEFAULT_THRESHOLD
 from mlperturb.model.readers import DEFAULT_READERS
 from mlperturb.system.files import parse_local, parse_path
 
@@ -34,7 +37,26 @@ Arch = Annotated[str | None, typer.Option(help="Torchvision architecture of the 
 Labels = Annotated[
     Path | None,
     typer.Option(
-        **HERE, help="File with the label names, one per line, of plain weights, or of a folder that has none."
+        **HERE,
+        help="File with the label names of plain weights, or of a folder that has none: one per line, or a CSV table "
+        "with the columns `name` and, optionally, `category`.",
+    ),
+]
+Thresholds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBER|FILE",
+        help="Decision thresholds in place of the checkpoint's: a number for all labels, or a CSV table with the "
+        "columns `name` or `category`, and `threshold`.",
+    ),
+]
+PreprocessFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--preprocess",
+        **HERE,
+        help="JSON file with fields of the preprocessing, in place of what the checkpoint says: how a photo becomes "
+        "network input.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -85,28 +107,60 @@ def check_data(
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint named on the command line; its labels are known before torch is loaded."""
+    """A checkpoint named on the command line; its labels are known before torch is loaded.
+
+    Attributes:
+        path: of the file or folder.
+        architecture: of plain weights.
+        names: the label names that the user gives, or their file.
+        labels: the L label names.
+        readers: the names of the readers that the checkpoint or --preprocess names.
+        categories: of the labels, if they have any.
+        thresholds: as the user gives them, see `given.read_thresholds`.
+        preprocess: the fields that the user gives.
+        notes: what is assumed for want of a record, a line each.
+    """
 
     path: Path
     architecture: str | None
-    names: tuple[str, ...] | None
+    names: tuple[str, ...] | Path | None
     labels: tuple[str, ...]
     readers: tuple[str, ...] = DEFAULT_READERS
+    categories: Categories = Categories()
+    thresholds: object = None
+    preprocess: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the user says of the checkpoint, as `load_checkpoint` and `describe_checkpoint` take it."""
+        return {
+            "architecture": self.architecture,
+            "labels": self.names,
+            "thresholds": self.thresholds,
+            "preprocess": self.preprocess,
+        }
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the file of the weights."""
+        from mlperturb.system.files import file_sha256
+
+        return file_sha256(_weights(self.path))
 
     def load(self, device: str) -> tuple[Classifier, dict[str, Any]]:
         """Load the classifier; return it with its description for a report."""
         from mlperturb.model.checkpoints import load_checkpoint
-        from mlperturb.system.files import file_sha256
 
-        classifier, metadata = load_checkpoint(
-            self.path, architecture=self.architecture, labels=self.names, device=device
-        )
+        classifier, metadata = load_checkpoint(self.path, device=device, **self.said)
         return classifier, {
             "checkpoint": str(self.path),
-            "sha256": file_sha256(_weights(self.path)),
+            "sha256": self.sha256,
             "architecture": metadata.architecture,
             "labels": list(metadata.labels),
             "thresholds": list(metadata.thresholds),
+            "preprocess": metadata.preprocess,
+            "origin": metadata.origin,
         }
 
 
@@ -127,17 +181,36 @@ def _readers_of(preprocess: dict[str, Any]) -> tuple[str, ...]:
 _NEEDLESS = "; a .safetensors checkpoint that `mlperturb train` wrote needs neither"
 
 
-def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) -> Source:
-    """Find the checkpoint, the bundled one by default, and read its label names.
+def find_source(
+    checkpoint: Path | None,
+    arch: str | None = None,
+    labels: Path | None = None,
+    thresholds: str | None = None,
+    preprocess: Path | None = None,
+) -> Source:
+    """Find the checkpoint, the bundled one by default, and read its label names and what the user says of it.
 
     Raises:
         CheckpointError: if the file is missing or is not a checkpoint.
-        UsageError: if only one of --arch and --labels is given, or the file of label names cannot be read.
+        UsageError: if only one of --arch and --labels is given, or a file or a value cannot be read.
     """
+    from mlperturb.model.given import read_preprocess
+
+    source = _find_named(checkpoint, arch, labels, thresholds)
+    if preprocess is not None:
+        fields = read_preprocess(preprocess)
+        readers = _readers_of(fields) if "readers" in fields else source.readers
+        source = replace(source, preprocess=fields, readers=readers)
+    return source
+
+
+def _find_named(checkpoint: Path | None, arch: str | None, labels: Path | None, thresholds: str | None) -> Source:
+    """Find the checkpoint, and read its label names and thresholds."""
     from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
+    from mlperturb.model.given import read_label_file, read_thresholds
 
     if checkpoint is not None and checkpoint.is_dir():
-        return _find_folder(checkpoint, arch, labels)
+        return _find_folder(checkpoint, arch, labels, thresholds)
     given = {"--arch": arch, "--labels": labels, "--checkpoint": checkpoint}
     missing = [option for option, value in given.items() if value is None]
     if missing and (arch is not None or labels is not None):
@@ -155,35 +228,45 @@ def find_source(checkpoint: Path | None, arch: str | None, labels: Path | None) 
                 f"expected a .safetensors checkpoint, got {path}: for plain weights give --arch and --labels"
             )
         metadata = read_metadata(path)
-        return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess))
-    names = _read_names(labels)
-    return Source(path, arch, names, names)
+        names, categories, readers = metadata.labels, metadata.categories, _readers_of(metadata.preprocess)
+        source = Source(path, None, None, names, readers, categories, thresholds)
+    else:
+        names, categories = read_label_file(labels)
+        note = () if thresholds is not None else (_no_thresholds(path),)
+        source = Source(path, arch, labels, names, DEFAULT_READERS, categories, thresholds, notes=note)
+    if thresholds is not None:
+        read_thresholds(thresholds).of(source.labels, source.categories)  # a wrong value is reported at once
+    return source
 
 
-def _find_folder(folder: Path, arch: str | None, labels: Path | None) -> Source:
+def _find_folder(folder: Path, arch: str | None, labels: Path | None, thresholds: str | None) -> Source:
     """Return the folder of a timm model, with its label names or those of a file.
 
     Raises:
         CheckpointError: if it is not such a folder, or names no labels.
-        UsageError: if --arch is given, or the file of label names cannot be read.
+        UsageError: if --arch is given, or the file of label names or the thresholds cannot be read.
     """
     from mlperturb.model.folders import read_config, read_names
+    from mlperturb.model.given import Given
 
     if arch is not None:
         raise UsageError(f"expected no --arch for a folder, whose config.json names it: {folder}")
-    names = None if labels is None else _read_names(labels)
-    return Source(folder, None, names, read_names(folder, read_config(folder), names).labels)
+    given = Given.of(labels, thresholds, None)
+    found = read_names(folder, read_config(folder), given.labels, given.thresholds, given.categories)
+    notes = (_no_thresholds(folder),) if found.assumed else ()
+    return Source(folder, None, labels, found.labels, DEFAULT_READERS, found.categories, thresholds, notes=notes)
 
 
-def _read_names(path: Path) -> tuple[str, ...]:
-    """Return the label names of a file, one on each line."""
-    try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read label names from {path}: {error}") from error
-    if not names or len(set(names)) != len(names):
-        raise UsageError(f"expected distinct label names, one per line, in {path}")
-    return names
+def _no_thresholds(path: Path) -> str:
+    return f"{path} records no thresholds: {DEFAULT_THRESHOLD} is used for every label; --thresholds sets others"
+
+
+def classifier_key(described: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides results beside the weights, of a classifier's description, for the key of a journal."""
+    from mlperturb.run.outputs import fingerprint
+
+    values = {name: fingerprint([str(one) for one in described[name]]) for name in ("labels", "thresholds")}
+    return {**values, "preprocess": described["preprocess"]}
 
 
 def named_source(described: dict[str, Any]) -> Source:
@@ -202,16 +285,14 @@ def named_source(described: dict[str, Any]) -> Source:
         if not is_file_of(path, described["sha256"], None):
             raise UsageError(f"the report's checkpoint {described['checkpoint']} does not exist: give --checkpoint")
     check_attacked(path, described["sha256"])
-    folder = path.is_dir()
+    said = {"thresholds": described["thresholds"], "preprocess": described.get("preprocess")}
+    if path.is_dir():
+        return Source(path, None, names, names, **said)
     try:
-        if folder:
-            return _find_folder(path, None, None)
         metadata = read_metadata(path)
-        return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess))
-    except CheckpointError:  # plain weights, or a folder without names
-        if folder:
-            return Source(path, None, names, names)
-        return Source(path, described["architecture"], names, names)
+        return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess), metadata.categories, **said)
+    except CheckpointError:  # plain weights
+        return Source(path, described["architecture"], names, names, **said)
 
 
 def check_attacked(checkpoint: Path, digest: object) -> None:

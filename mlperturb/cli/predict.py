@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mlperturb.cli.console import out, print_error, print_note
-from mlperturb.cli.options import Arch, Checkpoint, Device, Json, Labels, Paths, Readers, Recursive, Source, find_source
+from mlperturb.cli.options import (
+    Arch,
+    Checkpoint,
+    Device,
+    Json,
+    Labels,
+    Paths,
+    PreprocessFile,
+    Readers,
+    Recursive,
+    Source,
+    Thresholds,
+    find_source,
+)
 from mlperturb.errors import ImageError
 
 if TYPE_CHECKING:
@@ -25,6 +38,8 @@ def predict(
     checkpoint: Checkpoint = None,
     arch: Arch = None,
     labels: Labels = None,
+    thresholds: Thresholds = None,
+    preprocess: PreprocessFile = None,
     recursive: Recursive = False,
     reader: Readers = None,
     device: Device = "auto",
@@ -35,7 +50,7 @@ def predict(
     from mlperturb.photos.kinds import is_adversarial
     from mlperturb.run.outputs import is_own
 
-    source = find_source(checkpoint, arch, labels)
+    source = find_source(checkpoint, arch, labels, thresholds, preprocess)
     left_out: list[Path] = []
     photos = find_photos(
         paths,
@@ -43,6 +58,8 @@ def predict(
         own=lambda path: is_own(path) and not is_adversarial(path),
         left_out=left_out,
     )
+    for note in source.notes:
+        print_note(note)
     if left_out:
         print_note(describe_left_out(left_out))
     raise typer.Exit(run(source, photos, readers=reader or [], device=device, json=json))
@@ -84,7 +101,7 @@ def _predict(classifier: Classifier, photo: Path, readers: Sequence[Reader]) -> 
         entry: dict[str, Any] = {"source": str(photo), "reader": reader.name, "probabilities": None, "labels": None}
         entry["error"] = None
         try:
-            logits = read_logits(classifier, read_photo(photo).rgb, reader)[0]
+            logits = read_logits(classifier, read_photo(photo, over=classifier.preprocess.alpha).rgb, reader)[0]
         except ImageError as error:
             print_error(f"{photo}: {error}" if str(photo) not in str(error) else str(error))
             yield {**entry, "error": asdict(Failure.of(error))}

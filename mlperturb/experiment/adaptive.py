@@ -71,7 +71,7 @@ def _open(classifier: Classifier, attacked: Sequence[Attacked]) -> tuple[list[Ph
     photos, requests = [], []
     for one in attacked:
         try:
-            photo = None if one.clean is None else read_photo(one.clean)
+            photo = None if one.clean is None else read_photo(one.clean, over=classifier.preprocess.alpha)
         except ImageError:
             continue  # the sweep has reported it
         if photo is None or not one.flip:

@@ -275,10 +275,10 @@ def _look(
     """
     if one.problem is not None:
         raise ImageError(one.problem)
-    png = read_photo(one.adversarial).rgb
+    png = read_photo(one.adversarial, over=classifier.preprocess.alpha).rgb
     photo = None
     if one.clean is not None:
-        photo = read_photo(one.clean).rgb
+        photo = read_photo(one.clean, over=classifier.preprocess.alpha).rgb
     purified = [purification.apply(png) for purification in purifications]
     pixels: list[Pixels] = [png, *(rgb for rgb, _ in purified)]
     if photo is not None:

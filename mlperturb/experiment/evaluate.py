@@ -56,7 +56,7 @@ def predict_photos(
         rows, images = [], []
         for row in range(start, min(start + _BATCH, len(dataset))):
             try:
-                rgb = read_photo(dataset.paths[row]).rgb
+                rgb = read_photo(dataset.paths[row], over=classifier.preprocess.alpha).rgb
                 classifier.preprocess.check(rgb.shape[:2])
             except ImageError:
                 continue

@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlperturb.errors import CheckpointError
-from mlperturb.labels import check_labels
 from mlperturb.model.architectures import TIMM
 from mlperturb.model.architectures import build_network as build_network
 from mlperturb.model.architectures import check_architecture as check_architecture
 from mlperturb.model.architectures import default_preprocess as default_preprocess
 from mlperturb.model.bases import KEY, describe_base, differing, read_with_base
+from mlperturb.model.given import DEFAULT_THRESHOLD, Given
 from mlperturb.model.metadata import FORMAT as FORMAT
 from mlperturb.model.metadata import Metadata as Metadata
 from mlperturb.model.metadata import read_metadata as read_metadata
@@ -69,6 +69,8 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Metadat
     }
     if base is not None:
         tensors, described[KEY] = differing(tensors, base), describe_base(base)
+    if metadata.categories.of:
+        described["categories"] = json.dumps(asdict(metadata.categories))
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, described)
     write_file(path, data)
 
@@ -77,8 +79,9 @@ def load_checkpoint(
     path: Path,
     *,
     architecture: str | None = None,
-    labels: Sequence[str] | None = None,
-    preprocess: Preprocess | None = None,
+    labels: Sequence[str] | Path | None = None,
+    thresholds: object = None,
+    preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
     device: str = "cpu",
 ) -> tuple[Classifier, Metadata]:
     """Load a classifier, from our format, a plain state dict, or the folder of a timm model.
@@ -86,85 +89,88 @@ def load_checkpoint(
     Args:
         path: `.safetensors`, `.pt` or `.pth`, or a folder with a config.json.
         architecture: a torchvision classification model, or `timm/NAME`, for plain weights only.
-        labels: the label names, for plain weights, and for a folder that has none.
-        preprocess: how a photo becomes network input, in place of what the checkpoint says.
+        labels: the label names, for plain weights, and for a folder that has none; a list, or a file.
+        thresholds: in place of what the checkpoint says, see `given.read_thresholds`.
+        preprocess: how a photo becomes network input, in place of what the checkpoint says; some of the fields, as a
+            mapping or in a JSON file, replace those fields alone.
         device: where to put the classifier.
 
     Raises:
         CheckpointError: if the file is not a checkpoint, or does not fit the architecture and labels.
-        UsageError: if `labels` is not a list of names.
+        UsageError: if `labels`, `thresholds` or `preprocess` cannot be read.
     """
     from mlperturb.model.classifier import Classifier, fold_batch_norm
     from mlperturb.model.preprocess import Preprocess
 
+    metadata, build = _understand(path, architecture, Given.of(labels, thresholds, preprocess))
+    network, read = fold_batch_norm(build()), Preprocess.from_dict(metadata.preprocess)
+    classifier = Classifier(network, metadata.labels, metadata.thresholds, read, metadata.categories)
+    return classifier.to(device), metadata
+
+
+def describe_checkpoint(
+    path: Path,
+    *,
+    architecture: str | None = None,
+    labels: Sequence[str] | Path | None = None,
+    thresholds: object = None,
+    preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
+) -> Metadata:
+    """Return what `load_checkpoint` understands of a checkpoint; `Metadata.origin` says where each thing comes from.
+
+    Raises:
+        CheckpointError: if it is not a checkpoint, names no labels, or has preprocessing that we cannot express.
+        UsageError: if `labels`, `thresholds` or `preprocess` cannot be read.
+    """
+    return _understand(path, architecture, Given.of(labels, thresholds, preprocess))[0]
+
+
+def _understand(path: Path, architecture: str | None, given: Given) -> tuple[Metadata, Callable[[], nn.Module]]:
+    """Return what is known of a checkpoint, and the function that builds its network and fills it."""
     if path.is_dir():
         if architecture is not None:
             raise CheckpointError(f"expected no `architecture` for a folder, whose config.json names it: {path}")
-        network, metadata = _load_folder(path, labels, preprocess)
-        read = Preprocess.from_dict(metadata.preprocess)
-        classifier = Classifier(fold_batch_norm(network), metadata.labels, metadata.thresholds, read)
-        return classifier.to(device), metadata
-    if architecture is None and labels is None:
+        return _understand_folder(path, given)
+    if architecture is None and given.labels is None:
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path} is not .safetensors: for plain weights give `architecture` and `labels`")
-        metadata = read_metadata(path)
-    elif architecture is None or labels is None:
+        metadata = given.complete(read_metadata(path))
+    elif architecture is None or given.labels is None:
         raise CheckpointError("expected both `architecture` and `labels` for plain weights")
     else:
         check_architecture(architecture)
-        names = check_labels(labels)
-        thresholds = (0.5,) * len(names)
-        metadata = Metadata(architecture, names, thresholds, default_preprocess(architecture).to_dict())
-    if preprocess is not None:
-        metadata = replace(metadata, preprocess=preprocess.to_dict())
+        metadata = _describe_plain(path, architecture, given.labels, given)
     build = partial(build_network, metadata.architecture, len(metadata.labels))
-    network = _build_filled(build, path, len(metadata.labels))
-    read = Preprocess.from_dict(metadata.preprocess)
-    return Classifier(fold_batch_norm(network), metadata.labels, metadata.thresholds, read).to(device), metadata
+    return metadata, partial(_build_filled, build, path, len(metadata.labels))
 
 
-def describe_folder(
-    folder: Path, labels: Sequence[str] | None = None, preprocess: Preprocess | None = None
-) -> Metadata:
-    """Return what is known of the folder of a timm model; `provenance` says where each thing comes from.
-
-    Args:
-        folder: with a config.json.
-        labels: the names, where the folder has none.
-        preprocess: in place of what config.json says.
-
-    Raises:
-        CheckpointError: if it is not such a folder, names no labels, or has preprocessing that we cannot express.
-    """
-    from mlperturb.model.folders import read_config
-
-    return _describe(folder, read_config(folder), labels, preprocess)
+def _describe_plain(path: Path, architecture: str, labels: tuple[str, ...], given: Given) -> Metadata:
+    """Return what is known of plain weights."""
+    thresholds = (DEFAULT_THRESHOLD,) * len(labels)
+    read, source = given.merge(lambda: default_preprocess(architecture), f"the architecture {architecture}")
+    origin = {"weights": path.name, "labels": "given", "preprocess": source}
+    origin["thresholds"] = f"{DEFAULT_THRESHOLD}: plain weights record none"
+    metadata = Metadata(
+        architecture, labels, thresholds, read.to_dict(), {"origin": origin}, categories=given.categories
+    )
+    return replace(given, preprocess=None).complete(metadata)
 
 
-def _describe(
-    folder: Path, config: Mapping[str, Any], labels: Sequence[str] | None, preprocess: Preprocess | None
-) -> Metadata:
-    """Return what is known of the folder of a timm model with this config.json."""
-    from mlperturb.model.folders import find_weights, read_names, timm_preprocess
-
-    names, weights = read_names(folder, config, labels), find_weights(folder)
-    source = "config.json" if preprocess is None else "given"
-    read = timm_preprocess(config) if preprocess is None else preprocess
-    origin = {"weights": weights.name, **names.origin, "preprocess": source}
-    architecture = TIMM + config["architecture"]
-    return Metadata(architecture, names.labels, names.thresholds, read.to_dict(), {"origin": origin})
-
-
-def _load_folder(
-    folder: Path, labels: Sequence[str] | None, preprocess: Preprocess | None
-) -> tuple[nn.Module, Metadata]:
-    """Return the network of the folder of a timm model, and what is known of it."""
-    from mlperturb.model.folders import build_timm, find_weights, read_config
+def _understand_folder(folder: Path, given: Given) -> tuple[Metadata, Callable[[], nn.Module]]:
+    """Return what is known of the folder of a timm model, and the function that builds its network and fills it."""
+    from mlperturb.model.folders import build_timm, find_weights, read_config, read_names, timm_preprocess
 
     config = read_config(folder)
-    metadata = _describe(folder, config, labels, preprocess)
+    names = read_names(folder, config, given.labels, given.thresholds, given.categories)
+    weights = find_weights(folder)
+    read, source = given.merge(lambda: timm_preprocess(config), "config.json")
+    origin = {"weights": weights.name, **names.origin, "preprocess": source}
+    metadata = Metadata(
+        TIMM + config["architecture"], names.labels, names.thresholds, read.to_dict(), {"origin": origin},
+        categories=names.categories,
+    )  # fmt: skip
     outputs = len(metadata.labels)
-    return _build_filled(partial(build_timm, config, outputs), find_weights(folder), outputs), metadata
+    return metadata, partial(_build_filled, partial(build_timm, config, outputs), weights, outputs)
 
 
 def _build_filled(build: Callable[..., nn.Module], path: Path, outputs: int) -> nn.Module:

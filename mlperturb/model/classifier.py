@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mlperturb.errors import CheckpointError, UsageError
-from mlperturb.labels import check_labels
-from mlperturb.model.preprocess import Preprocess, Resizer, Size, pad_batch
+from mlperturb.labels import Categories, check_labels
+from mlperturb.model.preprocess import LUMA, Preprocess, Resizer, Size, pad_batch
 
 
 class Classifier(nn.Module):
@@ -27,6 +27,7 @@ class Classifier(nn.Module):
         labels: L distinct names.
         thresholds: t_j on the probabilities, each inside (0, 1); 0.5 for every label if None.
         preprocess: how a photo becomes network input.
+        categories: of the labels, for requests such as `category:4`.
 
     Raises:
         UsageError: if `labels` is not a list of names.
@@ -41,15 +42,19 @@ class Classifier(nn.Module):
         labels: Sequence[str],
         thresholds: Sequence[float] | None = None,
         preprocess: Preprocess | None = None,
+        categories: Categories | None = None,
     ) -> None:
         super().__init__()
         self.labels = check_labels(labels)
         self.thresholds = tuple(thresholds) if thresholds is not None else (0.5,) * len(self.labels)
         self.preprocess = preprocess or Preprocess()
+        self.categories = categories or Categories()
         if len(set(self.labels)) != len(self.labels) or not self.labels:
             raise CheckpointError(f"expected distinct label names, got {list(self.labels)!r:.200}")
         if len(self.thresholds) != len(self.labels):
             raise CheckpointError(f"expected {len(self.labels)} thresholds, got {len(self.thresholds)}")
+        if len(self.categories.of) not in (0, len(self.labels)):
+            raise CheckpointError(f"expected {len(self.labels)} categories, got {len(self.categories.of)}")
         if not all(0 < threshold < 1 for threshold in self.thresholds):
             raise CheckpointError("expected thresholds inside (0, 1), got " + repr(list(self.thresholds))[:200])
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -73,6 +78,8 @@ class Classifier(nn.Module):
         """Return the logits, (N, L), of network input in RGB order, (N, 3, h, w)."""
         if self.preprocess.channels == "bgr":
             inputs = inputs.flip(1)
+        elif self.preprocess.channels == "grey":
+            inputs = torch.einsum("c,nchw->nhw", inputs.new_tensor(LUMA), inputs).unsqueeze(1)
         logits: Tensor = self.network(inputs.contiguous(memory_format=torch.channels_last))
         return logits
 

@@ -6,16 +6,17 @@ folder does not record is asked for; where a default is taken, `Metadata.provena
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlperturb.errors import CheckpointError
-from mlperturb.labels import check_labels
+from mlperturb.errors import CheckpointError, UsageError
+from mlperturb.labels import Categories, check_labels
 from mlperturb.model.architectures import create_timm
+from mlperturb.model.given import DEFAULT_THRESHOLD, Thresholds, read_table, read_threshold_table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,11 +35,15 @@ class Names:
         labels: L names.
         thresholds: L decision thresholds on the probabilities, inside (0, 1).
         origin: the file or field that each comes from, for `Metadata.provenance`.
+        categories: of the labels, if a table has them.
+        assumed: whether the thresholds are the default, because nothing records any.
     """
 
     labels: tuple[str, ...]
     thresholds: tuple[float, ...]
     origin: dict[str, str]
+    categories: Categories = Categories()
+    assumed: bool = False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -66,25 +71,35 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_names(folder: Path, config: Mapping[str, Any], labels: Sequence[str] | None = None) -> Names:
-    """Return the labels and thresholds of a folder.
+def read_names(
+    folder: Path,
+    config: Mapping[str, Any],
+    labels: Sequence[str] | None = None,
+    thresholds: Thresholds | None = None,
+    categories: Categories | None = None,
+) -> Names:
+    """Return the labels, categories and thresholds of a folder.
+
+    Thresholds stand in the column `best_threshold` of selected_tags.csv, or in thresholds.csv, by category or label.
 
     Args:
         folder: of a timm model.
         config: its config.json.
-        labels: the names, where the folder has none.
+        labels: the names, in place of the folder's.
+        thresholds: in place of the folder's.
+        categories: of the names given.
 
     Raises:
         CheckpointError: if the folder names no labels and none are given, or their number or thresholds are wrong.
+        UsageError: if the thresholds given do not fit the labels.
     """
     path = folder / "selected_tags.csv"
-    values: list[str] | None = None
+    rows: list[dict[str, str]] = []
     if labels is not None:
         names, origin = check_labels(labels), "given"
     elif path.is_file():
-        rows = _read_table(path)
+        rows = _read_tags(path)
         names, origin = tuple(row.get("name") or "" for row in rows), path.name
-        values = [row.get("best_threshold") or "" for row in rows] if "best_threshold" in rows[0] else None
     else:
         names, origin = _config_names(config), "config.json"
     count = _outputs(config)
@@ -94,15 +109,55 @@ def read_names(folder: Path, config: Mapping[str, Any], labels: Sequence[str] | 
         raise CheckpointError(f"expected distinct label names in {origin} of {folder}")
     if count is not None and count != len(names):
         raise CheckpointError(f"expected {count} labels, one for each output of {folder}, got {len(names)} ({origin})")
+    known = categories or _categories(folder, rows)
+    if thresholds is not None:
+        return Names(names, thresholds.of(names, known), {"labels": origin, "thresholds": thresholds.source}, known)
+    values, source = _thresholds(folder, names, rows, known)
     if values is None:
-        return Names(names, (0.5,) * len(names), {"labels": origin, "thresholds": "0.5: the folder records none"})
-    try:
-        thresholds = tuple(float(value) for value in values)
-    except ValueError as error:
-        raise CheckpointError(f"expected numbers in `best_threshold` of {path}") from error
-    if not all(0 < value < 1 for value in thresholds):
-        raise CheckpointError(f"expected `best_threshold` inside (0, 1) in {path}")
-    return Names(names, thresholds, {"labels": origin, "thresholds": f"best_threshold of {path.name}"})
+        values = (DEFAULT_THRESHOLD,) * len(names)
+        return Names(names, values, {"labels": origin, "thresholds": source}, known, assumed=True)
+    return Names(names, values, {"labels": origin, "thresholds": source}, known)
+
+
+def _categories(folder: Path, rows: Sequence[Mapping[str, str]]) -> Categories:
+    """Return the categories of selected_tags.csv; their names, where thresholds.csv or categories.json has them."""
+    if not rows or "category" not in rows[0]:
+        return Categories()
+    names: dict[str, str] = {}
+    with suppress(UsageError):  # of a table that is damaged; it is reported when thresholds are taken from it
+        if (folder / "thresholds.csv").is_file():
+            names |= read_threshold_table(folder / "thresholds.csv").names
+    with suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
+        for one in json.loads((folder / "categories.json").read_text(encoding="utf-8-sig")):
+            names[str(one["category"])] = str(one["name"])
+    return Categories(tuple(row["category"] or "" for row in rows), names)
+
+
+def _thresholds(
+    folder: Path, labels: tuple[str, ...], rows: Sequence[Mapping[str, str]], categories: Categories
+) -> tuple[tuple[float, ...] | None, str]:
+    """Return the thresholds that a folder records, if any, and where they come from.
+
+    Raises:
+        CheckpointError: if they are damaged, or a label lacks its threshold.
+    """
+    table = folder / "thresholds.csv"
+    if rows and "best_threshold" in rows[0]:
+        path = folder / "selected_tags.csv"
+        try:
+            values = tuple(float(row["best_threshold"] or "") for row in rows)
+        except ValueError as error:
+            raise CheckpointError(f"expected numbers in `best_threshold` of {path}") from error
+        if not all(0 < value < 1 for value in values):
+            raise CheckpointError(f"expected `best_threshold` inside (0, 1) in {path}")
+        return values, f"best_threshold of {path.name}"
+    if table.is_file():
+        try:
+            found = read_threshold_table(table)
+            return found.of(labels, categories), found.source
+        except UsageError as error:
+            raise CheckpointError(f"{error}; of {folder}") from error
+    return None, f"{DEFAULT_THRESHOLD}: the folder records none"
 
 
 def timm_preprocess(config: Mapping[str, Any]) -> Preprocess:
@@ -171,14 +226,13 @@ def find_weights(folder: Path) -> Path:
     raise CheckpointError(f"expected {' or '.join(_WEIGHTS)} in {folder}")
 
 
-def _read_table(path: Path) -> list[dict[str, str]]:
+def _read_tags(path: Path) -> list[dict[str, str]]:
     """Return the rows of a table that has a column `name`."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not rows or "name" not in rows[0]:
+        rows = read_table(path)
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
+    if "name" not in rows[0]:
         raise CheckpointError(f"expected a table with a column `name` in {path}")
     return rows
 

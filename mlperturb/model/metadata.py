@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlperturb.errors import CheckpointError
+from mlperturb.labels import Categories
 
 FORMAT = "mlperturb.checkpoint/1"
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -32,6 +33,7 @@ class Metadata:
         preprocess: the fields of `preprocess.Preprocess`.
         provenance: command, data, initial weights and their licence.
         metrics: the metrics of Table III, by data set and by label.
+        categories: of the labels, if they have any.
     """
 
     architecture: str
@@ -40,6 +42,13 @@ class Metadata:
     preprocess: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    categories: Categories = Categories()
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The file, field or option that the labels, thresholds and so on come from, as far as it is known."""
+        found = self.provenance.get("origin")
+        return found if isinstance(found, dict) else {}
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -60,6 +69,7 @@ def read_metadata(path: Path) -> Metadata:
         thresholds = tuple(float(value) for value in _list(_parse(values["thresholds"])))
         rest = {name: _parse(values[name]) for name in ("preprocess", "provenance", "metrics")}
         architecture = str(values["architecture"])
+        categories = _read_categories(_parse(values["categories"])) if "categories" in values else Categories()
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
     if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
@@ -72,7 +82,19 @@ def read_metadata(path: Path) -> Metadata:
         raise CheckpointError(f"{path} has damaged metadata: nested more than {_MAX_DEPTH} deep")
     if not all(isinstance(value, dict) for value in rest.values()):
         raise CheckpointError(f"{path} has damaged metadata: expected objects, got {rest!r:.200}")
-    return Metadata(architecture, labels, thresholds, **rest)
+    if len(categories.of) not in (0, len(labels)):
+        raise CheckpointError(f"{path} has damaged metadata: expected {len(labels)} categories")
+    return Metadata(architecture, labels, thresholds, **rest, categories=categories)
+
+
+def _read_categories(value: object) -> Categories:
+    """Return categories as `save_checkpoint` writes them."""
+    if not isinstance(value, dict):
+        raise TypeError(f"expected categories, got {value!r:.80}")
+    names = value["names"]
+    if not isinstance(names, dict):
+        raise TypeError(f"expected names of categories, got {names!r:.80}")
+    return Categories(tuple(map(str, _list(value["of"]))), {str(key): str(name) for key, name in names.items()})
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ constant, `Resizer.offset`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlperturb.errors import CheckpointError, ImageError, UsageError
+from mlperturb.model.given import DEFAULT_FIELDS
 from mlperturb.model.linear import Banded, Dense, Pair, bind_map, resize
 from mlperturb.model.readers import DEFAULT_READERS, parse_readers
 
@@ -30,7 +31,9 @@ Size = tuple[int, int]
 MAX_SIDE = 4096  # pixels of the resized photo
 MAX_WORK = 2**29  # side * max(side, resized side): a side of 23,000 pixels, some seconds
 FITS = ("stretch", "cover", "contain")
-_LATER: dict[str, object] = {"fit": "stretch", "square": False, "fill": (255, 255, 255), "channels": "rgb"}
+CHANNELS = ("rgb", "bgr", "grey")
+LUMA = (0.299, 0.587, 0.114)  # the shares of R, G, B in the grey of ITU-R 601, which Pillow, OpenCV and JPEG use
+_REQUIRED = {"resize", "crop", "mean", "std", "interpolation"}  # checkpoints of 0.1.0 name no readers
 _STRIP = 2**24  # numbers in a strip of unit images
 
 
@@ -49,7 +52,10 @@ class Preprocess:
             photo: a border fills it.
         square: whether a border makes the photo square before it is resized.
         fill: the 8-bit R, G, B of a border.
-        channels: the order of the network's channels, `rgb` or `bgr`; `mean`, `std` and `fill` are in RGB order always.
+        channels: the network's channels, `rgb`, `bgr` or `grey`: a single channel, `LUMA` of the resized photo, for
+            which the means must be equal, and the stds too. `mean`, `std` and `fill` are in RGB order always.
+        alpha: the 8-bit R, G, B that a transparent photo is laid over before all else; None if the network's programs
+            ignore transparency, and see the colours under it.
         readers: names of the readers of the checkpoint's users, see `mlperturb.model.readers`.
 
     Raises:
@@ -66,6 +72,7 @@ class Preprocess:
     square: bool = False
     fill: tuple[int, int, int] = (255, 255, 255)
     channels: str = "rgb"
+    alpha: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         resize = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
@@ -94,10 +101,15 @@ class Preprocess:
             raise CheckpointError(f"expected fit {', '.join(FITS)}, got {self.fit!r:.60}")
         if self.fit != "stretch" and (isinstance(self.resize, int) or self.crop is None):
             raise CheckpointError(f"expected a height and width to resize to, and a crop, with fit {self.fit}")
-        if self.channels not in ("rgb", "bgr"):
-            raise CheckpointError(f"expected channels rgb or bgr, got {self.channels!r:.60}")
-        if len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill):
-            raise CheckpointError(f"expected 3 values from 0 to 255 for fill, got {self.fill}")
+        if self.channels not in CHANNELS:
+            raise CheckpointError(f"expected channels {', '.join(CHANNELS)}, got {self.channels!r:.60}")
+        if self.channels == "grey" and (len({*self.mean}) > 1 or len({*self.std}) > 1):
+            raise CheckpointError(
+                f"expected one mean and one std, three times, of one channel, got {self.mean}, {self.std}"
+            )
+        for name, colour in (("fill", self.fill), ("alpha", self.alpha or (0, 0, 0))):
+            if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
+                raise CheckpointError(f"expected 3 values from 0 to 255 for {name}, got {colour}")
 
     @property
     def output_size(self) -> Size:
@@ -196,7 +208,30 @@ class Preprocess:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, for the metadata of a checkpoint; fields of 0.2.0 only where they say something."""
         values = asdict(self)
-        return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
+        return {
+            name: value for name, value in values.items() if name not in DEFAULT_FIELDS or value != DEFAULT_FIELDS[name]
+        }
+
+    @classmethod
+    def _named(cls) -> str:
+        return ", ".join(sorted(cls.__dataclass_fields__))
+
+    @classmethod
+    def check_fields(cls, values: Mapping[str, object]) -> None:
+        """Refuse fields that there are not.
+
+        Raises:
+            CheckpointError: if there is one; the message names it and all that there are.
+        """
+        unknown = sorted(map(str, set(values) - set(cls.__dataclass_fields__)))
+        if unknown:
+            shown = ", ".join(unknown)
+            raise CheckpointError(f"unknown fields of `preprocess`: {shown:.200}: expected some of {cls._named()}")
+
+    @staticmethod
+    def is_complete(values: Mapping[str, object]) -> bool:
+        """Say whether all fields without a default are there."""
+        return values.keys() >= _REQUIRED
 
     @classmethod
     def from_dict(cls, values: object) -> Preprocess:
@@ -205,10 +240,14 @@ class Preprocess:
         Raises:
             CheckpointError: if a field is missing, unknown or out of range.
         """
-        names = set(cls.__dataclass_fields__)
-        optional = {"readers", *_LATER}  # checkpoints of 0.1.0 name no readers
-        if not isinstance(values, dict) or set(values) | optional != names:
-            raise CheckpointError(f"expected preprocessing with the fields {sorted(names)}, got {values!r:.200}")
+        if not isinstance(values, dict):
+            raise CheckpointError(f"expected preprocessing with the fields {cls._named()}, got {values!r:.200}")
+        cls.check_fields(values)
+        if not cls.is_complete(values):
+            missing = sorted(_REQUIRED - values.keys())
+            raise CheckpointError(
+                f"expected preprocessing with the fields {', '.join(missing)} too, got {values!r:.200}"
+            )
         try:
             resize, crop = values["resize"], values["crop"]
             return cls(
@@ -222,6 +261,7 @@ class Preprocess:
                 square=_truth(values.get("square", False)),
                 fill=_colour(values.get("fill", (255, 255, 255))),
                 channels=str(values.get("channels", "rgb")),
+                alpha=None if values.get("alpha") is None else _colour(values["alpha"]),
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"expected preprocessing fields of the right types, got {values!r:.200}") from error

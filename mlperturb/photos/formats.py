@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mlperturb.errors import ImageError, OutputError
-from mlperturb.photos.images import Beside, Photo, Pixels, read_photo
+from mlperturb.photos.images import Beside, Colour, Photo, Pixels, read_photo
 from mlperturb.photos.jpeg import Plane, make_jpeg, orientation_of, read_jpeg, turn_upright
 from mlperturb.photos.kinds import FileFormat
 from mlperturb.system.files import write_file
@@ -25,7 +25,13 @@ _EFFORT = 50  # of 100, WebP's search for a small file
 _LONGEST_WEBP = 16383  # pixels of a side
 
 
-def open_photo(source: Path, name: str, form: FileFormat, room: Callable[[int], None] = lambda _: None) -> Photo:
+def open_photo(
+    source: Path,
+    name: str,
+    form: FileFormat,
+    over: Colour | None = None,
+    room: Callable[[int], None] = lambda _: None,
+) -> Photo:
     """Decode a photo for the file that is to be made of it; with its coefficients if that is a JPEG file.
 
     Args:
@@ -33,6 +39,7 @@ def open_photo(source: Path, name: str, form: FileFormat, room: Callable[[int], 
         name: the name of the file to be made.
         form: its `quality` is that of a JPEG made of a photo in another format, or whose coefficients cannot be
             written again.
+        over: see `read_photo`.
         room: see `read_photo`.
 
     Raises:
@@ -40,8 +47,8 @@ def open_photo(source: Path, name: str, form: FileFormat, room: Callable[[int], 
         UsageError: if a JPEG is to be written and jpeglib is not installed.
     """
     if not name.endswith(".jpg"):
-        return read_photo(source, room=room)
-    photo = read_photo(source, whole=True, room=room)
+        return read_photo(source, over=over, room=room)
+    photo = read_photo(source, whole=True, over=over, room=room)
     data, photo = photo.data or b"", replace(photo, data=None)
     try:
         jpeg = read_jpeg(data) if data.startswith(b"\xff\xd8") else None

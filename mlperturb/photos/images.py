@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlperturb.photos.jpeg import Jpeg
 
 Pixels = npt.NDArray[np.uint8]
+Colour = tuple[int, int, int]
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"} | {".avif", ".heic", ".heif"}
@@ -170,7 +171,9 @@ def _walk(folder: Path, *, recursive: bool) -> Iterator[Path]:
                     yield path
 
 
-def read_photo(path: Path, *, whole: bool = False, room: Callable[[int], None] = lambda _: None) -> Photo:
+def read_photo(
+    path: Path, *, whole: bool = False, over: Colour | None = None, room: Callable[[int], None] = lambda _: None
+) -> Photo:
     """Decode a photo to upright 8-bit RGB, and its alpha channel if it has one.
 
     16-bit samples are scaled to 8 bits; palettes, greys and CMYK are converted; an animation gives its first frame.
@@ -178,6 +181,7 @@ def read_photo(path: Path, *, whole: bool = False, room: Callable[[int], None] =
     Args:
         path: the file.
         whole: whether to keep the file itself, as `Photo.data`.
+        over: the 8-bit R, G, B that a transparent photo is laid over, see `lay_over`; None to leave it as it is.
         room: called with the number of pixels, which the header says, before they are decoded; it may wait.
 
     Raises:
@@ -197,7 +201,7 @@ def read_photo(path: Path, *, whole: bool = False, room: Callable[[int], None] =
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, and of sizes, which are checked here more strictly
-            photo = _decode(path, data, room)
+            photo = lay_over(_decode(path, data, room), over)
         return replace(photo, data=data) if whole else photo
     except ImageError:
         raise
@@ -241,6 +245,18 @@ def _heif(path: Path, data: bytes) -> list[str]:
         raise ImageError(f"{path} is a HEIC file: expected pillow-heif: pip install 'mlperturb[heif]'") from error
     pillow_heif.register_heif_opener()
     return ["HEIF"]
+
+
+def lay_over(photo: Photo, colour: Colour | None) -> Photo:
+    """Return a photo with alpha as Pillow lays it over a colour, 8-bit R, G, B, without alpha; else the photo."""
+    if colour is None or photo.alpha is None:
+        return photo
+    image = Image.new("RGBA", (photo.rgb.shape[1], photo.rgb.shape[0]), (*colour, 255))
+    image.alpha_composite(Image.fromarray(np.dstack([photo.rgb, photo.alpha])))
+    rgb = np.array(image.convert("RGB"))
+    grey = photo.grey and len(set(colour)) == 1
+    note = f"alpha: laid over {', '.join(map(str, colour))} and dropped, as the network reads it"
+    return replace(photo, rgb=rgb, alpha=None, grey=grey, notes=(*photo.notes, note))
 
 
 def convert_photo(image: Image.Image, digest: str) -> Photo:

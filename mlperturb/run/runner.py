@@ -220,7 +220,7 @@ def _batches(
 def _read(job: Job, room: Callable[[int], None], *, settings: Settings, preprocess: Preprocess) -> Photo | Record:
     """Decode a photo; return a record with the error if it cannot be decoded or resized, or the region misses it."""
     try:
-        photo = open_photo(job.source, job.adversarial, settings.format, room)
+        photo = open_photo(job.source, job.adversarial, settings.format, preprocess.alpha, room)
     except ImageError as error:
         return Record(source=str(job.source), error=Failure.of(error))
     try:

@@ -351,6 +351,7 @@ def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Goal:
     fixed = torch.zeros_like(targets.flip)
     for row, request in enumerate(requests):
         fixed[row, [*request.keep, *request.add, *request.remove]] = True
+        fixed[row] |= targets.keep[row]  # the labels that are present, where those are kept
         fixed[row] |= not request.any_label
     rest = torch.tensor([request.keep_rest for request in requests], device=fixed.device).unsqueeze(1)
     spare = MAX_COMPARED if problem.limit is None else problem.limit // 3

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlperturb.attacks.methods import DEFAULT_METHOD, find_method
 from mlperturb.errors import UsageError
-from mlperturb.labels import Request, parse_request
+from mlperturb.labels import Categories, Request, parse_request
 from mlperturb.limits import MARGIN, Limits, is_number
 from mlperturb.model.readers import DEFAULT_READERS, Reader, parse_readers
 from mlperturb.photos.jpeg import load_jpeglib
@@ -24,7 +24,7 @@ class Words:
 
     Attributes:
         flip: labels to reverse, `all` or `any`; `parse_request` reads these four lists.
-        keep: labels whose decisions must stay, or `rest`.
+        keep: labels whose decisions must stay, `rest` or `present`.
         add: labels to be present.
         remove: labels to be absent.
         survive: compressions that the result is to survive, see `parse_survival`.
@@ -188,6 +188,7 @@ def read_settings(
     format: str = "png",
     keep_metadata: bool = False,
     options: dict[str, str | None] | None = None,
+    categories: Categories | None = None,
 ) -> Settings:
     """Read the settings from the user's words.
 
@@ -203,12 +204,15 @@ def read_settings(
         format: the format of the adversarial photos, see `parse_format`.
         keep_metadata: see `Settings`.
         options: options of the method, see `attacks.CHOICES`.
+        categories: of the labels, if they have any.
 
     Raises:
         LabelError: if a label is unknown, or is named in two sets.
         UsageError: if another setting cannot be read or carried out.
     """
-    request = parse_request(labels, flip=words.flip, keep=words.keep, add=words.add, remove=words.remove)
+    request = parse_request(
+        labels, flip=words.flip, keep=words.keep, add=words.add, remove=words.remove, categories=categories
+    )
     return Settings(
         method,
         budget,
