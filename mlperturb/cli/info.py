@@ -81,7 +81,7 @@ def _describe(source: Source, metadata: Metadata, chosen: Sequence[int], *, narr
 def _origin(metadata: Metadata) -> dict[str, str]:
     """Return where each thing that is understood comes from."""
     own = dict.fromkeys(("labels", "thresholds", "preprocess"), "the checkpoint") | metadata.origin
-    return {**own, "readers": own["preprocess"] if "readers" in metadata.preprocess else "the default"}
+    return {"readers": "the checkpoint" if "readers" in metadata.preprocess else "the default", **own}
 
 
 def _print_labels(metadata: Metadata, chosen: Sequence[int], *, narrowed: bool) -> None:

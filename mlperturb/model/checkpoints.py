@@ -148,7 +148,7 @@ def _describe_plain(path: Path, architecture: str, labels: tuple[str, ...], give
     """Return what is known of plain weights."""
     thresholds = (DEFAULT_THRESHOLD,) * len(labels)
     read, source = given.merge(lambda: default_preprocess(architecture), f"the architecture {architecture}")
-    origin = {"weights": path.name, "labels": "given", "preprocess": source}
+    origin = {"weights": path.name, "labels": "given", "preprocess": source, "readers": given.readers}
     origin["thresholds"] = f"{DEFAULT_THRESHOLD}: plain weights record none"
     metadata = Metadata(
         architecture, labels, thresholds, read.to_dict(), {"origin": origin}, categories=given.categories
@@ -164,7 +164,7 @@ def _understand_folder(folder: Path, given: Given) -> tuple[Metadata, Callable[[
     names = read_names(folder, config, given.labels, given.thresholds, given.categories)
     weights = find_weights(folder)
     read, source = given.merge(lambda: timm_preprocess(config), "config.json")
-    origin = {"weights": weights.name, **names.origin, "preprocess": source}
+    origin = {"weights": weights.name, **names.origin, "preprocess": source, "readers": given.readers}
     metadata = Metadata(
         TIMM + config["architecture"], names.labels, names.thresholds, read.to_dict(), {"origin": origin},
         categories=names.categories,

@@ -117,6 +117,14 @@ class Given:
             read_preprocess(preprocess) if isinstance(preprocess, Path) else preprocess,
         )
 
+    @property
+    def readers(self) -> str:
+        """Where the readers come from, if the checkpoint names none."""
+        named = self.preprocess is not None and (
+            not isinstance(self.preprocess, Mapping) or "readers" in self.preprocess
+        )
+        return "given" if named else "the default"
+
     def merge(self, base: Callable[[], Preprocess], source: str) -> tuple[Preprocess, str]:
         """Return the preprocessing, and in words where it comes from.
 
@@ -160,6 +168,7 @@ class Given:
             from mlperturb.model.preprocess import Preprocess
 
             own = metadata.preprocess
+            origin |= {"readers": self.readers} if self.readers == "given" or "readers" not in own else {}
             read, origin["preprocess"] = self.merge(lambda: Preprocess.from_dict(own), "the checkpoint")
             metadata = replace(metadata, preprocess=read.to_dict())
         if origin == metadata.origin:

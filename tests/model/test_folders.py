@@ -69,6 +69,7 @@ def test_logits_of_odd_photos_equal_those_of_timm(folder, network):
     assert set(classifier.thresholds) == {0.5}
     assert metadata.provenance["origin"] == {
         "preprocess": "config.json",
+        "readers": "the default",
         "labels": "selected_tags.csv",
         "thresholds": "0.5: the folder records none",
         "weights": "model.safetensors",
