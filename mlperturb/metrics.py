@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mlperturb.targets import decide
 
+_PAIRWISE = 128  # labels up to which `kendall_tau` compares all pairs at once
+
 
 @dataclass(frozen=True)
 class Distortion:
@@ -100,11 +102,33 @@ def auc(scores: Tensor, truth: Tensor) -> Tensor:
 
 def kendall_tau(scores: Tensor, ranks: Tensor) -> Tensor:
     """Return Kendall's tau_b of each row's scores against y^tau, (N, L) each -> (N,); NaN if a row is constant."""
+    if scores.shape[1] > _PAIRWISE:
+        return _kendall_tau_of_many(scores, ranks)
     score_signs = (scores.unsqueeze(2) - scores.unsqueeze(1)).sign()
     rank_signs = (ranks.unsqueeze(2) - ranks.unsqueeze(1)).sign().to(score_signs.dtype)
     agreement = (score_signs * rank_signs).sum((1, 2))
     untied = score_signs.abs().sum((1, 2)) * rank_signs.abs().sum((1, 2))
     return agreement / untied.sqrt()
+
+
+def _kendall_tau_of_many(scores: Tensor, ranks: Tensor) -> Tensor:
+    """Return `kendall_tau` in memory that grows with L, not with its square: pairs are counted rank by rank."""
+    count = scores.shape[1]
+    everyone = torch.ones_like(scores, dtype=torch.bool)
+    tied = _at_least(scores, everyone) - _above(scores, everyone)
+    untied_scores = (count - tied).sum(1)
+    agreement = torch.zeros_like(untied_scores)
+    untied_ranks = torch.full_like(untied_scores, float(count) ** 2)
+    values = ranks.unique()
+    for place, rank in enumerate(values):
+        here = ranks == rank
+        untied_ranks -= here.sum(1).double().square()
+        if place < len(values) - 1:  # entries of a higher rank that score more, less those that score less
+            higher = ranks > rank
+            balance = _above(scores, higher) + _at_least(scores, higher) - higher.sum(1, keepdim=True)
+            agreement += 2 * torch.where(here, balance, 0.0).sum(1)
+    tau = agreement / (untied_scores * untied_ranks).sqrt()
+    return tau.masked_fill(scores.isnan().any(1), torch.nan).to(scores.dtype)
 
 
 def classifier_metrics(logits: Tensor, truth: Tensor, boundary: Tensor, labels: tuple[str, ...]) -> dict[str, object]:

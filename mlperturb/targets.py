@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -41,12 +42,12 @@ class Targets:
         if bool((self.flip & self.keep).any()):
             raise UsageError("expected disjoint sets A and B, got a label in both")
 
-    @property
+    @cached_property
     def desired(self) -> Tensor:
         """y*: y with the signs of A reversed, (N, L)."""
         return torch.where(self.flip, -self.truth, self.truth)
 
-    @property
+    @cached_property
     def constrained(self) -> Tensor:
         """A u B, boolean, (N, L)."""
         return self.flip | self.keep
@@ -61,10 +62,24 @@ class Targets:
 
         No other code decides whether a constraint holds. f_j >= t_j is decided as z_j >= logit(t_j). A NaN never holds.
         """
-        right = torch.where(
-            self.desired > 0, logits >= self.boundary + self.margin, logits < self.boundary - self.margin
-        )
-        return right | ~self.constrained
+        wanted, unwanted, free = self._sides
+        above, below = logits >= self.boundary + self.margin, logits < self.boundary - self.margin
+        return above.logical_and_(wanted).logical_or_(below.logical_and_(unwanted)).logical_or_(free)
+
+    def hold_all(self, logits: Tensor) -> Tensor:
+        """Say for which images every constraint holds, (N,); `holds(logits).all(1)`, ten times as fast."""
+        return self.holds(logits).view(torch.uint8).amin(1).bool()
+
+    @cached_property
+    def _sides(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The labels that are to be present, that are to be absent, and those outside A u B, boolean, (N, L) each."""
+        wanted = self.desired > 0
+        return wanted, ~wanted, ~self.constrained
+
+    @cached_property
+    def _outside(self) -> Tensor:
+        """-inf outside A u B, else 0, (N, L): a sum is faster than a fill."""
+        return torch.zeros_like(self.truth).masked_fill_(~self.constrained, -torch.inf)
 
     def violations(self, logits: Tensor, space: Space = "logit") -> Tensor:
         """Return y'_j F'_j - c_j of Eq. 4: positive where a constraint is violated, (N, L), -inf outside A u B.
@@ -78,7 +93,7 @@ class Targets:
         else:
             edge = torch.sigmoid(self.boundary + self.desired * self.margin)
             distance = self.desired * (edge - torch.sigmoid(logits))
-        return distance.masked_fill(~self.constrained, -torch.inf)
+        return distance + self._outside
 
     def select(self, rows: Tensor) -> Targets:
         """Return the targets of some images of the batch."""

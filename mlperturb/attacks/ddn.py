@@ -284,7 +284,7 @@ def _look(
         leaf = images = _perturbed(problem, walk, lattice=lattice).requires_grad_()
         logits = problem.logits(images) if view is None else problem.look(images, view)
     violations = problem.goal.violations(logits)
-    present = violations.isfinite()
+    present = violations.detach().abs() < torch.inf
     violations = violations.masked_fill(~present, 0.0)
     known, computed = logits.detach(), None
     if panel is not None and view is not None:
@@ -390,7 +390,9 @@ def count_first(violations: Tensor, following: Tensor) -> Tensor:
 
     Args:
         violations: v, (n, J).
-        following: the number of violated constraints to push, (n,).
+        following: the number of violated constraints to push, 1 to `_NEXT`, (n,).
     """
-    held = (violations <= 0).sum(1)
-    return violations.argsort(1).argsort(1) < (held + following).unsqueeze(1)
+    violated = torch.where(violations > 0, violations, torch.inf)  # a NaN is not pushed
+    nearest = violated.topk(min(_NEXT, violated.shape[1]), dim=1, largest=False).values
+    last = nearest.gather(1, (following - 1).clamp(max=nearest.shape[1] - 1).unsqueeze(1))
+    return violations <= last

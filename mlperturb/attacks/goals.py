@@ -70,7 +70,7 @@ class ClassificationGoal:
 
     def met(self, logits: Tensor) -> Tensor:
         """Say for which images every constraint holds, (N,)."""
-        return self.targets.holds(logits).all(1)
+        return self.targets.hold_all(logits)
 
     def score(self, logits: Tensor) -> Tensor:
         """Count the constraints that hold, (N,)."""

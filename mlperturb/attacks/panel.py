@@ -190,18 +190,19 @@ def verify(
         now = torch.where(found, problem.affordable(2 * count) & panel.may_look(problem), problem.affordable(count))
         panel.defer(problem, due & found & ~now, images, logits, views, length)
         due = due & now
+    fresh = False
     order = worst.masked_fill(computed, -torch.inf).argsort(1, descending=True)
     for place in range(count - 1):
         some = due.nonzero().flatten()
         if not len(some):
             break
         part, others = problem.select(some), order[some, place]
-        looked = part.look(images[some], others)
+        looked, fresh = part.look(images[some], others), True
         panel.learn(part, logits[some], views[some], others, looked)
         panel.looks[part.rows] += 1
         seen[some, others], computed[some, others] = looked, True
         due[some] = part.goal.met(looked)
-    panel.remember(problem, _worst(problem, seen))
+    panel.remember(problem, _worst(problem, seen) if fresh else worst)
     return seen, computed.all(1)
 
 
