@@ -21,7 +21,7 @@ from mlperturb.errors import StorageError
 from mlperturb.run.jobs import Job
 from mlperturb.run.ledger import Ledger, Part, size_of
 from mlperturb.run.outputs import JOURNAL, Outputs, subfolders
-from mlperturb.run.record import Record, Summary
+from mlperturb.run.record import Record, Summary, condense
 from mlperturb.run.report import report_lines
 from mlperturb.run.runner import run_attack
 from mlperturb.run.settings import Settings
@@ -131,6 +131,7 @@ class AttackRun:
         return size_of(record)
 
     def _done(self, records: list[Record]) -> None:
+        records = [condense(record) for record in records]
         self.ledger.write(records, self.part)
         self._count(records)
 

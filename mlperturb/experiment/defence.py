@@ -23,7 +23,7 @@ from mlperturb.model.views import ViewedModel
 from mlperturb.photos.images import Pixels, read_photo
 from mlperturb.photos.purify import Purification
 from mlperturb.run.pictures import find_output, find_photo
-from mlperturb.run.record import Failure
+from mlperturb.run.record import MANY, Failure, kept_labels
 from mlperturb.run.report import is_unchanged
 from mlperturb.system.text import printable
 from mlperturb.targets import present
@@ -98,7 +98,8 @@ def find_attacked(report: dict[str, Any], folder: Path, photos: Path | None = No
     Raises:
         KeyError: if the labels of an image are not the classifier's.
     """
-    labels = set(report["classifier"]["labels"])
+    labels = report["classifier"]["labels"]
+    known = set(labels)
     found = []
     for image in report["images"]:
         problem = None
@@ -108,8 +109,10 @@ def find_attacked(report: dict[str, Any], folder: Path, photos: Path | None = No
             png, problem = Path(printable(image["files"]["adversarial"])), str(error)
         if png is None or is_unchanged(image):
             continue
-        truth, flip, keep = image["truth"], tuple(image["flip"]), tuple(image["keep"])
-        if not labels <= truth.keys() or not labels >= {*flip, *keep}:
+        truth, flip, keep = image["truth"], tuple(image["flip"]), tuple(kept_labels(image, labels))
+        if len(labels) > MANY:  # absent labels are left out, see `condense`
+            truth = {**dict.fromkeys(labels, False), **truth}
+        if not known <= truth.keys() or not known >= {*flip, *keep}:
             raise KeyError("the labels of an image are not the classifier's")
         photo = find_photo(image, folder, report["settings"], photos)
         found.append(Attacked(png, photo, flip, keep, truth, problem))
@@ -285,7 +288,9 @@ def _look(
         pixels += [photo, *(purification.apply(photo)[0] for purification in purifications)]
     logits = _read(classifier, pixels, readers)
     count = 1 + len(purifications)
-    flip, keep = (torch.tensor([label in names for label in classifier.labels]) for names in (one.flip, one.keep))
+    flip, keep = (
+        torch.tensor([label in names for label in classifier.labels]) for names in map(set, (one.flip, one.keep))
+    )
     if one.truth is not None:
         truth = torch.tensor([one.truth[label] for label in classifier.labels])
     else:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from heapq import nlargest
 from typing import Any, Literal, get_args
 
 from mlperturb.metrics import Distortion
+
+MANY = 200  # labels up to which a report says all about each
+REST = "rest"  # as the keep of a record: every label that is not to flip
+_TELLING = 50
 
 Status = Literal["success", "unchanged", "partial", "failed", "unreadable"]
 
@@ -47,7 +53,7 @@ class Record:
             be decoded.
         truth: y, the classifier's decisions on the photo.
         flip: the labels of A.
-        keep: the labels of B.
+        keep: the labels of B; in a report on many labels `rest`, see `condense`.
         probabilities: `before` of the photo, `float` of the attack's float result, `after` of the PNG as read back.
         constraints: `held`, `total` and the labels `violated`.
         distortion: of the PNG, on the 0-255 scale.
@@ -105,6 +111,52 @@ class Record:
         }
         made = {name: kind(**values[name]) for name, kind in kinds.items() if values[name] is not None}
         return cls(**{**values, **made})
+
+
+def condense(record: Record) -> Record:
+    """Return a record as a report has it: of more than `MANY` labels, only those that tell something.
+
+    The probabilities are then those of the labels to flip, of violated labels, and of the `_TELLING` that changed most
+    and that were most probable before and after; `truth` has these and all that are present, so that a label that it
+    lacks is absent; `keep` is `rest` where every label that is not to flip is kept.
+    """
+    if record.truth is None or len(record.truth) <= MANY:
+        return record
+    told = _telling(record)
+    truth = {label: there for label, there in record.truth.items() if there or label in told}
+    everything = len(record.flip) + len(record.keep) == len(record.truth) and REST not in record.truth
+
+    def part(values: dict[str, float] | None) -> dict[str, float] | None:
+        return values and {label: value for label, value in values.items() if label in told}
+
+    probabilities = record.probabilities and {when: part(one) for when, one in record.probabilities.items()}
+    readers = record.readers and {
+        name: {**reader, "before": part(reader["before"]), "after": part(reader["after"])}
+        for name, reader in record.readers.items()
+    }
+    return replace(
+        record, truth=truth, probabilities=probabilities, readers=readers, keep=[REST] if everything else record.keep
+    )
+
+
+def _telling(record: Record) -> set[str]:
+    """Return the labels of which a report says the probabilities."""
+    told = set(record.flip)
+    for held in (record.constraints, *(record.readers or {}).values(), *(record.survival or {}).values()):
+        told.update(held["violated"] if held else ())
+    probabilities = record.probabilities or {}
+    before, after = probabilities.get("before") or {}, probabilities.get("after") or {}
+    for values in (before, after, {label: abs(value - before.get(label, value)) for label, value in after.items()}):
+        told.update(nlargest(_TELLING, values, key=values.__getitem__))
+    return told
+
+
+def kept_labels(image: dict[str, Any], labels: Sequence[str]) -> list[str]:
+    """Return the labels of B of a report's image, for a classifier with these labels, see `condense`."""
+    if image["keep"] != [REST] or REST in labels:
+        return list(image["keep"])
+    flipped = set(image["flip"])
+    return [label for label in labels if label not in flipped]
 
 
 @dataclass

@@ -73,9 +73,9 @@ def draw_case(report: dict[str, Any], image: dict[str, Any], folder: Path) -> Fi
         ImageError: if a picture cannot be read.
     """
     thresholds = thresholds_of(report["classifier"])
-    before, after = image["probabilities"]["before"], image["probabilities"]["after"]
+    after = image["probabilities"]["after"]
     pictures: list[tuple[str, Pixels]] = []
-    present = [label for label in before if image["truth"][label]]
+    present = [label for label, there in image["truth"].items() if there]
     photo = find_photo(image, folder, report["settings"])
     if photo is not None:
         pictures.append((f"photo: {_listed(present)}", read_photo(photo).rgb))
@@ -111,7 +111,7 @@ def _draw_bars(axes: Axes, image: dict[str, Any], thresholds: dict[str, float]) 
     axes.set_yticks(places, [shorten(printable(one.label), 16) for one in shown])
     for tick, colour in zip(axes.get_yticklabels(), colours, strict=True):
         tick.set_color(colour)
-    hidden = len(image["probabilities"]["before"]) - len(shown)
+    hidden = len(thresholds) - len(shown)
     more = f"; {hidden} more" if hidden else ""
     axes.set_title(f"A red, B blue, threshold black{more}", fontsize=7)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mlperturb.run.record import kept_labels
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -43,16 +45,17 @@ def choose_labels(image: dict[str, Any], thresholds: dict[str, float], most: int
         return []
     before, after = probabilities["before"], probabilities["after"] or {}
     violated = set((image["constraints"] or {"violated": ()})["violated"])
-    flipped, kept = list(image["flip"]), set(image["keep"])
+    flipped, chosen = list(image["flip"]), set(image["flip"])
+    kept = set(kept_labels(image, list(thresholds)))
     flipped.sort(key=lambda label: -abs(after.get(label, before[label]) - before[label]))
-    others = [label for label in before if label not in flipped]
+    others = [label for label in before if label not in chosen]
     others.sort(
         key=lambda label: (label in violated, label in kept, max(before[label], after.get(label, 0.0))), reverse=True
     )
     return [
         Shown(
             label,
-            "flip" if label in image["flip"] else "keep" if label in kept else "free",
+            "flip" if label in chosen else "keep" if label in kept else "free",
             before[label],
             after.get(label),
             thresholds[label],

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 from typing import Any
 
 from rich.console import Group
@@ -14,8 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mlperturb.labels import present_labels
-from mlperturb.run.record import Record
+from mlperturb.run.record import MANY, REST, Record
 from mlperturb.system.text import printable
+
+_ROWS = 30  # labels of a photo that are shown
+_MOVED = 5  # labels to keep that changed most, of many labels
 
 
 def _table(*columns: str) -> Table:
@@ -59,22 +63,35 @@ def _survival(survival: dict[str, dict[str, Any]]) -> str:
 
 
 def image_table(record: Record) -> Table:
-    """Show one photo: labels to flip, and labels to keep that are present or violated, before and after."""
+    """Show one photo: labels to flip, and labels to keep that are present or violated, before and after.
+
+    Of more than `_ROWS` such labels, it shows those that changed most. Of a classifier of many labels, it shows the
+    labels to keep that changed most too.
+    """
     table = _table("label", "wanted", "before", "after", "")
     if record.probabilities is None or record.constraints is None or record.truth is None:
         return table
     before, after = record.probabilities["before"] or {}, record.probabilities["after"] or {}
-    violated = set(record.constraints["violated"])
-    flipped = set(record.flip)
-    shown = [*record.flip, *(label for label in record.keep if record.truth[label] or label in violated)]
+    violated, flipped = set(record.constraints["violated"]), set(record.flip)
+    change = {label: abs(value - before.get(label, value)) for label, value in after.items()}
+    everything = record.keep == [REST] and REST not in record.truth
+    kept = [label for label in before if label not in flipped] if everything else record.keep
+    shown = [*record.flip, *(label for label in kept if record.truth.get(label) or label in violated)]
+    if len(shown) > _ROWS:
+        shown = nlargest(_ROWS, shown, key=lambda label: (label in violated, change.get(label, 0.0)))
+    elif record.constraints["total"] > MANY:
+        quiet = set(kept) - set(shown)
+        shown += nlargest(_MOVED, (label for label in before if label in quiet), key=lambda one: change.get(one, 0.0))
     for label in shown:
-        wanted = ("absent" if record.truth[label] else "present") if label in flipped else "keep"
+        wanted = ("absent" if record.truth.get(label) else "present") if label in flipped else "keep"
         mark = "does not hold" if label in violated else ""
         values = [f"{values[label]:.3f}" if label in values else "-" for values in (before, after)]
         table.add_row(clean(label), wanted, *values, mark)
-    others = len(record.keep) - sum(label in record.keep for label in shown)
+    others = record.constraints["total"] - len(shown)
     if others:
-        table.add_row(f"{others} others", "keep", "", "", "")
+        missing = len(violated.difference(shown))
+        wanted = "keep" if flipped <= set(shown) else ""
+        table.add_row(f"{others} others", wanted, "", "", f"{missing} do not hold" if missing else "")
     return table
 
 
@@ -112,9 +129,14 @@ def prediction_table(probabilities: dict[str, float], thresholds: dict[str, floa
     ranked = sorted(probabilities, key=lambda label: -probabilities[label])
     table = _table("label", "probability", "")
     present = present_labels({label: probabilities[label] for label in ranked}, thresholds)
-    absent = [label for label in ranked if label not in present]
-    for label in [*present, *absent[: max(3, 5 - len(present))]]:
-        table.add_row(clean(label), f"{probabilities[label]:.3f}", "present" if label in present else "")
+    there = set(present)
+    absent = [label for label in ranked if label not in there]
+    for label in present[:_ROWS]:
+        table.add_row(clean(label), f"{probabilities[label]:.3f}", "present")
+    if len(present) > _ROWS:
+        table.add_row(f"{len(present) - _ROWS} others", "", "present")
+    for label in absent[: max(3, 5 - len(present))]:
+        table.add_row(clean(label), f"{probabilities[label]:.3f}", "")
     return table
 
 
