@@ -119,7 +119,7 @@ def _kendall_tau_of_many(scores: Tensor, ranks: Tensor) -> Tensor:
     untied_scores = (count - tied).sum(1)
     agreement = torch.zeros_like(untied_scores)
     untied_ranks = torch.full_like(untied_scores, float(count) ** 2)
-    values = ranks.unique()
+    values: Tensor = torch.unique(ranks)
     for place, rank in enumerate(values):
         here = ranks == rank
         untied_ranks -= here.sum(1).double().square()

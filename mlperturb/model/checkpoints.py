@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlperturb.errors import CheckpointError
+from mlperturb.labels import Categories
 from mlperturb.model.architectures import TIMM
 from mlperturb.model.architectures import build_network as build_network
 from mlperturb.model.architectures import check_architecture as check_architecture
@@ -151,7 +152,12 @@ def _describe_plain(path: Path, architecture: str, labels: tuple[str, ...], give
     origin = {"weights": path.name, "labels": "given", "preprocess": source, "readers": given.readers}
     origin["thresholds"] = f"{DEFAULT_THRESHOLD}: plain weights record none"
     metadata = Metadata(
-        architecture, labels, thresholds, read.to_dict(), {"origin": origin}, categories=given.categories
+        architecture,
+        labels,
+        thresholds,
+        read.to_dict(),
+        {"origin": origin},
+        categories=given.categories or Categories(),
     )
     return replace(given, preprocess=None).complete(metadata)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ Image.init()  # loads every plugin: `Image.open(formats=...)` knows only loaded 
 _NAMES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # JPEG covers MPO; older Pillows have no AVIF
 FORMATS = tuple(name for name in _NAMES if name in Image.OPEN)
 with suppress(OSError, AttributeError):  # libtiff writes its own lines to stderr; Pillow raises the errors all the same
-    _TIFF = ctypes.CDLL(Image.core.__file__)
+    _TIFF = ctypes.CDLL(str(import_module("PIL._imaging").__file__))
     _TIFF.TIFFSetWarningHandler(None)
     _TIFF.TIFFSetErrorHandler(None)
 _HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")  # brands of files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -40,11 +41,11 @@ def least_margins(problem: Problem, images: torch.Tensor) -> list[float]:
 
 def largest_possible(problem: Problem, row: int) -> float:
     """Return max over ||r||_2 <= R of the least margin: by duality the min over the simplex of w.m + R ||w.a||."""
-    targets, model = problem.targets, problem.model
+    targets, model, caps = problem.targets, cast(Any, problem.model), cast(torch.Tensor, problem.cap)
     chosen = targets.constrained[row].nonzero().flatten()
     slopes = targets.desired[row, chosen, None] * model.weight[chosen]
     margins = -targets.violations(model(problem.images))[row, chosen].numpy()
-    gram, cap = (slopes @ slopes.T).numpy(), float(problem.cap[row])
+    gram, cap = (slopes @ slopes.T).numpy(), float(caps[row])
     count = len(chosen)
     found = minimize(
         lambda w: w @ margins + cap * max(w @ gram @ w, 1e-18) ** 0.5,

@@ -25,6 +25,7 @@ from mlperturb.attacks.problem import Problem
 from mlperturb.model.checkpoints import build_network, default_preprocess
 from mlperturb.model.classifier import BoundClassifier, Classifier, fold_batch_norm
 from mlperturb.model.preprocess import Preprocess
+from mlperturb.model.protocol import Model, Viewed
 from mlperturb.system.devices import prepare
 from mlperturb.targets import Targets, decide
 
@@ -50,7 +51,7 @@ def build(arguments: argparse.Namespace) -> tuple[BoundClassifier, torch.Tensor,
     return model, images, Targets(flip, ~flip, truth, classifier.boundary)
 
 
-def attack(model: BoundClassifier, images: torch.Tensor, targets: Targets, method: str, passes: int) -> Problem:
+def attack(model: Model | Viewed, images: torch.Tensor, targets: Targets, method: str, passes: int) -> Problem:
     """Run one method under a cap on passes; return its problem, with the passes counted."""
     problem = Problem(model, images, ClassificationGoal(targets), limit=passes)
     budget = "paper" if method == "ml-ddn" else "balanced"
@@ -58,7 +59,7 @@ def attack(model: BoundClassifier, images: torch.Tensor, targets: Targets, metho
     return problem
 
 
-def bare(model: BoundClassifier, images: torch.Tensor, forward: int, backward: int) -> None:
+def bare(model: Model | Viewed, images: torch.Tensor, forward: int, backward: int) -> None:
     """Run so many passes of the network and nothing else."""
     for number in range(forward):
         if number >= backward:
@@ -102,7 +103,7 @@ def added_memory(arguments: argparse.Namespace, method: str | None) -> int:
 
 
 def take_turns(
-    arguments: argparse.Namespace, built: tuple[BoundClassifier, torch.Tensor, Targets], method: str
+    arguments: argparse.Namespace, built: tuple[Model | Viewed, torch.Tensor, Targets], method: str
 ) -> tuple[list[tuple[float, float]], int, int]:
     """Attack and run as many bare passes, in turns; return the seconds of a pass of both, and the passes of a turn."""
     model, images, targets = built
