@@ -113,8 +113,9 @@ def jpeg_defend(
     if by_hand:
         source = find_source(checkpoint, arch, labels, thresholds, preprocess)
         attacked, names = _name_attacked(source, paths, flip or [], keep or [], photos), source.readers
+        asked: list[dict[str, Any]] = []
     else:
-        source, attacked, names = _read_reports(
+        source, attacked, names, asked = _read_reports(
             paths,
             partial(find_source, checkpoint, arch, labels, thresholds, preprocess) if checkpoint else None,
             photos,
@@ -131,13 +132,16 @@ def jpeg_defend(
             f"the photos of {missing} of {len(attacked)} PNGs are missing or changed, so these have no control: "
             "give the folder of the photos as --photos"
         )
-    task = _Defence(source, attacked, purifications, readers, folder, paths, adaptive)
+    task = _Defence(source, attacked, purifications, readers, folder, paths, asked if adaptive else None)
     raise typer.Exit(_run(task, device=device, json=json, quiet=quiet))
 
 
 @dataclass(frozen=True)
 class _Defence:
-    """What to try: the classifier, the PNGs, the purifications, the readers, and where the results go."""
+    """What to try: the classifier, the PNGs, the purifications, the readers, and where the results go.
+
+    For an adaptive attack, `asked` has the settings of the reports; it is None if none is wanted.
+    """
 
     source: Source
     attacked: list[Attacked]
@@ -145,12 +149,12 @@ class _Defence:
     readers: tuple[Reader, ...]
     folder: Path
     paths: list[Path]
-    adaptive: bool
+    asked: list[dict[str, Any]] | None
 
 
 def _run(defence: _Defence, *, device: str, json: bool, quiet: bool) -> int:
     """Try every purification, write the results, print; return the exit code."""
-    from mlperturb.experiment.adaptive import adapt
+    from mlperturb.experiment.adaptive import adapt, settings_of
     from mlperturb.experiment.defence import sweep
     from mlperturb.run.report import reading, to_json
     from mlperturb.show.figures import draw_curve, draw_jpeg_histogram, save_figure
@@ -159,6 +163,8 @@ def _run(defence: _Defence, *, device: str, json: bool, quiet: bool) -> int:
     from mlperturb.system.files import write_file
 
     folder, paths, purifications = defence.folder, defence.paths, defence.purifications
+    with reading(paths[0]):
+        settings = None if defence.asked is None else settings_of(defence.asked, defence.readers)
     classifier, description = defence.source.load(prepare(device, 0))
     bar = make_bar(quiet=quiet)
     task = bar.add_task("compressing", total=len(defence.attacked))
@@ -170,16 +176,16 @@ def _run(defence: _Defence, *, device: str, json: bool, quiet: bool) -> int:
 
     with bar, reading(paths[0]):
         result = sweep(classifier, defence.attacked, purifications, defence.readers, done)
-        if defence.adaptive:
+        if settings is not None:
             bar.reset(task, description="attacking", total=len(defence.attacked) * len(purifications))
             again = adapt(
-                classifier, defence.attacked, purifications, defence.readers,
+                classifier, defence.attacked, purifications, settings,
                 done=lambda count: bar.update(task, advance=count),
             )  # fmt: skip
             for row, adapted in zip(result["qualities"], again, strict=True):
                 row["adaptive"] = adapted
-    settings = {"inputs": list(map(str, paths)), "subsampling": purifications[0].subsampling}
-    result = {**result, "settings": settings, "classifier": description}
+    said = {"inputs": list(map(str, paths)), "subsampling": purifications[0].subsampling}
+    result = {**result, "settings": said, "classifier": description}
     save_figure(draw_jpeg_histogram(result), folder / OUTPUTS[1])
     save_figure(draw_curve(result), folder / OUTPUTS[2])
     write_file(folder / OUTPUTS[0], to_json(result).encode())
@@ -187,7 +193,7 @@ def _run(defence: _Defence, *, device: str, json: bool, quiet: bool) -> int:
         print(to_json(result))
     elif not quiet:
         stdout.print(defence_table(result))
-        if defence.adaptive:
+        if settings is not None:
             stdout.print(adaptive_table(result))
         stdout.print(best_line(result), soft_wrap=True)
         stdout.print(f"{', '.join(OUTPUTS)} in {printable(str(folder))}", soft_wrap=True)
@@ -200,7 +206,7 @@ def _read_reports(
     photos: Path | None,
     *,
     chosen: bool,
-) -> tuple[Source, list[Attacked], tuple[str, ...]]:
+) -> tuple[Source, list[Attacked], tuple[str, ...], list[dict[str, Any]]]:
     """Read the attacked images of reports, and the classifier and readers, which must be the same in all of them.
 
     Args:
@@ -208,6 +214,9 @@ def _read_reports(
         find: finds the classifier that the user names; None for that of the reports.
         photos: folder of the clean photos, if they have moved.
         chosen: the user names the readers, and the reports may have different readers.
+
+    Returns:
+        The classifier, the attacked images, the readers, and the settings of each report.
     """
     from mlperturb.experiment.defence import find_attacked
     from mlperturb.run.report import is_unchanged, read_report, readers_of, reading
@@ -215,6 +224,7 @@ def _read_reports(
     attacked: list[Attacked] = []
     described: dict[str, Any] = {}
     readers: tuple[str, ...] = ()
+    asked: list[dict[str, Any]] = []
     unchanged = images = 0
     for path in paths:
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
@@ -231,6 +241,7 @@ def _read_reports(
                 )
             readers = own
             attacked += find_attacked(report, folder, photos)
+            asked.append(report["settings"])
             unchanged += sum(map(is_unchanged, report["images"]))
             images += len(report["images"])
     if not attacked:
@@ -240,10 +251,10 @@ def _read_reports(
         print_note(f"{unchanged} of {images} photos were as asked already and were not attacked: they are left out")
     with reading(paths[0]):
         if find is None:
-            return named_source(described), attacked, readers
+            return named_source(described), attacked, readers, asked
         source = find()
     check_attacked(source.path, described["sha256"])
-    return source, attacked, readers
+    return source, attacked, readers, asked
 
 
 def _name_attacked(

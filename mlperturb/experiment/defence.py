@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlperturb import __version__
 from mlperturb.errors import ImageError
+from mlperturb.metrics import distortion
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import pad_batch, to_tensor
 from mlperturb.model.readers import Reader
@@ -71,6 +73,7 @@ class Views:
         defended: logits of the purified PNG, for each purification.
         control: logits of the purified photo, for each purification; None if the photo is not found.
         size: bytes of the PNG, then of each purified file; None for a purification that makes no file.
+        rmsd: RMSD of the PNG; None if the photo is not found or has another size.
     """
 
     truth: Tensor
@@ -80,6 +83,7 @@ class Views:
     defended: list[Tensor]
     control: list[Tensor] | None
     size: list[int | None]
+    rmsd: float | None = None
 
     def before(self, logits: Tensor, boundary: Tensor) -> Tensor:
         """Say which labels are as on the photo in every reader, boolean, (L,)."""
@@ -226,6 +230,7 @@ class _Tally:
         self.purification, self.labels = purification, labels
         self.everywhere, self.each = _Counts(), {name: _Counts() for name in readers}
         self.images = self.controls = self.asked = 0
+        self.sizes: list[float] = []
         self.shift = torch.zeros(len(labels), dtype=torch.double)
         self.bytes: list[int] = []
 
@@ -237,6 +242,8 @@ class _Tally:
         self.images += 1
         self.controls += views.control is not None
         self.asked += bool(views.asked[0].any())
+        if views.rmsd is not None and bool(views.asked[0].any()):
+            self.sizes.append(views.rmsd)
         after, before = views.defended[number][0].double(), views.adversarial[0].double()
         self.shift += torch.sigmoid(after) - torch.sigmoid(before)
         size = views.size[1 + number]
@@ -255,7 +262,11 @@ class _Tally:
             "quality": self.purification.setting,
             "images": self.images,
             **counts.describe(),
-            "plain": {"images": self.asked, "successes": counts.survived},
+            "plain": {
+                "images": self.asked,
+                "successes": counts.survived,
+                "rmsd": sum(self.sizes) / len(self.sizes) if self.sizes else None,
+            },
             "clean_images": self.controls,
             "score": score,
             "bytes": sum(self.bytes) / len(self.bytes) if self.bytes else None,
@@ -303,6 +314,9 @@ def _look(
         list(logits[1:count]),
         None if photo is None else list(logits[count + 1 :]),
         [one.adversarial.stat().st_size, *(size for _, size in purified)],
+        None
+        if photo is None or photo.shape != png.shape
+        else distortion(torch.from_numpy(png.astype(np.int16) - photo)).rmsd,
     )
 
 

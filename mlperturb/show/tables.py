@@ -171,12 +171,15 @@ def best_line(result: dict[str, Any]) -> Text:
 
 
 def adaptive_table(result: dict[str, Any]) -> Table:
-    """Show the share of files that hold after each defence, of the plain and of the adaptive attack, and its RMSD."""
-    table = _table("defence", "plain attack holds", "adaptive attack holds", "RMSD")
+    """Show the files that hold after each defence, and their mean RMSD: of the plain and of the adaptive attack."""
+    table = _table("defence", "plain attack holds", "RMSD", "adaptive attack holds", "RMSD", "passes")
     for row in result["qualities"]:
-        shares = [_share(row[which]["successes"], row[which]["images"]) for which in ("plain", "adaptive")]
-        rmsd = row["adaptive"]["rmsd"]
-        table.add_row(f"{row['defence']} {row['quality']}", *shares, "-" if rmsd is None else f"{rmsd:.3f}")
+        cells = [f"{row['defence']} {row['quality']}"]
+        for which in ("plain", "adaptive"):
+            rmsd = row[which]["rmsd"]
+            cells += [_share(row[which]["successes"], row[which]["images"]), "-" if rmsd is None else f"{rmsd:.3f}"]
+        passes = [row["adaptive"][name] for name in ("forward", "backward")]
+        table.add_row(*cells, "-" if None in passes else f"{passes[0]:.0f} + {passes[1]:.0f}")
     return table
 
 

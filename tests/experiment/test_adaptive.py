@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -38,8 +39,44 @@ def test_the_adaptive_attack_stands_beside_the_plain_attack(cli, attacked):
     for row in rows:
         assert row["plain"]["images"] == row["adaptive"]["images"] == 1
         assert row["adaptive"]["successes"] >= row["plain"]["successes"]
-    assert rows[0]["adaptive"]["successes"] == 1
-    assert rows[0]["adaptive"]["rmsd"] > 0
+    plain, adaptive = rows[0]["plain"], rows[0]["adaptive"]
+    assert adaptive["successes"] == 1
+    assert adaptive["rmsd"] == adaptive["rmsd_50"] > 0
+    assert adaptive["forward"] > adaptive["backward"] > 0
+    report = json.loads((attacked / "report.json").read_text())
+    assert plain["rmsd"] == pytest.approx(report["images"][0]["distortion"]["rmsd"])
+
+
+def test_the_adaptive_attack_keeps_the_plain_attacks_limits(cli, attacked):
+    report = json.loads((attacked / "report.json").read_text())
+    report["settings"] |= {"max_rmsd": 0.05, "passes": 12}  # as if the plain attack had had them
+    (attacked / "report.json").write_text(json.dumps(report))
+    assert cli("jpeg-defend", attacked, "--defence", "jpeg:60", "--adaptive", "--device", "cpu", "--quiet")[0] == 0
+    (row,) = json.loads((attacked / "jpeg-defence.json").read_text())["qualities"]
+    assert row["adaptive"] | {"forward": 0, "backward": 0} == {
+        "images": 1, "successes": 0, "rmsd": None, "rmsd_50": None, "forward": 0, "backward": 0,
+    }  # fmt: skip
+    assert row["adaptive"]["forward"] + row["adaptive"]["backward"] > 12
+
+
+def test_reports_of_different_limits_have_no_adaptive_attack_beside_them(cli, attacked, tmp_path):
+    shutil.copytree(attacked, tmp_path / "other")
+    report = json.loads((tmp_path / "other" / "report.json").read_text())
+    report["settings"]["max_linf"] = 3
+    (tmp_path / "other" / "report.json").write_text(json.dumps(report))
+    both = ("jpeg-defend", attacked, tmp_path / "other", "--defence", "jpeg:60", "--device", "cpu")
+    code, _, err = cli(*both, "--adaptive")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "expected reports on the same max_linf" in err
+    assert cli(*both)[0] == 0
+
+
+def test_a_report_whose_settings_are_damaged_is_one_line(cli, attacked):
+    report = json.loads((attacked / "report.json").read_text())
+    del report["settings"]["margin"]
+    (attacked / "report.json").write_text(json.dumps(report))
+    code, _, err = cli("jpeg-defend", attacked, "--defence", "jpeg:60", "--adaptive", "--device", "cpu")
+    assert (code, err.count("\n")) == (2, 1)
 
 
 def test_without_adaptive_no_photo_is_attacked(cli, attacked, monkeypatch):
