@@ -79,7 +79,7 @@ class Targets:
     @cached_property
     def _outside(self) -> Tensor:
         """-inf outside A u B, else 0, (N, L): a sum is faster than a fill."""
-        return torch.zeros_like(self.truth).masked_fill_(~self.constrained, -torch.inf)
+        return torch.zeros_like(self.truth, dtype=self.boundary.dtype).masked_fill_(~self.constrained, -torch.inf)
 
     def violations(self, logits: Tensor, space: Space = "logit") -> Tensor:
         """Return y'_j F'_j - c_j of Eq. 4: positive where a constraint is violated, (N, L), -inf outside A u B.

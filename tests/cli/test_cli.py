@@ -548,7 +548,7 @@ def test_plain_weights_need_an_architecture_and_labels_that_fit(attack, photo, t
     weights, names = tmp_path / "plain.pt", tmp_path / "names.txt"
     torch.save(load_file(tiny), weights)
     names.write_text("\n".join(LABELS))
-    plain = ["--checkpoint", weights, "--labels", names]
+    plain = ["--checkpoint", weights, "--labels", names, "--thresholds", ".5"]
     code, _, stderr, report = attack(photo, "--flip", "cat", *plain, "--arch", "shufflenet_v2_x0_5")
     assert code == 0, stderr
     assert report["classifier"]["labels"] == list(LABELS)

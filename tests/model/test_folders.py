@@ -157,7 +157,7 @@ def test_the_command_line_attacks_a_folder(folder, save_photo, cli, tmp_path):
     out = tmp_path / "out"
     code, shown, said = cli("labels", "--checkpoint", folder)
     assert code == 0, said
-    assert ["solo", "0.500"] in _label_rows(shown)
+    assert ["solo", "0.500", "0"] in _label_rows(shown)
     assert "0.5: the folder records none" in shown
     code, _, said = cli("attack", photo, "--flip", "solo", "--budget", "fast", "--checkpoint", folder, "--out", out)
     assert code == 0, said
