@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlperturb.model.linear import stand_in, strips
-from mlperturb.model.preprocess import Preprocess, Resizer, Size, crop_rows, take_inside
+from mlperturb.model.preprocess import Axis, Preprocess, Resizer, Size, crop_rows, take_inside
 from mlperturb.model.readers import Reader, load_opencv
 from mlperturb.model.taps import Products, bind_products
 
@@ -54,7 +54,7 @@ def bind_reader(
         resizer = _bind_plain(reader, preprocess, sizes, device, dtype)
     if reader.engine == "float":
         return resizer
-    plans = [Plan(size, *_frame(preprocess, size)) for size in sizes]
+    plans = [Plan(size, preprocess.axes(size)) for size in sizes]
     products = None
     if torch.device(device).type != "cpu" and _has_products(reader, kernel) and not preprocess.bordered:
         products = bind_products(reader.engine, kernel, [plan.axes for plan in plans], device)
@@ -78,7 +78,7 @@ def _bind_plain(
     pairs = []
     for size in sizes:
         preprocess.check(size)
-        rows, columns = (_matrix(reader.engine, kernel, *axis) for axis in Plan(size, *_frame(preprocess, size)).axes)
+        rows, columns = (_matrix(reader.engine, kernel, *axis) for axis in preprocess.axes(size))
         pairs.append((take_inside(rows, size[0]), take_inside(columns, size[1])))
     return preprocess.bind_matrices(pairs, device, dtype)
 
@@ -89,21 +89,34 @@ class Plan:
 
     Attributes:
         source: of the photo.
-        framed: of the photo, or of the square around it.
-        target: after resizing.
-        crop: of the centre that is kept.
+        axes: what becomes of its height, and of its width, see `Preprocess.axes`.
     """
 
     source: Size
-    framed: Size
-    target: Size
-    crop: Size
+    axes: tuple[Axis, Axis]
 
     @property
-    def axes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """The three lengths of the height, then those of the width."""
-        (height, width), (tall, wide), (rows, columns) = self.framed, self.target, self.crop
-        return (height, tall, rows), (width, wide, columns)
+    def framed(self) -> Size:
+        """The size of the photo, or of the square around it."""
+        return self._part(0)
+
+    @property
+    def target(self) -> Size:
+        """The size after resizing."""
+        return self._part(1)
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """The (row, column) at which the crop begins; below 0 where a border fills what is missing."""
+        return self._part(2)
+
+    @property
+    def crop(self) -> Size:
+        """The size that is kept."""
+        return self._part(3)
+
+    def _part(self, number: int) -> tuple[int, int]:
+        return self.axes[0][number], self.axes[1][number]
 
 
 @dataclass(frozen=True)
@@ -146,7 +159,7 @@ class BoundReader:
             height, width = plan.source
             framed = _frame_pixels(pixels[row, :, :height, :width], plan.framed, self.fill)
             whole = resize(framed, plan.target, self.filter, self.antialias)
-            result[row] = _crop_pixels(whole, plan.crop, self.fill)
+            result[row] = _crop_pixels(whole, plan.corner, plan.crop, self.fill)
         return result
 
     def select(self, rows: Tensor) -> BoundReader:
@@ -164,12 +177,6 @@ def to_pixels(images: Tensor) -> Tensor:
     return pixels
 
 
-def _frame(preprocess: Preprocess, size: Size) -> tuple[Size, Size, Size]:
-    """Return the (height, width) before resizing, after it, and after the crop."""
-    target = preprocess.resized(size)
-    return preprocess.framed(size), target, preprocess.crop or target
-
-
 def _frame_pixels(pixels: Tensor, size: Size, fill: Sequence[int]) -> Tensor:
     """Return 8-bit pixels, (3, H, W), in the middle of a canvas at least as large, of this (height, width)."""
     height, width = pixels.shape[1:]
@@ -181,11 +188,11 @@ def _frame_pixels(pixels: Tensor, size: Size, fill: Sequence[int]) -> Tensor:
     return canvas
 
 
-def _crop_pixels(pixels: Tensor, crop: Size, fill: Sequence[int]) -> Tensor:
-    """Return the middle of 8-bit pixels, (3, H, W), torchvision's rule; a border fills what they lack."""
+def _crop_pixels(pixels: Tensor, corner: tuple[int, int], crop: Size, fill: Sequence[int]) -> Tensor:
+    """Return a part of 8-bit pixels, (3, H, W); a border fills what they lack."""
     height, width = pixels.shape[1:]
     framed = _frame_pixels(pixels, (max(height, crop[0]), max(width, crop[1])), fill)
-    top, left = round((framed.shape[1] - crop[0]) / 2), round((framed.shape[2] - crop[1]) / 2)
+    top, left = max(corner[0], 0), max(corner[1], 0)
     return framed[:, top : top + crop[0], left : left + crop[1]]
 
 
@@ -233,7 +240,7 @@ _ENGINES: dict[str, Callable[[Tensor, Size, str, bool], Tensor]] = {
 
 
 @lru_cache(maxsize=256)
-def _matrix(engine: str, kernel: str, source: int, target: int, crop: int) -> Tensor:
+def _matrix(engine: str, kernel: str, source: int, target: int, first: int, crop: int) -> Tensor:
     """Return the (crop, source) matrix of a library's filter without rounding, made from unit images in floats.
 
     OpenCV's `area` interpolates both axes of a photo if it makes one of them longer; the matrix of each axis here is
@@ -253,4 +260,4 @@ def _matrix(engine: str, kernel: str, source: int, target: int, crop: int) -> Te
             photo = torch.from_numpy(units)[None, None]
             lines = functional.interpolate(photo, size=(target, count), mode=kernel, align_corners=False)[0, 0].numpy()
         parts.append(torch.from_numpy(lines))
-    return crop_rows(torch.cat(parts, 1), crop).clone()
+    return crop_rows(torch.cat(parts, 1), first, crop).clone()

@@ -27,6 +27,9 @@ from mlperturb.model.linear import Banded, Dense, Pair, bind_map, resize
 from mlperturb.model.readers import DEFAULT_READERS, parse_readers
 
 Size = tuple[int, int]
+Axis = tuple[
+    int, int, int, int
+]  # of a side: its length, its length resized, where the crop begins, its length
 
 MAX_SIDE = 4096  # pixels of the resized photo
 MAX_WORK = 2**29  # side * max(side, resized side): a side of 23,000 pixels, some seconds
@@ -34,6 +37,7 @@ FITS = ("stretch", "cover", "contain")
 CHANNELS = ("rgb", "bgr", "grey")
 LUMA = (0.299, 0.587, 0.114)  # the shares of R, G, B in the grey of ITU-R 601, which Pillow, OpenCV and JPEG use
 _REQUIRED = {"resize", "crop", "mean", "std", "interpolation"}  # checkpoints of 0.1.0 name no readers
+CORNERS = ("even", "down")
 _STRIP = 2**24  # numbers in a strip of unit images
 
 
@@ -56,6 +60,8 @@ class Preprocess:
             which the means must be equal, and the stds too. `mean`, `std` and `fill` are in RGB order always.
         alpha: the 8-bit R, G, B that a transparent photo is laid over before all else; None if the network's programs
             ignore transparency, and see the colours under it.
+        corner: where a crop begins whose margins cannot be equal: `even`, as torchvision and timm round half a pixel to
+            the even number, or `down`, as transformers does.
         readers: names of the readers of the checkpoint's users, see `mlperturb.model.readers`.
 
     Raises:
@@ -73,6 +79,7 @@ class Preprocess:
     fill: tuple[int, int, int] = (255, 255, 255)
     channels: str = "rgb"
     alpha: tuple[int, int, int] | None = None
+    corner: str = "even"
 
     def __post_init__(self) -> None:
         resize = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
@@ -110,6 +117,8 @@ class Preprocess:
         for name, colour in (("fill", self.fill), ("alpha", self.alpha or (0, 0, 0))):
             if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
                 raise CheckpointError(f"expected 3 values from 0 to 255 for {name}, got {colour}")
+        if self.corner not in CORNERS:
+            raise CheckpointError(f"expected corner even or down, got {self.corner!r:.60}")
 
     @property
     def output_size(self) -> Size:
@@ -121,13 +130,24 @@ class Preprocess:
     def matrices(self, size: Size) -> tuple[Tensor, Tensor]:
         """Return R_h, (h, H), and R_w, (w, W), for photos of `size` (H, W), in float32 on the CPU."""
         self.check(size)
-        whole, resized = self.framed(size), self.resized(size)
-        crop = self.crop or resized
         rows, columns = (
-            take_inside(_resize_matrix(*lengths, self.interpolation), side)
-            for *lengths, side in zip(whole, resized, crop, size, strict=True)
+            take_inside(_resize_matrix(*axis, self.interpolation), side)
+            for axis, side in zip(self.axes(size), size, strict=True)
         )
         return rows, columns
+
+    def axes(self, size: Size) -> tuple[Axis, Axis]:
+        """Return what becomes of the height, and of the width, of photos of `size`."""
+        target = self.resized(size)
+        both = zip(self.framed(size), target, self.crop or target, strict=True)
+        rows, columns = ((source, long, self._start(long - kept), kept) for source, long, kept in both)
+        return rows, columns
+
+    def _start(self, margin: int) -> int:
+        """Return where a crop begins that leaves so many pixels; below 0 where a border fills what is missing."""
+        if margin < 0:
+            return -(-margin // 2)
+        return margin // 2 if self.corner == "down" else round(margin / 2)
 
     @property
     def bordered(self) -> bool:
@@ -190,7 +210,7 @@ class Preprocess:
         """Return the torchvision v2 transform of 8-bit tensors that this module equals."""
         from torchvision.transforms import InterpolationMode, v2
 
-        if self.fit != "stretch" or self.square or self.channels != "rgb":
+        if self.fit != "stretch" or self.square or self.channels != "rgb" or self.corner != "even":
             raise UsageError(f"expected preprocessing that torchvision has a transform for, got {self}")
 
         steps: list[Any] = [
@@ -262,6 +282,7 @@ class Preprocess:
                 fill=_colour(values.get("fill", (255, 255, 255))),
                 channels=str(values.get("channels", "rgb")),
                 alpha=None if values.get("alpha") is None else _colour(values["alpha"]),
+                corner=str(values.get("corner", "even")),
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"expected preprocessing fields of the right types, got {values!r:.200}") from error
@@ -320,8 +341,8 @@ def pad_batch(images: Sequence[Tensor]) -> tuple[Tensor, list[Size]]:
 
 
 @lru_cache(maxsize=256)
-def _resize_matrix(source: int, target: int, crop: int, interpolation: str) -> Tensor:
-    """Return the (crop, source) matrix that resizes a line of `source` pixels to `target` and crops its centre."""
+def _resize_matrix(source: int, target: int, first: int, crop: int, interpolation: str) -> Tensor:
+    """Return the (crop, source) matrix that resizes a line of `source` pixels to `target` and crops it."""
     parts = []
     strip = max(1, min(1024, _STRIP // max(source, target)))
     for start in range(0, source, strip):  # in strips, so that a long side takes little memory
@@ -330,16 +351,14 @@ def _resize_matrix(source: int, target: int, crop: int, interpolation: str) -> T
         units[0, 0, range(start, start + count), range(count)] = 1
         resized = functional.interpolate(units, size=(target, count), mode=interpolation, antialias=True)
         parts.append(resized[0, 0])
-    return crop_rows(torch.cat(parts, 1), crop).clone()
+    return crop_rows(torch.cat(parts, 1), first, crop).clone()
 
 
-def crop_rows(matrix: Tensor, crop: int) -> Tensor:
-    """Return the `crop` rows in the middle of a matrix; rows of zeros around all of it if it has fewer."""
-    missing = crop - len(matrix)
-    if missing > 0:
-        return functional.pad(matrix, (0, 0, missing // 2, missing - missing // 2))
-    top = round(-missing / 2)
-    return matrix[top : top + crop]
+def crop_rows(matrix: Tensor, start: int, crop: int) -> Tensor:
+    """Return `crop` rows of a matrix from row `start`; rows of zeros around all of it if it has fewer."""
+    if crop > len(matrix):
+        return functional.pad(matrix, (0, 0, -start, crop - len(matrix) + start))
+    return matrix[start : start + crop]
 
 
 def take_inside(matrix: Tensor, side: int) -> Tensor:

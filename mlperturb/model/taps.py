@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-Axis = tuple[int, int, int]  # lengths of one side: of the photo, resized, cropped
+Axis = tuple[int, int, int, int]  # of a side: its length, its length resized, where the crop begins, its length
 Taps = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], int]  # places, weights, bits of one axis
 
 _PILLOW_BITS, _INT16 = 22, 2**15
@@ -81,7 +81,7 @@ def bind_products(engine: str, kernel: str, axes: Sequence[tuple[Axis, Axis]], d
     Args:
         engine: `pillow`, `pillow-12` or `torchvision`.
         kernel: `bilinear` or `bicubic`.
-        axes: the lengths of the height and of the width of each photo.
+        axes: what becomes of the height and of the width of each photo, see `Axis`.
         device: the device of the photos.
     """
     heights, widths = (
@@ -112,7 +112,7 @@ def _stack(found: Sequence[Taps], device: torch.device | str) -> tuple[Tensor, T
 
 def begins_with_rows(axes: tuple[Axis, Axis]) -> bool:
     """Say whether the Pillow that is installed resizes the height of a photo before its width."""
-    (height, tall, _), (width, wide, _) = axes
+    (height, tall, *_), (width, wide, *_) = axes
     return tall < height and height - tall > 2 * (width - wide) and _newer_pillow()
 
 
@@ -139,7 +139,7 @@ def _along(pixels: Tensor, axis: int, places: Tensor, weights: Tensor, bits: Ten
 
 
 @lru_cache(maxsize=256)
-def _integer_taps(engine: str, kernel: str, source: int, target: int, crop: int) -> Taps:
+def _integer_taps(engine: str, kernel: str, source: int, target: int, start: int, crop: int) -> Taps:
     """Return places (crop, K), weights (crop, K) and bits of one axis."""
     places, weights = _taps(source, target, kernel)
     bits = _PILLOW_BITS
@@ -148,7 +148,7 @@ def _integer_taps(engine: str, kernel: str, source: int, target: int, crop: int)
         bits = next(bits for bits in range(23) if bits == 22 or int(0.5 + largest * 2 ** (bits + 1)) >= _INT16)
     scaled = weights * 2**bits
     integers = np.trunc(np.where(scaled < 0, scaled - 0.5, scaled + 0.5)).astype(np.int32)
-    kept = slice(round((target - crop) / 2), round((target - crop) / 2) + crop)
+    kept = slice(start, start + crop)
     return places[kept], integers[kept], bits
 
 

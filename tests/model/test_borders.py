@@ -127,3 +127,19 @@ def test_json_values_give_the_same_preprocessing(case):
 def test_a_field_out_of_its_range_is_refused(fields, message):
     with pytest.raises(CheckpointError, match=message):
         Preprocess.from_dict({**Preprocess().to_dict(), **fields})
+
+
+@pytest.mark.parametrize(("corner", "first"), [("even", [2, 2, 4, 4]), ("down", [1, 2, 3, 4])])
+def test_a_crop_whose_margins_differ_begins_at_the_even_pixel_or_before_it(corner, first):
+    """Nothing is resized, so that every reader shows pixels of the photo."""
+    for margin, start in zip((3, 5, 7, 9), first, strict=True):
+        photo = _photo((20, 20 + margin))
+        preprocess = Preprocess(20, (20, 20), (0.0,) * 3, (1.0,) * 3, corner=corner)
+        for reader in ("float", "pillow", "torchvision", "opencv"):
+            seen = _read(preprocess, [photo], reader)[0].permute(1, 2, 0)
+            expected = torch.from_numpy(photo[:, start : start + 20]) / 255
+            torch.testing.assert_close(seen, expected, msg=f"{reader}, {margin}")
+    with pytest.raises(CheckpointError, match="expected corner even or down, got 'up'"):
+        Preprocess(corner="up")
+    assert Preprocess.from_dict(Preprocess(corner="down").to_dict()).corner == "down"
+    assert "corner" not in Preprocess().to_dict()
