@@ -84,14 +84,16 @@ def load(
     labels: Sequence[str] | Path | None = None,
     thresholds: float | str | Path | Mapping[str, float] | Sequence[float] | None = None,
     preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
+    activation: str | None = None,
     device: str = "cpu",
 ) -> Classifier:
     """Load a classifier.
 
     Args:
         checkpoint: a `.safetensors` file that `mlperturb train` wrote, or plain weights (`.pt`, `.pth`, `.safetensors`)
-            with `arch` and `labels`, or the folder of a timm model (config.json, model.safetensors, and often
-            selected_tags.csv); by default the bundled classifier of the 20 labels of PASCAL VOC.
+            with `arch` and `labels`, or the folder of a timm or a transformers model (config.json, model.safetensors,
+            and often selected_tags.csv or preprocessor_config.json); by default the bundled classifier of the 20
+            labels of PASCAL VOC.
         arch: the torchvision architecture of plain weights, such as `resnet50`.
         labels: the label names of plain weights, or of a folder without names, in the order of the network's outputs;
             or a file of them, a name a line or a CSV table with the columns `name` and, if you like, `category`.
@@ -101,6 +103,8 @@ def load(
         preprocess: how a photo becomes network input, where the checkpoint does not say it or says it wrongly: no
             timm folder records that its network wants BGR, or photos padded to a white square. A `Preprocess` takes
             the place of the checkpoint's own; fields by name, or a JSON file of them, take the place of those fields.
+        activation: what makes probabilities of the network's scores, `sigmoid` or `softmax`, where the checkpoint does
+            not say it: a network of ImageNet is a softmax network.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
 
     Raises:
@@ -112,7 +116,13 @@ def load(
         raise CheckpointError(f"no such checkpoint: {path}")
     place = device if device == "cpu" else prepare(device, 0)
     return load_checkpoint(
-        path, architecture=arch, labels=labels, thresholds=thresholds, preprocess=preprocess, device=place
+        path,
+        architecture=arch,
+        labels=labels,
+        thresholds=thresholds,
+        preprocess=preprocess,
+        activation=activation,
+        device=place,
     )[0]
 
 

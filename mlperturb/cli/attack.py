@@ -11,6 +11,7 @@ import typer
 from mlperturb.attacks.methods import BUDGETS, DEFAULT_METHOD, METHODS
 from mlperturb.cli.options import (
     ANYWHERE,
+    Activation,
     Arch,
     BatchSize,
     Checkpoint,
@@ -118,6 +119,7 @@ def attack(
     labels: Labels = None,
     thresholds: Thresholds = None,
     preprocess: PreprocessFile = None,
+    activation: Activation = None,
     out: Annotated[Path, typer.Option(**ANYWHERE, help="Folder, or URL, for the outputs and report.json.")] = Path(
         "mlperturb-out"
     ),
@@ -150,7 +152,7 @@ def attack(
     Each photo gives NAME.adv.png (.webp, .jpg) and NAME.map.png, the magnified perturbation, in the photo's subfolder;
     all photos together give report.json. The colour profile, alpha and a single channel of grey are kept.
     """
-    source = find_source(checkpoint, arch, labels, thresholds, preprocess)
+    source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation)
 
     from mlperturb.photos.images import describe_left_out, find_photos
     from mlperturb.run.jobs import plan_outputs

@@ -23,7 +23,7 @@ OPTIONS = {  # option of the command line by parameter of the library
     **{name: f"--{name}" for name in ("format", "method")},
     **{name: f"--{name}" for name in ("adversarial", "views")},
     "aim": "--strongest",
-    **{name: f"--{name}" for name in ("thresholds", "preprocess")},
+    **{name: f"--{name}" for name in ("thresholds", "preprocess", "activation")},
     "head_only": "--head-only",
     "rmsd": "--max-rmsd",
     "linf": "--max-linf",

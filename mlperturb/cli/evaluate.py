@@ -13,6 +13,7 @@ from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error
 from mlperturb.cli.options import (
     ANYWHERE,
+    Activation,
     Arch,
     BatchSize,
     Checkpoint,
@@ -93,6 +94,7 @@ def evaluate(
     labels: Labels = None,
     thresholds: Thresholds = None,
     preprocess: PreprocessFile = None,
+    activation: Activation = None,
     out: Annotated[
         Path,
         typer.Option(**ANYWHERE, help="Folder, or URL, for records and tables; a stopped run resumes from it."),
@@ -115,7 +117,7 @@ def evaluate(
         raise UsageError("expected --split with --voc: with --photos, the --csv or --coco is the split")
     if clean and (cases or reduce or augment or methods):
         raise UsageError("expected --clean without --cases, --reduce, --augment and --methods: it attacks nothing")
-    source = find_source(checkpoint, arch, labels, thresholds, preprocess)
+    source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation)
 
     from mlperturb.cli.longrun import LongRun
     from mlperturb.experiment.cases import Protocol, align, parse_cases, parse_variants

@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 
 from mlperturb.attacks.methods import METHODS
-from mlperturb.cli.console import out
+from mlperturb.cli.console import out, print_note
 from mlperturb.cli.options import (
+    Activation,
     Arch,
     Checkpoint,
     Json,
@@ -37,6 +38,7 @@ def labels(
     labels: Labels = None,
     thresholds: Thresholds = None,
     preprocess: PreprocessFile = None,
+    activation: Activation = None,
     find: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Show the labels with this text in their name, or like it.")
     ] = None,
@@ -47,8 +49,10 @@ def labels(
     from mlperturb.model.checkpoints import describe_checkpoint
     from mlperturb.run.report import to_json
 
-    source = find_source(checkpoint, arch, labels, thresholds, preprocess)
+    source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation)
     metadata = describe_checkpoint(source.path, **source.said)
+    if metadata.activation == "softmax" and not json:
+        print_note(source.notes[0])
     chosen = range(len(metadata.labels)) if category is None else metadata.categories.find(category)
     if find is not None:
         chosen = find_like(find, metadata.labels, chosen)
@@ -74,7 +78,8 @@ def _describe(source: Source, metadata: Metadata, chosen: Sequence[int], *, narr
         }
     if narrowed:
         return {**described, "numbers": dict(zip(names, chosen, strict=True))}
-    details = {name: getattr(metadata, name) for name in ("architecture", "preprocess", "provenance", "metrics")}
+    names = ["architecture", "activation", "preprocess", "provenance", "metrics"]
+    details = {name: getattr(metadata, name) for name in names}
     return {**described, **details, "origin": _origin(metadata)}
 
 
@@ -112,6 +117,7 @@ def _print_understood(source: Source, metadata: Metadata) -> None:
     provenance = {name: value for name, value in metadata.provenance.items() if name != "origin"}
     details = {
         "architecture": metadata.architecture,
+        "activation": metadata.activation,
         "preprocess": {"readers": list(DEFAULT_READERS), **DEFAULT_FIELDS, **metadata.preprocess},
         "from": _origin(metadata),
         "provenance": provenance,

@@ -14,6 +14,7 @@ from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.options import (
     ANYWHERE,
+    Activation,
     Arch,
     Checkpoint,
     Device,
@@ -90,6 +91,7 @@ def jpeg_defend(
     labels: Labels = None,
     thresholds: Thresholds = None,
     preprocess: PreprocessFile = None,
+    activation: Activation = None,
     out: Annotated[
         Path | None, typer.Option(**ANYWHERE, help="Folder for the results; default: the folder of the report.")
     ] = None,
@@ -111,13 +113,13 @@ def jpeg_defend(
         raise UsageError(f"no such folder of photos: {photos}")
     by_hand = bool(flip) or bool(keep)
     if by_hand:
-        source = find_source(checkpoint, arch, labels, thresholds, preprocess)
+        source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation)
         attacked, names = _name_attacked(source, paths, flip or [], keep or [], photos), source.readers
         asked: list[dict[str, Any]] = []
     else:
         source, attacked, names, asked = _read_reports(
             paths,
-            partial(find_source, checkpoint, arch, labels, thresholds, preprocess) if checkpoint else None,
+            partial(find_source, checkpoint, arch, labels, thresholds, preprocess, activation) if checkpoint else None,
             photos,
             chosen=bool(reader),
         )

@@ -12,7 +12,7 @@ import typer
 from mlperturb.errors import CheckpointError, UsageError
 from mlperturb.labels import Categories
 from mlperturb.model.given import DEFAULT_THRESHOLD
-from mlperturb.model.readers import DEFAULT_READERS
+from mlperturb.model.readers import DEFAULT_READERS, TRANSFORMERS_READERS
 from mlperturb.system.files import parse_local, parse_path
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(
         **HERE,
-        help="A .safetensors checkpoint of mlperturb, the folder of a timm model (config.json, model.safetensors), "
-        "or plain weights with --arch and --labels.",
+        help="A .safetensors checkpoint of mlperturb, the folder of a timm or a transformers model (config.json, "
+        "model.safetensors), or plain weights with --arch and --labels.",
     ),
 ]
 Arch = Annotated[str | None, typer.Option(help="Torchvision architecture of the plain weights.")]
@@ -57,6 +57,14 @@ PreprocessFile = Annotated[
         **HERE,
         help="JSON file with fields of the preprocessing, in place of what the checkpoint says: how a photo becomes "
         "network input.",
+    ),
+]
+Activation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="sigmoid|softmax",
+        help="What makes probabilities of the network's scores, in place of what the checkpoint says: softmax where a "
+        "photo has one label.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -119,6 +127,7 @@ class Source:
         thresholds: as the user gives them, see `given.read_thresholds`.
         preprocess: the fields that the user gives.
         notes: what is assumed for want of a record, a line each.
+        activation: what makes probabilities of the scores, as the user gives it.
     """
 
     path: Path
@@ -130,6 +139,7 @@ class Source:
     thresholds: object = None
     preprocess: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    activation: str | None = None
 
     @property
     def said(self) -> dict[str, Any]:
@@ -139,6 +149,7 @@ class Source:
             "labels": self.names,
             "thresholds": self.thresholds,
             "preprocess": self.preprocess,
+            "activation": self.activation,
         }
 
     @property
@@ -161,6 +172,7 @@ class Source:
             "thresholds": list(metadata.thresholds),
             "preprocess": metadata.preprocess,
             "origin": metadata.origin,
+            "activation": metadata.activation,
         }
 
 
@@ -187,6 +199,7 @@ def find_source(
     labels: Path | None = None,
     thresholds: str | None = None,
     preprocess: Path | None = None,
+    activation: str | None = None,
 ) -> Source:
     """Find the checkpoint, the bundled one by default, and read its label names and what the user says of it.
 
@@ -194,9 +207,10 @@ def find_source(
         CheckpointError: if the file is missing or is not a checkpoint.
         UsageError: if only one of --arch and --labels is given, or a file or a value cannot be read.
     """
-    from mlperturb.model.given import read_preprocess
+    from mlperturb.model.given import check_activation, read_preprocess
 
-    source = _find_named(checkpoint, arch, labels, thresholds)
+    chosen = None if activation is None else check_activation(activation)
+    source = _find_named(checkpoint, arch, labels, thresholds, chosen)
     if preprocess is not None:
         fields = read_preprocess(preprocess)
         readers = _readers_of(fields) if "readers" in fields else source.readers
@@ -204,13 +218,15 @@ def find_source(
     return source
 
 
-def _find_named(checkpoint: Path | None, arch: str | None, labels: Path | None, thresholds: str | None) -> Source:
+def _find_named(
+    checkpoint: Path | None, arch: str | None, labels: Path | None, thresholds: str | None, activation: str | None
+) -> Source:
     """Find the checkpoint, and read its label names and thresholds."""
     from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
     from mlperturb.model.given import read_label_file, read_thresholds
 
     if checkpoint is not None and checkpoint.is_dir():
-        return _find_folder(checkpoint, arch, labels, thresholds)
+        return _find_folder(checkpoint, arch, labels, thresholds, activation)
     given = {"--arch": arch, "--labels": labels, "--checkpoint": checkpoint}
     missing = [option for option, value in given.items() if value is None]
     if missing and (arch is not None or labels is not None):
@@ -229,36 +245,57 @@ def _find_named(checkpoint: Path | None, arch: str | None, labels: Path | None, 
             )
         metadata = read_metadata(path)
         names, categories, readers = metadata.labels, metadata.categories, _readers_of(metadata.preprocess)
-        source = Source(path, None, None, names, readers, categories, thresholds)
+        notes = _softmax_notes(path, activation or metadata.activation)
+        source = Source(path, None, None, names, readers, categories, thresholds, notes=notes, activation=activation)
     else:
         names, categories = read_label_file(labels)
-        note = () if thresholds is not None else (_no_thresholds(path),)
-        source = Source(path, arch, labels, names, DEFAULT_READERS, categories, thresholds, notes=note)
+        notes = _softmax_notes(path, activation or "sigmoid")
+        notes = notes or (() if thresholds is not None else (_no_thresholds(path),))
+        source = Source(
+            path, arch, labels, names, DEFAULT_READERS, categories, thresholds, notes=notes, activation=activation
+        )
     if thresholds is not None:
         read_thresholds(thresholds).of(source.labels, source.categories)  # a wrong value is reported at once
     return source
 
 
-def _find_folder(folder: Path, arch: str | None, labels: Path | None, thresholds: str | None) -> Source:
-    """Return the folder of a timm model, with its label names or those of a file.
+def _find_folder(
+    folder: Path, arch: str | None, labels: Path | None, thresholds: str | None, activation: str | None
+) -> Source:
+    """Return the folder of a timm or a transformers model, with its label names or those of a file.
 
     Raises:
         CheckpointError: if it is not such a folder, or names no labels.
         UsageError: if --arch is given, or the file of label names or the thresholds cannot be read.
     """
-    from mlperturb.model.folders import read_config, read_names
+    from mlperturb.model.folders import is_transformers, read_activation, read_config, read_names
     from mlperturb.model.given import Given
 
     if arch is not None:
         raise UsageError(f"expected no --arch for a folder, whose config.json names it: {folder}")
     given = Given.of(labels, thresholds, None)
-    found = read_names(folder, read_config(folder), given.labels, given.thresholds, given.categories)
-    notes = (_no_thresholds(folder),) if found.assumed else ()
-    return Source(folder, None, labels, found.labels, DEFAULT_READERS, found.categories, thresholds, notes=notes)
+    config = read_config(folder)
+    found = read_names(folder, config, given.labels, given.thresholds, given.categories)
+    notes = _softmax_notes(folder, activation or read_activation(config)[0])
+    notes = notes or ((_no_thresholds(folder),) if found.assumed else ())
+    readers = TRANSFORMERS_READERS if is_transformers(config) else DEFAULT_READERS
+    return Source(
+        folder, None, labels, found.labels, readers, found.categories, thresholds, notes=notes, activation=activation
+    )
 
 
 def _no_thresholds(path: Path) -> str:
     return f"{path} records no thresholds: {DEFAULT_THRESHOLD} is used for every label; --thresholds sets others"
+
+
+def _softmax_notes(path: Path, activation: str) -> tuple[str, ...]:
+    """Return a line on a softmax network."""
+    if activation == "sigmoid":
+        return ()
+    return (
+        f"{path} is a softmax network: the probabilities of its labels sum to 1, and at a threshold of 0.5 a photo has "
+        "at most one label",
+    )
 
 
 def classifier_key(described: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +303,8 @@ def classifier_key(described: dict[str, Any]) -> dict[str, Any]:
     from mlperturb.run.outputs import fingerprint
 
     values = {name: fingerprint([str(one) for one in described[name]]) for name in ("labels", "thresholds")}
-    return {**values, "preprocess": described["preprocess"]}
+    softmax = {"activation": "softmax"} if described.get("activation") == "softmax" else {}
+    return {**values, "preprocess": described["preprocess"], **softmax}
 
 
 def named_source(described: dict[str, Any]) -> Source:
@@ -286,6 +324,7 @@ def named_source(described: dict[str, Any]) -> Source:
             raise UsageError(f"the report's checkpoint {described['checkpoint']} does not exist: give --checkpoint")
     check_attacked(path, described["sha256"])
     said = {"thresholds": described["thresholds"], "preprocess": described.get("preprocess")}
+    said["activation"] = described.get("activation")
     if path.is_dir():
         return Source(path, None, names, names, **said)
     try:

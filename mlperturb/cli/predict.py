@@ -11,6 +11,7 @@ import typer
 
 from mlperturb.cli.console import out, print_error, print_note
 from mlperturb.cli.options import (
+    Activation,
     Arch,
     Checkpoint,
     Device,
@@ -40,6 +41,7 @@ def predict(
     labels: Labels = None,
     thresholds: Thresholds = None,
     preprocess: PreprocessFile = None,
+    activation: Activation = None,
     recursive: Recursive = False,
     reader: Readers = None,
     device: Device = "auto",
@@ -50,7 +52,7 @@ def predict(
     from mlperturb.photos.kinds import is_adversarial
     from mlperturb.run.outputs import is_own
 
-    source = find_source(checkpoint, arch, labels, thresholds, preprocess)
+    source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation)
     left_out: list[Path] = []
     photos = find_photos(
         paths,

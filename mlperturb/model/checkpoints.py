@@ -70,6 +70,8 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Metadat
     }
     if base is not None:
         tensors, described[KEY] = differing(tensors, base), describe_base(base)
+    if metadata.activation != "sigmoid":
+        described["activation"] = metadata.activation
     if metadata.categories.of:
         described["categories"] = json.dumps(asdict(metadata.categories))
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, described)
@@ -83,9 +85,10 @@ def load_checkpoint(
     labels: Sequence[str] | Path | None = None,
     thresholds: object = None,
     preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
+    activation: str | None = None,
     device: str = "cpu",
 ) -> tuple[Classifier, Metadata]:
-    """Load a classifier, from our format, a plain state dict, or the folder of a timm model.
+    """Load a classifier, from our format, a plain state dict, or the folder of a timm or a transformers model.
 
     Args:
         path: `.safetensors`, `.pt` or `.pth`, or a folder with a config.json.
@@ -94,6 +97,8 @@ def load_checkpoint(
         thresholds: in place of what the checkpoint says, see `given.read_thresholds`.
         preprocess: how a photo becomes network input, in place of what the checkpoint says; some of the fields, as a
             mapping or in a JSON file, replace those fields alone.
+        activation: what makes probabilities of the network's scores, `sigmoid` or `softmax`, in place of what the
+            checkpoint says.
         device: where to put the classifier.
 
     Raises:
@@ -102,11 +107,39 @@ def load_checkpoint(
     """
     from mlperturb.model.classifier import Classifier, fold_batch_norm
     from mlperturb.model.preprocess import Preprocess
+    from mlperturb.model.softmax import apply_activation
 
-    metadata, build = _understand(path, architecture, Given.of(labels, thresholds, preprocess))
-    network, read = fold_batch_norm(build()), Preprocess.from_dict(metadata.preprocess)
+    metadata, build = _understand(path, architecture, Given.of(labels, thresholds, preprocess, activation))
+    read = Preprocess.from_dict(metadata.preprocess)
+    network = apply_activation(fold_batch_norm(build()), metadata.activation, len(metadata.labels))
     classifier = Classifier(network, metadata.labels, metadata.thresholds, read, metadata.categories)
+    if path.is_dir():
+        _look_once(classifier, path)
     return classifier.to(device), metadata
+
+
+def _look_once(classifier: Classifier, folder: Path) -> None:
+    """Let a network whose make a folder describes look at a photo.
+
+    Raises:
+        CheckpointError: if it cannot, or has not L outputs.
+    """
+    import torch
+
+    height, width = classifier.preprocess.output_size
+    try:
+        with torch.no_grad():
+            shape = tuple(classifier.network_logits(torch.zeros(1, 3, height, width)).shape)
+    except Exception as error:  # a network's own code may raise anything
+        reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
+        raise CheckpointError(
+            f"the network of {folder} cannot look at photos of {width} x {height} pixels: {reason:.200}"
+        ) from error
+    outputs = len(classifier.labels)
+    if shape != (1, outputs):
+        raise CheckpointError(
+            f"expected {outputs} outputs, one for each label, of the network of {folder}, got {shape}"
+        )
 
 
 def describe_checkpoint(
@@ -116,6 +149,7 @@ def describe_checkpoint(
     labels: Sequence[str] | Path | None = None,
     thresholds: object = None,
     preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
+    activation: str | None = None,
 ) -> Metadata:
     """Return what `load_checkpoint` understands of a checkpoint; `Metadata.origin` says where each thing comes from.
 
@@ -123,7 +157,7 @@ def describe_checkpoint(
         CheckpointError: if it is not a checkpoint, names no labels, or has preprocessing that we cannot express.
         UsageError: if `labels`, `thresholds` or `preprocess` cannot be read.
     """
-    return _understand(path, architecture, Given.of(labels, thresholds, preprocess))[0]
+    return _understand(path, architecture, Given.of(labels, thresholds, preprocess, activation))[0]
 
 
 def _understand(path: Path, architecture: str | None, given: Given) -> tuple[Metadata, Callable[[], nn.Module]]:
@@ -163,20 +197,32 @@ def _describe_plain(path: Path, architecture: str, labels: tuple[str, ...], give
 
 
 def _understand_folder(folder: Path, given: Given) -> tuple[Metadata, Callable[[], nn.Module]]:
-    """Return what is known of the folder of a timm model, and the function that builds its network and fills it."""
-    from mlperturb.model.folders import build_timm, find_weights, read_config, read_names, timm_preprocess
+    """Return what is known of the folder of a timm or a transformers model, and the function that builds it, filled."""
+    from mlperturb.model import folders
 
-    config = read_config(folder)
-    names = read_names(folder, config, given.labels, given.thresholds, given.categories)
-    weights = find_weights(folder)
-    read, source = given.merge(lambda: timm_preprocess(config), "config.json")
-    origin = {"weights": weights.name, **names.origin, "preprocess": source, "readers": given.readers}
+    config = folders.read_config(folder)
+    names = folders.read_names(folder, config, given.labels, given.thresholds, given.categories)
+    weights, outputs = folders.find_weights(folder), len(names.labels)
+    if folders.is_transformers(config):
+        from mlperturb.model.transformers_folders import TRANSFORMERS, build_transformers, transformers_preprocess
+
+        architecture = TRANSFORMERS + config["model_type"]
+        readers = given.readers if given.readers == "given" else "the two backends of transformers, and float"
+        read, source = given.merge(lambda: transformers_preprocess(folder), "the image processor of the folder")
+        build: Callable[[], nn.Module] = partial(build_transformers, config, names.labels, weights)
+    else:
+        architecture, readers = TIMM + config["architecture"], given.readers
+        read, source = given.merge(lambda: folders.timm_preprocess(config), "config.json")
+        build = partial(_build_filled, partial(folders.build_timm, config, outputs), weights, outputs)
+    activation, activation_source = folders.read_activation(config)
+    origin = {"weights": weights.name, **names.origin, "preprocess": source, "readers": readers}
+    if given.activation is not None or activation != "sigmoid":
+        origin["activation"] = activation_source if given.activation is None else "given"
     metadata = Metadata(
-        TIMM + config["architecture"], names.labels, names.thresholds, read.to_dict(), {"origin": origin},
-        categories=names.categories,
+        architecture, names.labels, names.thresholds, read.to_dict(), {"origin": origin},
+        categories=names.categories, activation=given.activation or activation,
     )  # fmt: skip
-    outputs = len(metadata.labels)
-    return metadata, partial(_build_filled, partial(build_timm, config, outputs), weights, outputs)
+    return metadata, build
 
 
 def _build_filled(build: Callable[..., nn.Module], path: Path, outputs: int) -> nn.Module:
@@ -292,6 +338,23 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, outputs
             raise CheckpointError(f"{path}: expected plain real numbers in {name}, got {kind}")
         full[name] = numbers
     network.load_state_dict(full, assign=True)
+
+
+def plain_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return tensors of plain real numbers, floats as float32.
+
+    Raises:
+        CheckpointError: if one is of another kind; the message names it and the file.
+    """
+    import torch
+
+    found = {}
+    for name, tensor in tensors.items():
+        numbers = _cast(tensor, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        if numbers is None:
+            raise CheckpointError(f"{path}: expected plain real numbers in {name}, got {tensor.layout}, {tensor.dtype}")
+        found[name] = numbers
+    return found
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:

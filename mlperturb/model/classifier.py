@@ -137,6 +137,8 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
         assert isinstance(norm, nn.BatchNorm2d)
         assert norm.running_mean is not None
         assert norm.running_var is not None
+        if convolution.out_channels != norm.num_features:  # a network that fails when it is called
+            return network
         convolution.weight, convolution.bias = fuse_conv_bn_weights(
             convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )

@@ -1,5 +1,7 @@
 """Folders of timm models, as timm's `save_for_hf` writes them: config.json beside model.safetensors.
 
+config.json of transformers models is read here too; see `mlperturb.model.transformers_folders` for the rest of those.
+
 The labels stand in `selected_tags.csv` (taggers) or in config.json. Names and thresholds are read without torch. What a
 folder does not record is asked for; where a default is taken, `Metadata.provenance` says so.
 """
@@ -7,6 +9,7 @@ folder does not record is asked for; where a default is taken, `Metadata.provena
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,13 +20,13 @@ from mlperturb.errors import CheckpointError, UsageError
 from mlperturb.labels import Categories, check_labels
 from mlperturb.model.architectures import create_timm
 from mlperturb.model.given import DEFAULT_THRESHOLD, Thresholds, read_table, read_threshold_table
+from mlperturb.model.untrusted import bounded, check_values, read_json
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mlperturb.model.preprocess import Preprocess
 
-_MAX_BYTES = 100_000_000  # of config.json and of a table
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -47,28 +50,37 @@ class Names:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json of a folder of a timm model.
+    """Return config.json of a folder of a timm or a transformers model.
 
     Raises:
-        CheckpointError: if it is missing or damaged, names code of its own, or describes no timm model.
+        CheckpointError: if it is missing or damaged, names code of its own, or describes no such model.
     """
     path = folder / "config.json"
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_BYTES}")
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise CheckpointError(f"expected a config.json in {folder}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    if "auto_map" in config:
-        raise CheckpointError(f"{path} names code of its own (auto_map): mlperturb does not run code of a checkpoint")
-    if not isinstance(config.get("architecture"), str):
-        kind = f"a transformers model ({config['model_type']!s:.40})" if "model_type" in config else "something else"
-        raise CheckpointError(f"expected `architecture`, the name of a timm model, in {path}, got {kind}")
+    config = read_json(path)
+    kinds = [config.get("architecture"), config.get("model_type")]
+    if not any(isinstance(kind, str) for kind in kinds):
+        raise CheckpointError(
+            f"expected `architecture`, the name of a timm model, or `model_type`, of a transformers model, in {path}"
+        )
+    check_values(config, path)
     return config
+
+
+def is_transformers(config: Mapping[str, Any]) -> bool:
+    """Say whether config.json describes a model of transformers, not of timm."""
+    return not isinstance(config.get("architecture"), str)
+
+
+def read_activation(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what makes probabilities of the scores, `sigmoid` or `softmax`, and where that comes from.
+
+    Transformers records the kind of a problem, and takes a softmax where nothing is recorded. timm records nothing.
+    """
+    if not is_transformers(config):
+        return "sigmoid", "sigmoid: timm records none"
+    kind = config.get("problem_type")
+    activation = "sigmoid" if kind == "multi_label_classification" else "softmax"
+    return activation, f"problem_type {kind!s:.60} of config.json"
 
 
 def read_names(
@@ -102,7 +114,7 @@ def read_names(
         names, origin = tuple(row.get("name") or "" for row in rows), path.name
     else:
         names, origin = _config_names(config), "config.json"
-    count = _outputs(config)
+    count = _outputs(config) if not is_transformers(config) else None
     if not names:
         raise CheckpointError(f"{folder} names no labels: give `labels`, {count or 'one for each output'} names")
     if not all(names) or len(set(names)) != len(names):
@@ -210,7 +222,7 @@ def build_timm(config: Mapping[str, Any], outputs: int, *, meta: bool = False) -
         raise CheckpointError(f"expected an object for model_args, got {options!r:.80}")
     unsafe = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
     options = {option: value for option, value in options.items() if option not in unsafe}
-    with torch.device("meta" if meta else "cpu"):
+    with torch.device("meta" if meta else "cpu"), bounded():
         return create_timm(name, outputs, **options)
 
 
@@ -240,12 +252,25 @@ def _read_tags(path: Path) -> list[dict[str, str]]:
 def _config_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return `label_names` of config.json, a list or an object by number; empty if there are none."""
     inner = config.get("pretrained_cfg")
+    if is_transformers(config):
+        return _number_repeated(_listed(config.get("id2label")))
     found = config.get("label_names") or (inner.get("label_names") if isinstance(inner, dict) else None)
+    return _listed(found)
+
+
+def _listed(found: object) -> tuple[str, ...]:
+    """Return names, a list or an object by number; empty if they are not such."""
     if isinstance(found, dict):
         found = [found.get(str(number)) for number in range(len(found))]
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         return ()
     return tuple(found)
+
+
+def _number_repeated(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names, with the output's number after names that several outputs have: ImageNet has two cranes."""
+    counted = Counter(names)
+    return tuple(f"{name} #{number}" if counted[name] > 1 else name for number, name in enumerate(names))
 
 
 def _outputs(config: Mapping[str, Any]) -> int | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlperturb.errors import CheckpointError, UsageError
 from mlperturb.labels import Categories, check_labels
 from mlperturb.limits import is_number
-from mlperturb.model.metadata import Metadata
+from mlperturb.model.metadata import ACTIVATIONS, Metadata
 
 if TYPE_CHECKING:
     from mlperturb.model.preprocess import Preprocess
@@ -27,6 +27,7 @@ DEFAULT_FIELDS: dict[str, object] = {  # of `Preprocess`, fields that a checkpoi
     "fill": (255, 255, 255),
     "channels": "rgb",
     "alpha": None,
+    "corner": "even",
 }
 _MAX_BYTES = 100_000_000  # of a file
 _REST = "*"  # names every label that a table of thresholds does not name
@@ -90,12 +91,14 @@ class Given:
         categories: of these labels.
         thresholds: in place of those of the checkpoint; None for those.
         preprocess: in place of that of the checkpoint, or some of its fields; None for that.
+        activation: in place of that of the checkpoint, see `mlperturb.model.softmax`; None for that.
     """
 
     labels: tuple[str, ...] | None = None
     categories: Categories | None = None
     thresholds: Thresholds | None = None
     preprocess: Preprocess | Mapping[str, Any] | None = None
+    activation: str | None = None
 
     @classmethod
     def of(
@@ -103,11 +106,12 @@ class Given:
         labels: Sequence[str] | Path | None,
         thresholds: object,
         preprocess: Preprocess | Mapping[str, Any] | Path | None,
+        activation: str | None = None,
     ) -> Given:
         """Read what a user gives: label names or a file; thresholds, see `read_thresholds`; fields or a JSON file.
 
         Raises:
-            UsageError: if a file or a value cannot be read.
+            UsageError: if a file or a value cannot be read, or there is no such activation.
         """
         names, categories = read_label_names(labels)
         return cls(
@@ -115,6 +119,7 @@ class Given:
             categories if categories.of else None,
             None if thresholds is None else read_thresholds(thresholds),
             read_preprocess(preprocess) if isinstance(preprocess, Path) else preprocess,
+            None if activation is None else check_activation(activation),
         )
 
     @property
@@ -171,9 +176,22 @@ class Given:
             origin |= {"readers": self.readers} if self.readers == "given" or "readers" not in own else {}
             read, origin["preprocess"] = self.merge(lambda: Preprocess.from_dict(own), "the checkpoint")
             metadata = replace(metadata, preprocess=read.to_dict())
+        if self.activation is not None:
+            metadata, origin["activation"] = replace(metadata, activation=self.activation), "given"
         if origin == metadata.origin:
             return metadata
         return replace(metadata, provenance={**metadata.provenance, "origin": origin})
+
+
+def check_activation(activation: object) -> str:
+    """Return the name of an activation.
+
+    Raises:
+        UsageError: if it is neither sigmoid nor softmax.
+    """
+    if activation not in ACTIVATIONS:
+        raise UsageError(f"expected `activation` {' or '.join(ACTIVATIONS)}, got {activation!r:.60}")
+    return str(activation)
 
 
 def read_thresholds(value: object) -> Thresholds:

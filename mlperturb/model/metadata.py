@@ -17,6 +17,7 @@ from mlperturb.errors import CheckpointError
 from mlperturb.labels import Categories
 
 FORMAT = "mlperturb.checkpoint/1"
+ACTIVATIONS = ("sigmoid", "softmax")
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 _MAX_LABELS = 100_000
 _MAX_DEPTH = 50  # levels of nested metadata; the JSON writer has a limit too
@@ -27,13 +28,16 @@ class Metadata:
     """The metadata of a checkpoint.
 
     Attributes:
-        architecture: the name of a torchvision classification model, or `timm/` and the name of a timm model.
+        architecture: the name of a torchvision classification model; or `timm/` and the name of a timm model; or
+            `transformers/` and the kind of a transformers model.
         labels: L names.
         thresholds: L decision thresholds on the probabilities, inside (0, 1).
         preprocess: the fields of `preprocess.Preprocess`.
         provenance: command, data, initial weights and their licence.
         metrics: the metrics of Table III, by data set and by label.
         categories: of the labels, if they have any.
+        activation: what makes probabilities of the network's scores: `sigmoid`, or `softmax`, see
+            `mlperturb.model.softmax`.
     """
 
     architecture: str
@@ -43,6 +47,7 @@ class Metadata:
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     categories: Categories = Categories()
+    activation: str = "sigmoid"
 
     @property
     def origin(self) -> dict[str, str]:
@@ -68,7 +73,7 @@ def read_metadata(path: Path) -> Metadata:
         labels = tuple(_list(_parse(values["labels"])))
         thresholds = tuple(float(value) for value in _list(_parse(values["thresholds"])))
         rest = {name: _parse(values[name]) for name in ("preprocess", "provenance", "metrics")}
-        architecture = str(values["architecture"])
+        architecture, activation = str(values["architecture"]), values.get("activation", "sigmoid")
         categories = _read_categories(_parse(values["categories"])) if "categories" in values else Categories()
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
@@ -84,7 +89,9 @@ def read_metadata(path: Path) -> Metadata:
         raise CheckpointError(f"{path} has damaged metadata: expected objects, got {rest!r:.200}")
     if len(categories.of) not in (0, len(labels)):
         raise CheckpointError(f"{path} has damaged metadata: expected {len(labels)} categories")
-    return Metadata(architecture, labels, thresholds, **rest, categories=categories)
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(f"{path} has damaged metadata: expected activation {' or '.join(ACTIVATIONS)}")
+    return Metadata(architecture, labels, thresholds, **rest, categories=categories, activation=activation)
 
 
 def _read_categories(value: object) -> Categories:

@@ -27,9 +27,7 @@ from mlperturb.model.linear import Banded, Dense, Pair, bind_map, resize
 from mlperturb.model.readers import DEFAULT_READERS, parse_readers
 
 Size = tuple[int, int]
-Axis = tuple[
-    int, int, int, int
-]  # of a side: its length, its length resized, where the crop begins, its length
+Axis = tuple[int, int, int, int]  # of a side: its length, its length resized, where the crop begins, its length
 
 MAX_SIDE = 4096  # pixels of the resized photo
 MAX_WORK = 2**29  # side * max(side, resized side): a side of 23,000 pixels, some seconds

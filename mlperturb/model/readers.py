@@ -36,6 +36,11 @@ FILTERS: dict[str, tuple[str, ...]] = {  # the first two of an engine: Preproces
     "opencv": ("linear", "cubic", "area"),
 }
 DEFAULT_READERS = ("float", "pillow", "torchvision")
+TRANSFORMERS_READERS = (
+    "torchvision",
+    "pillow",
+    "float",
+)  # its processors resize 8-bit pixels, by torchvision or Pillow
 _PLAIN = "no-antialias"
 _OPTIONAL_ANTIALIAS = ("float", "torchvision", "torchvision-cuda")
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from mlperturb.errors import CheckpointError
 
-ACTIVATIONS = ("sigmoid", "softmax")
-
 
 class SoftmaxLogits(nn.Module):
     """A network of L softmax outputs, as a network of L sigmoid outputs with the same probabilities.
@@ -51,26 +49,14 @@ def apply_activation(network: nn.Module, activation: str, outputs: int) -> nn.Mo
 
     Args:
         network: maps (N, 3, h, w) to scores, (N, L).
-        activation: what makes probabilities of the scores, a name of `ACTIVATIONS`.
+        activation: what makes probabilities of the scores, `sigmoid` or `softmax`.
         outputs: L.
 
     Raises:
-        CheckpointError: if the activation is unknown, or is softmax of a single output, which is always 1.
+        CheckpointError: if it is the softmax of a single output, which is always 1.
     """
-    check_activation(activation)
     if activation == "sigmoid":
         return network
     if outputs < 2:
         raise CheckpointError("expected at least 2 labels of a softmax network, got 1: give `activation` sigmoid")
     return SoftmaxLogits(network)
-
-
-def check_activation(activation: object) -> str:
-    """Return the name of an activation.
-
-    Raises:
-        CheckpointError: if it is not a name of `ACTIVATIONS`.
-    """
-    if activation not in ACTIVATIONS:
-        raise CheckpointError(f"expected `activation` {' or '.join(ACTIVATIONS)}, got {activation!r:.60}")
-    return str(activation)

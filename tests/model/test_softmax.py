@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mlperturb
-from mlperturb.errors import CheckpointError
+from mlperturb.errors import CheckpointError, UsageError
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.model.softmax import SoftmaxLogits, apply_activation, softmax_logits
 
@@ -57,7 +57,7 @@ def test_an_attack_moves_the_label_of_a_softmax_network():
 def test_an_activation_is_sigmoid_or_a_softmax_of_two_labels_or_more():
     network = _network()
     assert apply_activation(network, "sigmoid", 1) is network
-    with pytest.raises(CheckpointError, match="expected `activation` sigmoid or softmax, got 'relu'"):
-        apply_activation(network, "relu", 4)
+    with pytest.raises(UsageError, match="expected `activation` sigmoid or softmax, got 'relu'"):
+        mlperturb.load(activation="relu")
     with pytest.raises(CheckpointError, match="expected at least 2 labels of a softmax network, got 1"):
         apply_activation(network, "softmax", 1)
