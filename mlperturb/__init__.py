@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlperturb.errors import MlperturbError as MlperturbError
     from mlperturb.limits import Limits as Limits
     from mlperturb.model.classifier import Classifier as Classifier
+    from mlperturb.model.export import export as export
     from mlperturb.model.preprocess import Preprocess as Preprocess
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _PLACES = {
     "Preprocess": "model.preprocess",
     "Result": "api",
     "attack": "api",
+    "export": "model.export",
     "load": "api",
     "predict": "api",
 }

@@ -21,6 +21,7 @@ from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.model.readers import parse_reader
+from mlperturb.model.trial import try_network
 from mlperturb.model.views import read_logits
 from mlperturb.photos.forms import Images as Images
 from mlperturb.photos.forms import form_of, open_images
@@ -91,9 +92,9 @@ def load(
 
     Args:
         checkpoint: a `.safetensors` file that `mlperturb train` wrote, or plain weights (`.pt`, `.pth`, `.safetensors`)
-            with `arch` and `labels`, or the folder of a timm or a transformers model (config.json, model.safetensors,
-            and often selected_tags.csv or preprocessor_config.json); by default the bundled classifier of the 20
-            labels of PASCAL VOC.
+            with `arch` and `labels`; the folder of a timm or a transformers model (config.json, model.safetensors,
+            and often selected_tags.csv or preprocessor_config.json); or a program, `.pt2` of torch.export or `.onnx`,
+            with a JSON file beside it; by default the bundled classifier of the 20 labels of PASCAL VOC.
         arch: the torchvision architecture of plain weights, such as `resnet50`.
         labels: the label names of plain weights, or of a folder without names, in the order of the network's outputs;
             or a file of them, a name a line or a CSV table with the columns `name` and, if you like, `category`.
@@ -198,8 +199,10 @@ def attack(
         LabelError: for an unknown label, or a label in two sets.
         ImageError: if a path cannot be read, or the region lies outside an image.
         UsageError: if an argument is out of its range or does not fit the others.
+        CheckpointError: if attacks cannot work on the classifier, see `mlperturb.model.trial.try_network`.
     """
     _check_classifier(classifier)
+    try_network(classifier)
     given = {"flip": flip, "keep": keep, "add": add, "remove": remove, "survive": survive, "reader": reader}
     words = Words(**{name: list_names(names, name) for name, names in given.items()}, region=name_region(region))
     settings = read_settings(

@@ -11,6 +11,7 @@ import typer
 
 from mlperturb.errors import CheckpointError, UsageError
 from mlperturb.labels import Categories
+from mlperturb.model.beside import is_program, read_beside
 from mlperturb.model.given import DEFAULT_THRESHOLD
 from mlperturb.model.readers import DEFAULT_READERS, TRANSFORMERS_READERS
 from mlperturb.system.files import parse_local, parse_path
@@ -30,7 +31,8 @@ Checkpoint = Annotated[
     typer.Option(
         **HERE,
         help="A .safetensors checkpoint of mlperturb, the folder of a timm or a transformers model (config.json, "
-        "model.safetensors), or plain weights with --arch and --labels.",
+        "model.safetensors), a program with NAME.json beside it (.pt2 of torch.export, .onnx), or plain weights with "
+        "--arch and --labels.",
     ),
 ]
 Arch = Annotated[str | None, typer.Option(help="Torchvision architecture of the plain weights.")]
@@ -227,6 +229,8 @@ def _find_named(
 
     if checkpoint is not None and checkpoint.is_dir():
         return _find_folder(checkpoint, arch, labels, thresholds, activation)
+    if checkpoint is not None and is_program(checkpoint):
+        return _find_program(checkpoint, arch, labels, thresholds, activation)
     given = {"--arch": arch, "--labels": labels, "--checkpoint": checkpoint}
     missing = [option for option, value in given.items() if value is None]
     if missing and (arch is not None or labels is not None):
@@ -284,6 +288,32 @@ def _find_folder(
     )
 
 
+def _find_program(
+    path: Path, arch: str | None, labels: Path | None, thresholds: str | None, activation: str | None
+) -> Source:
+    """Return a program, with the label names of the JSON file beside it or those of a file.
+
+    Raises:
+        CheckpointError: if the program or its JSON file is missing or damaged.
+        UsageError: if --arch is given, or the file of label names or the thresholds cannot be read.
+    """
+    from mlperturb.model.given import Given
+
+    if arch is not None:
+        raise UsageError(f"expected no --arch for a program: {path}")
+    if not path.is_file():
+        raise CheckpointError(f"no such checkpoint: {path}")
+    given = Given.of(labels, thresholds, None)
+    found = given.complete(read_beside(path, given))
+    readers = _readers_of(found.preprocess)
+    assumed = found.origin["thresholds"].startswith(f"{DEFAULT_THRESHOLD}:")
+    notes = _softmax_notes(path, activation or found.activation)
+    notes = notes or ((_no_thresholds(path),) if assumed else ())
+    return Source(
+        path, None, labels, found.labels, readers, found.categories, thresholds, notes=notes, activation=activation
+    )
+
+
 def _no_thresholds(path: Path) -> str:
     return f"{path} records no thresholds: {DEFAULT_THRESHOLD} is used for every label; --thresholds sets others"
 
@@ -325,7 +355,7 @@ def named_source(described: dict[str, Any]) -> Source:
     check_attacked(path, described["sha256"])
     said = {"thresholds": described["thresholds"], "preprocess": described.get("preprocess")}
     said["activation"] = described.get("activation")
-    if path.is_dir():
+    if path.is_dir() or is_program(path):
         return Source(path, None, names, names, **said)
     try:
         metadata = read_metadata(path)

@@ -21,6 +21,7 @@ from mlperturb.model.architectures import build_network as build_network
 from mlperturb.model.architectures import check_architecture as check_architecture
 from mlperturb.model.architectures import default_preprocess as default_preprocess
 from mlperturb.model.bases import KEY, describe_base, differing, read_with_base
+from mlperturb.model.beside import describe_program, is_program
 from mlperturb.model.given import DEFAULT_THRESHOLD, Given
 from mlperturb.model.metadata import FORMAT as FORMAT
 from mlperturb.model.metadata import Metadata as Metadata
@@ -88,10 +89,11 @@ def load_checkpoint(
     activation: str | None = None,
     device: str = "cpu",
 ) -> tuple[Classifier, Metadata]:
-    """Load a classifier, from our format, a plain state dict, or the folder of a timm or a transformers model.
+    """Load a classifier, from our format, a plain state dict, the folder of a timm or a transformers model, or a program.
 
     Args:
-        path: `.safetensors`, `.pt` or `.pth`, or a folder with a config.json.
+        path: `.safetensors`, `.pt` or `.pth`; a folder with a config.json; or `.pt2` or `.onnx` with a JSON file beside
+            it, see `mlperturb.model.beside`.
         architecture: a torchvision classification model, or `timm/NAME`, for plain weights only.
         labels: the label names, for plain weights, and for a folder that has none; a list, or a file.
         thresholds: in place of what the checkpoint says, see `given.read_thresholds`.
@@ -109,12 +111,19 @@ def load_checkpoint(
     from mlperturb.model.preprocess import Preprocess
     from mlperturb.model.softmax import apply_activation
 
-    metadata, build = _understand(path, architecture, Given.of(labels, thresholds, preprocess, activation))
+    given = Given.of(labels, thresholds, preprocess, activation)
+    if is_program(path):
+        from mlperturb.model.programs import load_program
+
+        classifier, metadata = load_program(path, _understand_program(path, architecture, given))
+        return classifier.to(device), metadata
+    metadata, build = _understand(path, architecture, given)
     read = Preprocess.from_dict(metadata.preprocess)
     network = apply_activation(fold_batch_norm(build()), metadata.activation, len(metadata.labels))
     classifier = Classifier(network, metadata.labels, metadata.thresholds, read, metadata.categories)
     if path.is_dir():
         _look_once(classifier, path)
+    classifier.tried = True  # the network's code is a library's: attacks are known to work on it
     return classifier.to(device), metadata
 
 
@@ -157,7 +166,17 @@ def describe_checkpoint(
         CheckpointError: if it is not a checkpoint, names no labels, or has preprocessing that we cannot express.
         UsageError: if `labels`, `thresholds` or `preprocess` cannot be read.
     """
-    return _understand(path, architecture, Given.of(labels, thresholds, preprocess, activation))[0]
+    given = Given.of(labels, thresholds, preprocess, activation)
+    if is_program(path):
+        return _understand_program(path, architecture, given)
+    return _understand(path, architecture, given)[0]
+
+
+def _understand_program(path: Path, architecture: str | None, given: Given) -> Metadata:
+    """Return what is known of a program."""
+    if architecture is not None:
+        raise CheckpointError(f"expected no `architecture` for a program: {path}")
+    return describe_program(path, given)
 
 
 def _understand(path: Path, architecture: str | None, given: Given) -> tuple[Metadata, Callable[[], nn.Module]]:

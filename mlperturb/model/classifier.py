@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,7 @@ class Classifier(nn.Module):
         if not all(0 < threshold < 1 for threshold in self.thresholds):
             raise CheckpointError("expected thresholds inside (0, 1), got " + repr(list(self.thresholds))[:200])
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.tried = False  # whether `trial.try_network` has passed it
         self.register_buffer("boundary", torch.logit(torch.tensor(self.thresholds, dtype=torch.float32)))
 
     @property
@@ -75,13 +76,27 @@ class Classifier(nn.Module):
         return BoundClassifier(self, resizer)
 
     def network_logits(self, inputs: Tensor) -> Tensor:
-        """Return the logits, (N, L), of network input in RGB order, (N, 3, h, w)."""
+        """Return the logits, (N, L), of network input in RGB order, (N, 3, h, w).
+
+        Raises:
+            CheckpointError: if the network gives something else.
+        """
+        logits = find_logits(self.network(self.arrange(inputs)))
+        wanted = (len(inputs), len(self.labels))
+        if logits.shape != wanted:
+            raise CheckpointError(
+                f"expected logits of shape {wanted}, a row for each photo and a column for each label, "
+                f"got {tuple(logits.shape)}"
+            )
+        return logits
+
+    def arrange(self, inputs: Tensor) -> Tensor:
+        """Return network input in RGB order, (N, 3, h, w), with the network's own channels, (N, C, h, w)."""
         if self.preprocess.channels == "bgr":
             inputs = inputs.flip(1)
         elif self.preprocess.channels == "grey":
             inputs = torch.einsum("c,nchw->nhw", inputs.new_tensor(LUMA), inputs).unsqueeze(1)
-        logits: Tensor = self.network(inputs.contiguous(memory_format=torch.channels_last))
-        return logits
+        return inputs.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """Return logits z(x), (N, L).
@@ -116,6 +131,25 @@ class BoundClassifier:
     def select(self, rows: Tensor) -> BoundClassifier:
         """Return the classifier of some photos of the batch."""
         return BoundClassifier(self.classifier, self.resizer.select(rows))
+
+
+def find_logits(output: object) -> Tensor:
+    """Return the logits in what a network gives: a tensor, a tuple of one, or `logits` of an object or a mapping.
+
+    Raises:
+        CheckpointError: if there are none, or it is unclear which they are.
+    """
+    if isinstance(output, tuple | list) and len(output) == 1:
+        output = output[0]
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(found, Tensor):
+        return found
+    got = type(output).__name__
+    if isinstance(output, Mapping):
+        got += f" with {', '.join(map(str, output))}"
+    elif isinstance(output, tuple | list):
+        got += f" of {len(output)}"
+    raise CheckpointError(f"expected a tensor of logits, (N, L), from the network, got a {got:.200}: wrap the network")
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Metadata:
 
     Attributes:
         architecture: the name of a torchvision classification model; or `timm/` and the name of a timm model; or
-            `transformers/` and the kind of a transformers model.
+            `transformers/` and the kind of a transformers model; `torch.export` or `onnx` of a program.
         labels: L names.
         thresholds: L decision thresholds on the probabilities, inside (0, 1).
         preprocess: the fields of `preprocess.Preprocess`.
@@ -70,20 +71,17 @@ def read_metadata(path: Path) -> Metadata:
             "for plain weights give `architecture` and `labels`"
         )
     try:
-        labels = tuple(_list(_parse(values["labels"])))
-        thresholds = tuple(float(value) for value in _list(_parse(values["thresholds"])))
-        rest = {name: _parse(values[name]) for name in ("preprocess", "provenance", "metrics")}
+        labels = tuple(_list(parse_json(values["labels"])))
+        thresholds = tuple(float(value) for value in _list(parse_json(values["thresholds"])))
+        rest = {name: parse_json(values[name]) for name in ("preprocess", "provenance", "metrics")}
         architecture, activation = str(values["architecture"]), values.get("activation", "sigmoid")
-        categories = _read_categories(_parse(values["categories"])) if "categories" in values else Categories()
+        categories = _read_categories(parse_json(values["categories"])) if "categories" in values else Categories()
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} has damaged metadata: {type(error).__name__}: {error}") from error
-    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
-        raise CheckpointError(f"{path} has damaged metadata: expected distinct label names")
-    if len(labels) > _MAX_LABELS:
-        raise CheckpointError(f"{path} names {len(labels)} labels, expected at most {_MAX_LABELS}")
+    check_names(labels, path)
     if len(thresholds) != len(labels) or not all(0 < threshold < 1 for threshold in thresholds):
         raise CheckpointError(f"{path} has damaged metadata: expected {len(labels)} thresholds inside (0, 1)")
-    if not _is_shallow(rest, _MAX_DEPTH):
+    if not is_shallow(rest):
         raise CheckpointError(f"{path} has damaged metadata: nested more than {_MAX_DEPTH} deep")
     if not all(isinstance(value, dict) for value in rest.values()):
         raise CheckpointError(f"{path} has damaged metadata: expected objects, got {rest!r:.200}")
@@ -104,6 +102,18 @@ def _read_categories(value: object) -> Categories:
     return Categories(tuple(map(str, _list(value["of"]))), {str(key): str(name) for key, name in names.items()})
 
 
+def check_names(labels: Sequence[object], path: Path) -> None:
+    """Refuse what a file has for label names, unless they are distinct names.
+
+    Raises:
+        CheckpointError: if they are not, or too many.
+    """
+    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
+        raise CheckpointError(f"{path} has damaged metadata: expected distinct label names")
+    if len(labels) > _MAX_LABELS:
+        raise CheckpointError(f"{path} names {len(labels)} labels, expected at most {_MAX_LABELS}")
+
+
 def _read_header(path: Path) -> dict[str, Any]:
     """Read the JSON header of a safetensors file."""
     try:
@@ -122,7 +132,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _parse(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Parse JSON; numbers that are not finite, which strict JSON does not have, become null."""
 
     def number(digits: str) -> float | None:
@@ -131,10 +141,10 @@ def _parse(text: str) -> Any:
     return json.loads(text, parse_float=number, parse_constant=lambda _: None)
 
 
-def _is_shallow(value: object, levels: int) -> bool:
+def is_shallow(value: object, levels: int = _MAX_DEPTH) -> bool:
     """Say whether a value nests at most `levels` deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner)
+    return levels > 0 and all(is_shallow(one, levels - 1) for one in inner)
 
 
 def _list(value: object) -> list[Any]:
