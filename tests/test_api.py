@@ -18,7 +18,7 @@ from mlperturb.attacks.methods import METHODS
 from mlperturb.errors import CheckpointError, ImageError, LabelError, UsageError
 from mlperturb.targets import decide
 
-PUBLIC = {"Classifier", "Limits", "MlperturbError", "Preprocess", "Result", "attack", "load", "predict"}
+PUBLIC = {"Classifier", "Limits", "MlperturbError", "Preprocess", "Result", "attack", "export", "load", "predict"}
 FEW = {"budget": "fast", "limits": Limits(passes=40)}
 SIDE = 40
 PREPROCESS = Preprocess((SIDE, SIDE))

@@ -17,6 +17,7 @@ try:
     from mlperturb import __version__
     from mlperturb.cli.attack import attack
     from mlperturb.cli.console import print_error
+    from mlperturb.cli.convert import convert
     from mlperturb.cli.demo import demo
     from mlperturb.cli.evaluate import evaluate
     from mlperturb.cli.figures import figures
@@ -42,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (attack, demo, jpeg_defend, figures, gallery, predict, labels, methods, evaluate, train):
+for command in (attack, demo, jpeg_defend, figures, gallery, predict, labels, methods, evaluate, train, convert):
     app.command()(command)
 
 
