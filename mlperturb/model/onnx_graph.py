@@ -39,7 +39,7 @@ _ATTRIBUTES = (
     AttributeProto.FLOAT, AttributeProto.INT, AttributeProto.STRING,
     AttributeProto.FLOATS, AttributeProto.INTS, AttributeProto.STRINGS,
 )  # fmt: skip
-_KINDS = {  # of tensors that are read: bytes of a number
+_KINDS: dict[int, int] = {  # of tensors that are read: bytes of a number
     TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8, TensorProto.INT64: 8, TensorProto.INT32: 4, TensorProto.INT8: 1,
     TensorProto.UINT8: 1, TensorProto.BOOL: 1, TensorProto.INT16: 2, TensorProto.UINT16: 2, TensorProto.FLOAT16: 2,
 }  # fmt: skip
@@ -198,7 +198,8 @@ def _read_external(tensor: TensorProto, folder: Path | None, size: int) -> bytes
         )
     with path.open("rb") as stream:
         stream.seek(offset)
-        return stream.read(length)
+        data: bytes = stream.read(length)
+    return data
 
 
 def _sizes(value: Any) -> tuple[int | None, ...]:
@@ -220,12 +221,12 @@ def _find_output(graph: GraphProto, outputs: int) -> str:
     if len(shapes) == 1 and len(next(iter(shapes.values()))) in (0, 2):
         (name,) = shapes
         if not shapes[name] or shapes[name][1] in (outputs, None):
-            return name
+            return str(name)
     fitting = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] == outputs]
     if len(fitting) != 1:
         shown = " and ".join("x".join(str(size or "N") for size in shape) for shape in list(shapes.values())[:5])
         raise ValueError(f"expected one output of {outputs} logits, one for each label, got {shown or 'none':.100}")
-    return fitting[0]
+    return str(fitting[0])
 
 
 def _logits(nodes: list[NodeProto], result: str) -> tuple[str, str | None]:

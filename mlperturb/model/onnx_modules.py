@@ -53,7 +53,7 @@ class _Slice(nn.Module):
         self, data: Tensor, starts: Ends = None, ends: Ends = None, axes: Ends = None, steps: Ends = None
     ) -> Tensor:
         """Return part of a tensor."""
-        given = (self.given.starts, self.given.ends, self.given.dim, self.given.steps)
+        given: list[Ends] = [getattr(self.given, name) for name in ("starts", "ends", "dim", "steps")]
         called = (starts, ends, axes, steps)
         first, last, along, by = (
             None if one is None else [int(value) for value in one]

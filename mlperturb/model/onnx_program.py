@@ -60,7 +60,7 @@ class Converted:
                 session = onnxruntime.InferenceSession(
                     self.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
                 )
-                parts = arranged.split(1) if form.sizes[0] == 1 else [arranged]
+                parts = torch.split(arranged, 1) if form.sizes[0] == 1 else [arranged]
                 found = [torch.from_numpy(session.run(None, {"input": part.numpy()})[0]) for part in parts]
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from error

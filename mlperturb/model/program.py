@@ -82,7 +82,7 @@ def read_program(path: Path, outputs: int) -> Shaped:
         raise CheckpointError(f"{path}: {reason:.300}; {ADVICE}") from error
     _refuse_writes(block, inputs, path)
     steps, output, activation = _logits(block.steps, output)
-    steps = _needed(steps, output)
+    steps = tuple(_needed(steps, output))
     used = {name for step in steps for name in step.names}
     kept = {name: tensor for name, tensor in inputs.items() if name in used}
     block = Block(_with_ends(steps, output), (photo,), (output,))

@@ -82,6 +82,6 @@ class Shaped(nn.Module):
         if self.form.channels_last:
             inputs = inputs.permute(0, 2, 3, 1)
         if self.form.sizes[0] == 1 and len(inputs) != 1:
-            return torch.cat([self.program(one) for one in inputs.split(1)])
+            return torch.cat([self.program(one) for one in torch.split(inputs, 1)])
         logits: Tensor = self.program(inputs)
         return logits
