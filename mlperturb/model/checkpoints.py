@@ -89,7 +89,7 @@ def load_checkpoint(
     activation: str | None = None,
     device: str = "cpu",
 ) -> tuple[Classifier, Metadata]:
-    """Load a classifier, from our format, a plain state dict, the folder of a timm or a transformers model, or a program.
+    """Load a classifier, from our format, a plain state dict, the folder of a timm or transformers model, or a program.
 
     Args:
         path: `.safetensors`, `.pt` or `.pth`; a folder with a config.json; or `.pt2` or `.onnx` with a JSON file beside
