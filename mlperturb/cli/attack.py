@@ -208,13 +208,13 @@ def run(
     from mlperturb.system.processes import join
 
     long, existing = LongRun(join(), quiet=quiet), frozenset[str]()
-    overwrite = long.starts_again(overwrite)
+    planned = fingerprint([settings.batch_size, *((str(job.source), job.adversarial) for job in jobs)])
+    place = long.prepare(device, seed)
+    described = settings.describe(seed=seed, device=long.device)
+    task = AttackRun(long, source, settings, jobs, outputs, described, json, overwrite=long.starts_again(overwrite))
     if long.share.first:
         for note in notes:
             long.note(note)
-        existing = prepare_folder(outputs, jobs, overwrite=overwrite)
-    planned = fingerprint([settings.batch_size, *((str(job.source), job.adversarial) for job in jobs)])
+        existing = prepare_folder(outputs, jobs, overwrite=task.overwrite and not task.broke_off(planned))
     long.share.agree(planned, "photos")
-    place = long.prepare(device, seed)
-    described = settings.describe(seed=seed, device=long.device)
-    return AttackRun(long, source, settings, jobs, outputs, described, json).go(place, planned, existing)
+    return task.go(place, planned, existing)

@@ -19,7 +19,7 @@ from mlperturb.cli.longrun import LongRun
 from mlperturb.cli.options import Source, classifier_key
 from mlperturb.errors import StorageError
 from mlperturb.run.jobs import Job
-from mlperturb.run.ledger import Ledger, Part, size_of
+from mlperturb.run.ledger import Ledger, Part, broke_off, size_of
 from mlperturb.run.outputs import JOURNAL, Outputs, subfolders
 from mlperturb.run.record import Record, Summary, condense
 from mlperturb.run.report import report_lines
@@ -45,8 +45,17 @@ class AttackRun:
     described: dict[str, Any]
     json: bool
     silent: bool = False  # print nothing on stdout
+    overwrite: bool = False  # replace what is there, unless it is of this very run, which was stopped
     summary: Summary = field(default_factory=Summary)  # of the photos of this process
     lock: Lock = field(default_factory=Lock)  # guards the summary: threads count the photos that are done already
+
+    def broke_off(self, photos: str) -> bool:
+        """Say whether this very run, with `overwrite`, was begun before and not finished: then it goes on.
+
+        Args:
+            photos: a fingerprint of the jobs and their batches.
+        """
+        return broke_off(self.outputs.folder / JOURNAL, self._key(self.source.sha256), photos)
 
     def go(self, device: str, photos: str, existing: frozenset[str]) -> int:
         """Attack, write the report, print; return the exit code.
@@ -79,8 +88,9 @@ class AttackRun:
                     self._finish(description, seconds)
                 return 3
             code = self._finish(description, seconds)
-        if long.stopped is None:
-            return code
+            if long.stopped is None:
+                self.ledger.finish(photos)
+                return code
         long.note(
             f"interrupted: {len(self.ledger)} of {len(self.jobs)} photos are done and reported; "
             "the same command goes on"
@@ -101,7 +111,7 @@ class AttackRun:
         with long.journal(out / JOURNAL, self._key(classifier)) as (journal, interrupts):
             self.ledger = Ledger(journal, [self.part])
             if long.share.first:
-                self.filled = self.ledger.begin(photos, self.part, existing)
+                self.filled = self.ledger.begin(photos, self.part, existing, overwrite=self.overwrite)
                 long.share.tell("filled", str(self.filled))
             else:
                 self.filled = long.share.ask("filled") == "True"

@@ -13,7 +13,7 @@ from mlperturb.model.preprocess import Size
 from mlperturb.run.jobs import Job
 from mlperturb.run.record import Record
 from mlperturb.system.files import file_sha256, is_file_of
-from mlperturb.system.journal import Journal, Place
+from mlperturb.system.journal import Journal, Place, glance
 
 Key = tuple[str | None, str | None, str | int]  # of a record: case, method, and the photo's path or row
 
@@ -60,6 +60,7 @@ class Ledger:
         self._failed: set[Key] = set()
         self._any = False  # whether there is a record, of these photos or of others
         self._lists: dict[str, tuple[Place, bool]] = {}  # by the fingerprint of the photos of a start
+        self._open: set[str] = set()  # the lists that were begun with `overwrite` and are not finished
         self._photos: dict[int, str | None] = {}  # by row of the data set, the SHA-256 of the photo
         self._read = lru_cache(maxsize=8)(journal.read)  # a line has the records of a batch
         self.reload()
@@ -76,6 +77,11 @@ class Ledger:
             entry = self._journal.read(place)
             if "photos" in entry:
                 self._lists[str(entry["photos"])] = place, bool(entry.get("filled", True))
+                if entry.get("overwrite"):
+                    self._open.add(str(entry["photos"]))
+                continue
+            if "finished" in entry:
+                self._open.discard(str(entry["finished"]))
                 continue
             self._any = True
             try:
@@ -96,7 +102,7 @@ class Ledger:
                     f"{self._journal.path} has a damaged record ({error!r:.80}); `overwrite` starts again"
                 ) from error
 
-    def begin(self, photos: str, part: Part, existing: Set[str]) -> bool:
+    def begin(self, photos: str, part: Part, existing: Set[str], *, overwrite: bool = False) -> bool:
         """Write the list of photos to the journal, unless it is there; refuse to replace files of other photos.
 
         An earlier start may have been killed after it wrote a file and before it wrote the record. So an existing file
@@ -107,6 +113,7 @@ class Ledger:
             photos: a fingerprint of the photos and their batches.
             part: the photos.
             existing: names of the outputs that exist already.
+            overwrite: whether this start was to replace what was there, see `broke_off`.
 
         Returns:
             Whether finished photos are to fill the batches of the other photos, so that these have the results of an
@@ -129,8 +136,19 @@ class Ledger:
                     "give another `out`, or `overwrite`"
                 )
         outputs, filled = {job.adversarial: str(job.source) for job in part.jobs}, not self._any
-        self._journal.append({"photos": photos, "filled": filled, "outputs": outputs})
+        self._journal.append({"photos": photos, "filled": filled, "overwrite": overwrite, "outputs": outputs})
+        if overwrite:
+            self._open.add(photos)
         return filled
+
+    def finish(self, photos: str) -> None:
+        """Write to the journal that all photos of a list have been attacked and reported, if it says they were begun.
+
+        Raises:
+            StorageError: if the journal cannot be written.
+        """
+        if photos in self._open:
+            self._journal.append({"finished": photos})
 
     def write(self, records: Sequence[Record], part: Part) -> None:
         """Add a batch to the journal; in an attack, with the SHA-256 of its files.
@@ -222,6 +240,25 @@ class Ledger:
         record, hashes = Record.from_dict(entry["records"][number]), entry.get("hashes", {})
         kinds = {kind: hashes[name] for kind, name in record.files.items() if name in hashes}
         return replace(record, hashes=kinds), hashes
+
+
+def broke_off(path: Path, key: dict[str, Any], photos: str) -> bool:
+    """Say whether a journal is of a start with `overwrite` of these very photos and settings, and was not finished.
+
+    Args:
+        path: the journal.
+        key: the settings, see `Journal`.
+        photos: a fingerprint of the photos and their batches.
+    """
+    begun = False
+    try:
+        for entry in glance(path, key):
+            if entry.get("finished") == photos:
+                return False
+            begun |= entry.get("photos") == photos and entry.get("overwrite") is True
+    except (UsageError, StorageError, OSError):  # of another run
+        return False
+    return begun
 
 
 def size_of(record: Record) -> Size:

@@ -213,8 +213,8 @@ def write_file(path: Path, data: bytes) -> None:
 def writing(path: Path) -> Iterator[IO[bytes]]:
     """Give a stream to write; at the end the file is whole and durable. After an error the file is unchanged.
 
-    On this machine the file is written under a temporary name in the same folder, flushed to the disk and renamed. A
-    store gets the file in one piece, and decides how durable it is.
+    On this machine the file is written under a temporary name in the same folder, flushed to the disk and renamed, and
+    the folder is flushed. A store gets the file in one piece, and decides how durable it is.
 
     Raises:
         OutputError: if a file of this name cannot be written.
@@ -234,9 +234,27 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
             target.flush()
             os.fsync(target.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         kind = OutputError if error.errno in _THIS_NAME_ALONE else StorageError
         raise kind(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # it is gone if the rename succeeded
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk: a renamed file has its new name after a power cut too.
+
+    Raises:
+        OSError: if the disk fails or is full; a file system that cannot flush folders is no error.
+    """
+    with contextlib.suppress(PermissionError):
+        opened = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(opened)
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+        finally:
+            os.close(opened)

@@ -10,9 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+from zlib import crc32
 
 from mlperturb.errors import StorageError, UsageError
 from mlperturb.system.files import is_remote, list_names, remove_file, write_file
+
+_CHECKSUM = re.compile(rb', "crc": "([0-9a-f]{8})"\}\n')
+_CHECKED = 21  # bytes of a checksum at the end of a line
 
 Place = tuple[Path, int]  # a file of the journal, and the byte offset of a line
 
@@ -22,9 +26,9 @@ class Journal:
 
     Each process of a run writes its own file and reads the files of all: `journal.jsonl` of rank 0,
     `journal.rank-1.jsonl` and so on. The first line of a file is the key: every setting that affects the results. A
-    journal with another key is refused. An incomplete last line, as a killed process leaves it, is dropped. A file is
-    locked while its process has it open. A store at a URL cannot append: there each line is an object of its own, in
-    the folder `journal`, and nothing is locked.
+    journal with another key is refused. Each line has a checksum. An incomplete or damaged last line, as a killed
+    process or a power cut leaves it, is dropped. A file is locked while its process has it open. A store at a URL
+    cannot append: there each line is an object of its own, in the folder `journal`, and nothing is locked.
 
     Args:
         path: the file of rank 0.
@@ -35,7 +39,7 @@ class Journal:
     Attributes:
         path: the file of rank 0.
         resumed: whether the journal existed already.
-        torn: whether an incomplete last line of this process's file was dropped.
+        torn: whether an incomplete or damaged last line of this process's file was dropped.
 
     Raises:
         UsageError: if a file is not a journal or has another key, or another run has it open.
@@ -121,6 +125,27 @@ def find_journal(path: Path) -> list[Path]:
     ranked = re.compile(rf"{re.escape(path.stem)}(\.rank-[0-9]+)?{re.escape(path.suffix)}")
     found = [path.with_name(name) for name in list_names(path.parent) if ranked.fullmatch(name)]
     return sorted(found, key=_rank)
+
+
+def glance(path: Path, key: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the entries of a journal that begin with `photos` or `finished`; nothing is locked, nothing is changed.
+
+    Of a journal at a URL only the objects are read that have the place of such entries.
+
+    Raises:
+        UsageError: if the journal has another key.
+        StorageError: if such an entry is damaged.
+    """
+    files = find_journal(path)
+    for file in files:
+        if not is_remote(file) or _is_first(file):
+            _check_key(file, file.read_bytes() if is_remote(file) else _first_line(file), key)
+    if is_remote(path):
+        files = [file for file in files if file.name.endswith("-00000001.json")] + files[-1:]
+    for file in files:
+        for _, line in _whole_lines(file):
+            if line.startswith((b'{"photos":', b'{"finished":')):
+                yield _parse(line, str(file))
 
 
 def remove_journal(path: Path) -> None:
@@ -222,7 +247,7 @@ class _Files:
                     yield turn, (file, offset)
 
     def _cut(self) -> None:
-        """Drop an incomplete last line."""
+        """Drop what follows the last sound line."""
         whole = 0
         for offset, line in _whole_lines(self._own):
             whole = offset + len(line)
@@ -270,14 +295,17 @@ def _first_line(file: Path) -> bytes:
 
 
 def _whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the offset and the text of each complete line."""
-    begin = 0
+    """Yield the offset and the text of each complete line; not of damaged lines at the end, as a power cut leaves."""
+    begin, doubtful = 0, list[tuple[int, bytes]]()
     with file.open("rb") as stream:
         for line in stream:
             if not line.endswith(b"\n"):
                 return
-            yield begin, line
+            doubtful.append((begin, line))
             begin += len(line)
+            if _is_sound(line):
+                yield from doubtful
+                doubtful.clear()
 
 
 def _rank(file: Path) -> int:
@@ -311,14 +339,35 @@ def _check_key(path: Path, line: bytes, key: dict[str, Any]) -> None:
 
 
 def _line(entry: dict[str, Any]) -> bytes:
-    return json.dumps(entry, allow_nan=False, ensure_ascii=True).encode() + b"\n"
+    """Return an entry, which has a key or more, as a line with a checksum."""
+    text = json.dumps(entry, allow_nan=False, ensure_ascii=True).encode()[:-1]
+    return text + b', "crc": "%08x"}\n' % crc32(text)
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
+        if _checksum(line) is False:
+            raise ValueError
         entry = json.loads(line)
     except ValueError as error:
-        raise StorageError(f"{where}: damaged: expected JSON; `overwrite` starts again") from error
+        advice = "without this line its photos are attacked again; `overwrite` starts again"
+        raise StorageError(f"{where}: damaged: expected JSON with its checksum; {advice}") from error
     if not isinstance(entry, dict):
         raise StorageError(f"{where}: damaged: expected a JSON object; `overwrite` starts again")
+    entry.pop("crc", None)
     return entry
+
+
+def _is_sound(line: bytes) -> bool:
+    """Say whether a line is as it was written; if it has no checksum, as earlier versions wrote it, if it is JSON."""
+    holds = _checksum(line)
+    try:
+        return isinstance(json.loads(line), dict) if holds is None else holds
+    except ValueError:
+        return False
+
+
+def _checksum(line: bytes) -> bool | None:
+    """Say whether the checksum of a line holds; None if it has no checksum."""
+    found = _CHECKSUM.fullmatch(line[-_CHECKED:])
+    return None if found is None else crc32(line[:-_CHECKED]) == int(found[1], 16)

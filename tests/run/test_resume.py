@@ -72,6 +72,34 @@ def test_other_settings_never_mix_into_a_run(cli, command, tmp_path, more):
     assert len(attacked(tmp_path / "out")) == 9
 
 
+def test_a_run_that_overwrites_goes_on_after_a_stop_and_starts_again_once_it_is_finished(
+    cli, command, tmp_path, monkeypatch
+):
+    out, search, batches = tmp_path / "out", mlperturb.run.search.search, []
+    assert cli(*command(out, "--seed", 1))[0] == 1  # another run, to be replaced
+
+    def stop(*arguments):
+        batches.append(len(arguments[1]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return search(*arguments)
+
+    monkeypatch.setattr(mlperturb.run.search, "search", stop)
+    assert cli(*command(out, "--overwrite"))[0] == 130
+    assert len(attacked(out)) == 6
+    code, _, err = cli(*command(out, "--overwrite"))
+    assert (code, batches) == (1, [3, 3, 3, 3])
+    assert "going on: 6 of 10" in err
+    code, _, err = cli(*command(out, "--overwrite"))
+    assert "going on" not in err
+    assert (code, batches) == (1, [3] * 7)
+    code, _, err = cli(*command(out))  # nothing is left to do
+    assert "going on: 9 of 10" in err
+    assert len(batches) == 7
+    assert cli(*command(out, "--overwrite", "--seed", 2))[0] == 1  # other settings: from the beginning
+    assert len(batches) == 10
+
+
 def test_a_torn_last_line_is_dropped_and_said(cli, command, tmp_path):
     out = tmp_path / "out"
     cli(*command(out))
