@@ -188,15 +188,12 @@ def read_photo(
     Raises:
         ImageError: if the file cannot be read, is damaged, of an unknown format, larger than `MAX_PIXELS`, or would
             cost more than `bounds` allows.
+        StorageError: if a store does not give the file, for any reason but that it does not exist.
     """
     try:
         data = read_regular(path, MOST)
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:
-        if not is_remote(path):
-            raise
-        raise ImageError(f"cannot read {path}: {str(error) or type(error).__name__:.200}") from error  # the store's
     if not data:
         raise ImageError(f"{path} is empty")
     try:

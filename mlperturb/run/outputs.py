@@ -155,7 +155,8 @@ def make_folder(folder: Path) -> None:
 
 def folder_of(report: Path) -> Path:
     """Return the folder of a report, given as its file or its folder."""
-    return report if report.is_dir() else report.parent
+    with reaching(report):
+        return report if report.is_dir() else report.parent
 
 
 def refuse_existing(targets: Iterable[Path], *, overwrite: bool) -> None:
@@ -164,6 +165,9 @@ def refuse_existing(targets: Iterable[Path], *, overwrite: bool) -> None:
     Raises:
         UsageError: if a file exists; the message names the first.
     """
-    taken = None if overwrite else next((target for target in targets if target.exists()), None)
+    taken = None
+    for target in () if overwrite else targets:
+        with reaching(target):
+            taken = taken or (target if target.exists() else None)
     if taken is not None:
         raise UsageError(f"{taken} exists already: give `overwrite` or another `out`")

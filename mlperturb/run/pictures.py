@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path, PurePath
 from typing import Any
 
-from mlperturb.errors import ImageError
-from mlperturb.system.files import is_file_of, is_remote, parse_path, same_store
+from mlperturb.errors import ImageError, StorageError
+from mlperturb.system.files import is_file_of, is_remote, parse_path, reaching, same_store
 from mlperturb.system.text import printable
 
 
@@ -42,7 +42,7 @@ def find_output(image: dict[str, Any], kind: str, folder: Path, settings: dict[s
     path, digest = folder / name, image.get("hashes", {}).get(kind)
     if digest is None and not _is_beside(path, folder, settings):
         raise ImageError(f"{path} does not lie beside its report, which does not record its content")
-    if digest is not None and path.exists() and not is_file_of(path, digest):
+    if digest is not None and _exists(path) and not _is(path, digest):
         raise ImageError(f"{path} has changed since its report was written")
     return path
 
@@ -84,7 +84,26 @@ def find_photo(
         output = image["files"]["adversarial"]
         folders = [(photos / output).parent] if output and _stays_inside(output) else []
         places = [*(place / name for place in (*folders, photos)), *places]
-    return next((place for place in places if _is_near(place, folder) and is_file_of(place, image["sha256"])), None)
+    return next((place for place in places if _is_near(place, folder) and _is(place, image["sha256"])), None)
+
+
+def _exists(path: Path) -> bool:
+    with reaching(path):
+        return path.exists()
+
+
+def _is(path: Path, digest: str) -> bool:
+    """Say whether a file has this content; False if it may not be read here.
+
+    Raises:
+        StorageError: if a store fails.
+    """
+    try:
+        return is_file_of(path, digest)
+    except StorageError:
+        if is_remote(path):
+            raise
+        return False
 
 
 def _is_near(place: Path, folder: Path) -> bool:

@@ -15,8 +15,10 @@ from mlperturb import __version__
 from mlperturb.errors import UsageError
 from mlperturb.run.pictures import find_folder
 from mlperturb.run.record import Record, Summary
+from mlperturb.system.files import reaching, read_regular
 
 SCHEMA = "mlperturb.report/2"
+_MOST = 1 << 32  # bytes of a report
 EARLIER = ("mlperturb.report/1",)  # schemas that are read too
 
 
@@ -47,11 +49,10 @@ def read_json(path: Path, schema: str, *earlier: str) -> dict[str, Any]:
 
     Raises:
         UsageError: if the file is not JSON of this schema.
+        StorageError: if a store fails.
     """
     try:
-        if path.exists() and not path.is_file():  # reading a pipe may block for ever
-            raise UsageError(f"cannot read {path}: it is not a regular file")
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        found = json.loads(read_regular(path, _MOST).decode(), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise UsageError(f"no such report: {path}") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -71,7 +72,8 @@ def read_report(path: Path) -> tuple[dict[str, Any], Path]:
     Raises:
         UsageError: if the file is not a report of `attack`.
     """
-    path = path / "report.json" if path.is_dir() else path
+    with reaching(path):
+        path = path / "report.json" if path.is_dir() else path
     report = read_json(path, SCHEMA, *EARLIER)
     with reading(path):
         return report, find_folder(path, report["settings"])

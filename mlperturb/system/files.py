@@ -87,8 +87,13 @@ def is_remote(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def reaching(path: Path, doing: str = "reach") -> Iterator[None]:
+def reaching(path: Path, doing: str = "reach", *, missing: bool = False) -> Iterator[None]:
     """Turn any error of a store's own package, at a remote path, into a `StorageError` of one line.
+
+    Args:
+        path: what is reached.
+        doing: the word for the message.
+        missing: whether the error of a file that does not exist stays as it is.
 
     Raises:
         StorageError: with the reason.
@@ -98,7 +103,7 @@ def reaching(path: Path, doing: str = "reach") -> Iterator[None]:
     except (MlperturbError, KeyboardInterrupt):
         raise
     except Exception as error:
-        if not is_remote(path):
+        if not is_remote(path) or (missing and isinstance(error, FileNotFoundError)):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise StorageError(f"cannot {doing} {path}: {reason:.200}") from error
@@ -112,10 +117,12 @@ def open_regular(path: Path) -> Iterator[IO[bytes]]:
     is a regular file of 0 bytes; so no byte is read of a file of that size.
 
     Raises:
+        FileNotFoundError: if there is no such file; nothing else says so.
         OSError: if the path is not a regular file, or cannot be opened.
+        StorageError: if a store does not give the file, whole.
     """
     if is_remote(path):
-        with path.open("rb") as stream:
+        with reaching(path, "read", missing=True), path.open("rb") as stream:
             yield stream
         return
     _refuse_irregular(path.stat(), path)
@@ -138,36 +145,60 @@ def read_regular(path: Path, most: int) -> bytes:
 
     Raises:
         OSError: if it has more than `most` bytes, which are not counted at a URL, or cannot be read.
+        StorageError: if a store does not give the file, whole.
     """
     with open_regular(path) as stream:
         if is_remote(path):
-            return stream.read()
+            data = stream.read()
+            _refuse_short(path, stream, len(data))
+            return data
         size = os.fstat(stream.fileno()).st_size if hasattr(stream, "raw") else 0
         if size > most:
             raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
         return stream.read(size)
 
 
+def _refuse_short(path: Path, stream: IO[bytes], got: int) -> None:
+    """Refuse the file of a store that sent fewer bytes than it said."""
+    size = getattr(stream, "size", None)
+    if isinstance(size, int) and got < size:
+        raise StorageError(f"cannot read {path}: the store sent {got} of {size} bytes")
+
+
 def file_sha256(path: Path, most: int | None = None) -> str:
-    """Return the SHA-256 of a file, in hexadecimal; of its first `most` bytes alone, where they are given.
+    """Return the SHA-256 of a file, in hexadecimal; on this machine, of its first `most` bytes, where they are given.
 
     Raises:
         OSError: if it is not a regular file, or cannot be read.
+        StorageError: if a store does not give the file, whole.
     """
-    digest = hashlib.sha256()
+    digest, got = hashlib.sha256(), 0
+    left = None if is_remote(path) else most
     with open_regular(path) as stream:
-        while part := stream.read(1 << 20 if most is None else min(1 << 20, most)):
+        while part := stream.read(1 << 20 if left is None else min(1 << 20, left - got)):
             digest.update(part)
-            most = None if most is None else most - len(part)
+            got += len(part)
+        if is_remote(path):
+            _refuse_short(path, stream, got)
     return digest.hexdigest()
 
 
 def is_file_of(path: Path, digest: str | None, most: int | None = MOST) -> bool:
-    """Say whether the path is a regular file of this SHA-256; False if it cannot be read, or has over `most` bytes."""
+    """Say whether the path is a regular file of this SHA-256; of a file of over `most` bytes, say False.
+
+    Raises:
+        StorageError: if there is a file that cannot be read: it may be the file.
+    """
     try:
-        return digest is not None and path.is_file() and file_sha256(path, most) == digest
-    except (OSError, ValueError):  # a path that no file can have
+        if digest is None or not (is_remote(path) or path.is_file()):
+            return False
+        return file_sha256(path, most) == digest
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a path that no file can have
         return False
+    except OSError as error:
+        if error.errno in _THIS_NAME_ALONE | {errno.ELOOP}:
+            return False
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def list_names(folder: Path) -> set[str]:
@@ -189,7 +220,8 @@ def remove_file(path: Path) -> None:
         StorageError: if it cannot be deleted.
     """
     try:
-        path.unlink(missing_ok=True)
+        with reaching(path, "delete"):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot delete {path}: {error.strerror or error}") from error
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 from zlib import crc32
 
 from mlperturb.errors import StorageError, UsageError
-from mlperturb.system.files import is_remote, list_names, remove_file, write_file
+from mlperturb.system.files import is_remote, list_names, open_regular, read_regular, remove_file, write_file
 
 _CHECKSUM = re.compile(rb', "crc": "([0-9a-f]{8})"\}\n')
 _CHECKED = 21  # bytes of a checksum at the end of a line
@@ -103,7 +103,7 @@ class Journal:
         """
         path, offset = place
         try:
-            with path.open("rb") as stream:
+            with open_regular(path) as stream:
                 stream.seek(offset)
                 line = stream.readline()
                 try:
@@ -139,7 +139,7 @@ def glance(path: Path, key: dict[str, Any]) -> Iterator[dict[str, Any]]:
     files = find_journal(path)
     for file in files:
         if not is_remote(file) or _is_first(file):
-            _check_key(file, file.read_bytes() if is_remote(file) else _first_line(file), key)
+            _check_key(file, read_regular(file, 0) if is_remote(file) else _first_line(file), key)
     if is_remote(path):
         files = [file for file in files if file.name.endswith("-00000001.json")] + files[-1:]
     for file in files:
@@ -172,7 +172,7 @@ def move_journal(path: Path, new: Path) -> None:
         remove_journal(new)
         for file in find_journal(path):
             if is_remote(file):
-                write_file(new.with_suffix("") / file.name, file.read_bytes())
+                write_file(new.with_suffix("") / file.name, read_regular(file, 0))
                 remove_file(file)
             else:
                 file.rename(file.with_name(file.name.replace(path.stem, new.stem, 1)))
@@ -267,7 +267,7 @@ class _Objects:
         self.resumed = bool(before)
         for file in before:
             if _is_first(file):
-                _check_key(path, file.read_bytes(), key)
+                _check_key(path, read_regular(file, 0), key)
         turn = 1 + max((int(file.name.partition("-")[0]) for file in before), default=0)
         self._name = f"{turn:06d}-{rank:05d}"
         self.append(_line({"key": key}))
@@ -290,14 +290,14 @@ def _is_first(file: Path) -> bool:
 def _first_line(file: Path) -> bytes:
     if file.is_symlink() or not file.is_file():  # a link may lead out of the folder, a pipe may block for ever
         return b""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return stream.readline()
 
 
 def _whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the offset and the text of each complete line; not of damaged lines at the end, as a power cut leaves."""
     begin, doubtful = 0, list[tuple[int, bytes]]()
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         for line in stream:
             if not line.endswith(b"\n"):
                 return

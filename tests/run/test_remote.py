@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -206,3 +208,91 @@ def test_a_journal_at_a_url_is_an_object_a_line_in_the_order_of_the_turns():
     MEMORY.pipe_file(str(find_journal(path)[-1]).removeprefix("memory:/"), b"torn")
     with pytest.raises(StorageError, match="damaged"), Journal(path, key) as torn:
         list(torn.entries())
+
+
+class CutShortError(Exception):
+    """As the error of a store's own package when a body is cut short: no OSError."""
+
+
+class Cut(io.BytesIO):
+    """An object of which half comes."""
+
+    def __init__(self, whole: bytes) -> None:
+        super().__init__(whole[: len(whole) // 2])
+        self.size = len(whole)
+
+
+@pytest.fixture
+def broken(monkeypatch) -> Callable[..., None]:
+    """Make reading objects fail, those whose name has a part in it; `error` None: they come cut short, in silence."""
+
+    def arrange(part: str, error: Exception | None) -> None:
+        real = MemoryFileSystem._open
+
+        def fail(self, path, mode="rb", **options):
+            stream = real(self, path, mode, **options)
+            if mode == "rb" and part in path:
+                if error is not None:
+                    raise error
+                return Cut(stream.getvalue())
+            return stream
+
+        monkeypatch.setattr(MemoryFileSystem, "_open", fail)
+
+    return arrange
+
+
+ERRORS = [
+    PermissionError("Forbidden"),
+    OSError(5, "Internal Server Error"),
+    CutShortError("Response payload is not completed\n<Payload 400>"),
+    None,
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["403", "500", "cut", "short"])
+@pytest.mark.parametrize("part", ["1 x.adv.png", "1 x.map.png", "photos/1 x.png", "out/journal/"])
+def test_what_a_store_does_not_give_is_not_gone_the_run_stops_and_nothing_is_replaced(
+    cli, command, broken, monkeypatch, part, error
+):
+    assert cli(*command("memory://bucket/out"))[0] == 1
+    before = {name: MEMORY.cat_file(name) for name in MEMORY.find("/bucket/out")}
+    broken(part, error)
+    code, _, err = cli(*command("memory://bucket/out"))
+    monkeypatch.undo()
+    assert code in (2, 3) if part == "out/journal/" and error is None else code == 3
+    assert "Traceback" not in err
+    assert sum("cannot" in line or "journal" in line for line in err.splitlines()) >= 1
+    after = {name: MEMORY.cat_file(name) for name in MEMORY.find("/bucket/out")}
+    kept = {name: data for name, data in after.items() if name in before and not name.endswith("report.json")}
+    assert kept == {name: data for name, data in before.items() if not name.endswith("report.json")}
+    old, new = (json.loads(all_of["/bucket/out/report.json"])["images"] for all_of in (before, after))
+    assert [image["status"] for image in new] == [image["status"] for image in old]
+
+
+@pytest.mark.parametrize("error", ERRORS[:3], ids=["403", "500", "cut"])
+def test_a_photo_that_a_store_does_not_give_stops_the_run_and_is_not_called_unreadable(cli, command, broken, error):
+    broken("photos/1 x.png", error)
+    code, _, err = cli(*command("memory://bucket/out"))
+    assert code == 3
+    assert "cannot read memory://bucket/photos/1 x.png" in err
+    assert "Traceback" not in err
+    images = json.loads(MEMORY.cat_file("/bucket/out/report.json"))["images"]
+    assert "1 x.png" not in [image["source"].rpartition("/")[2] for image in images]
+
+
+def test_a_photo_that_a_store_no_longer_has_is_unreadable_and_the_others_go_on(cli, command, broken):
+    broken("photos/1 x.png", FileNotFoundError("photos/1 x.png"))
+    assert cli(*command("memory://bucket/out"))[0] == 1
+    images = json.loads(MEMORY.cat_file("/bucket/out/report.json"))["images"]
+    assert sorted(image["status"] for image in images).count("unreadable") == 2
+
+
+@pytest.mark.parametrize("error", ERRORS[:3], ids=["403", "500", "cut"])
+def test_a_report_that_a_store_does_not_give_is_a_line(cli, command, broken, error):
+    assert cli(*command("memory://bucket/out"))[0] == 1
+    broken("report.json", error)
+    for name in ("gallery", "figures", "jpeg-defend"):
+        code, _, err = cli(name, "memory://bucket/out", *(["--device", "cpu"] if name == "jpeg-defend" else []))
+        assert (code, err.count("\n")) == (3, 1)
+        assert "cannot read memory://bucket/out/report.json" in err
