@@ -123,13 +123,17 @@ def find_label(name: str, labels: Sequence[str]) -> int:
     """Return the number of the label called `name`; upper and lower case count as equal.
 
     Raises:
-        LabelError: if no label has this name; the message lists close matches, or some labels.
+        LabelError: if no label has this name, or several have it that differ in upper and lower case; the message lists
+            those, close matches, or some labels.
     """
     lowered = {label.casefold(): number for number, label in reversed(list(enumerate(labels)))}
     if name in labels:
         return labels.index(name)
-    if name.casefold() in lowered:
-        return lowered[name.casefold()]
+    same = [number for number, label in enumerate(labels) if label.casefold() == name.casefold()]
+    if len(same) > 1:
+        raise LabelError(f"{name!r} is several labels: expected {' or '.join(labels[number] for number in same[:5])}")
+    if same:
+        return same[0]
     if name.casefold() in _WORDS:
         raise LabelError(f"{name!r} is not a label: expected it only in {_WORDS[name.casefold()]}")
     close = difflib.get_close_matches(name.casefold(), list(lowered), n=3, cutoff=0.5)

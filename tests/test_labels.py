@@ -180,3 +180,10 @@ def test_labels_are_found_by_a_part_of_their_name_or_like_it():
     assert find_like("bouy", labels, range(5)) == [3]
     with pytest.raises(LabelError, match="no label is like 'zebra', among 5"):
         find_like("zebra", labels, range(5))
+
+
+def test_a_name_that_several_labels_have_but_for_case_is_refused_and_an_exact_name_is_found():
+    labels = ("a", "A", "ab")
+    assert [find_label(name, labels) for name in ("a", "A", "AB")] == [0, 1, 2]
+    with pytest.raises(LabelError, match="'SS' is several labels: expected ss or ß"):
+        find_label("SS", ("ss", "ß"))

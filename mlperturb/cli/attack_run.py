@@ -20,7 +20,7 @@ from mlperturb.cli.options import Source, classifier_key
 from mlperturb.errors import StorageError
 from mlperturb.run.jobs import Job
 from mlperturb.run.ledger import Ledger, Part, broke_off, size_of
-from mlperturb.run.outputs import JOURNAL, Outputs, subfolders
+from mlperturb.run.outputs import JOURNAL, Anchor, Outputs, subfolders
 from mlperturb.run.record import Record, Summary, condense
 from mlperturb.run.report import report_lines
 from mlperturb.run.runner import run_attack
@@ -66,6 +66,7 @@ class AttackRun:
             existing: names of outputs that exist already.
         """
         started = time.perf_counter()
+        self.anchor = Anchor(self.outputs.folder, self.outputs.report.parent)
         classifier, description = self.source.load(device)
         long = self.long
         with self._ledger(description, photos, existing) as interrupts:
@@ -73,7 +74,7 @@ class AttackRun:
                 run_attack(
                     classifier, self.jobs, self.outputs.folder, self.settings, self._done, finished=self._finished,
                     claims=lambda count: long.share.claims("attack", count), hold=interrupts.hold, warn=long.note,
-                    filled=self.filled,
+                    check=self.anchor.check, filled=self.filled,
                 )  # fmt: skip
                 long.gather()
             if long.stopped is not None:
@@ -157,6 +158,7 @@ class AttackRun:
 
     def _finish(self, description: dict[str, Any], seconds: float) -> int:
         """Write the report from the journals of all processes, and print; return the exit code."""
+        self.anchor.check()
         self.ledger.reload()
         folder, report = self.outputs.folder, self.outputs.report
         settings = {**self.described, "cwd": str(Path.cwd()), "out": self._folder_from_report()}

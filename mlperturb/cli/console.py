@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 
-from mlperturb.system.text import printable
+from mlperturb.system.text import printable, shorten
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,12 +34,57 @@ OPTIONS = {  # option of the command line by parameter of the library
     "qualities": "--quality",
     "years": "--year",
 }
+_LONGEST = 2000  # characters of a message: a label or a name in a file may have millions
 _PARAMETER = re.compile(r"(?<![^\s(])`([a-z_]+)`(?![^\s),:;])")  # a word on its own, not part of a path or quoted text
 
 
+class Forgiving(io.TextIOBase):
+    """A stream for messages that are lost, without an error, where they cannot be written: on a full disk, say.
+
+    Args:
+        stream: the stream.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text, or lose it."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what waits, or lose it."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Say whether the stream is a terminal."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the stream's number."""
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The stream's encoding."""
+        return self._stream.encoding
+
+
+def prepare_streams() -> None:
+    """Escape characters that stdout cannot encode, and lose messages that stderr does not take."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if sys.stderr is not None:
+        sys.stderr = Forgiving(sys.stderr)  # type: ignore[assignment]
+
+
 def print_error(message: str) -> None:
-    """Print an error as one line on stderr; names of parameters become names of options."""
-    print(f"mlperturb: error: {printable(name_options(message))}", file=sys.stderr)
+    """Print an error as one line on stderr, of some length; names of parameters become names of options."""
+    print(f"mlperturb: error: {printable(shorten(name_options(message), _LONGEST))}", file=sys.stderr)
 
 
 def name_options(message: str) -> str:
@@ -47,7 +94,7 @@ def name_options(message: str) -> str:
 
 def print_note(message: str) -> None:
     """Print a note as one line on stderr."""
-    print(f"mlperturb: {printable(message)}", file=sys.stderr)
+    print(f"mlperturb: {printable(shorten(message, _LONGEST))}", file=sys.stderr)
 
 
 def make_bar(*, quiet: bool) -> Progress:

@@ -16,7 +16,7 @@ try:
 
     from mlperturb import __version__
     from mlperturb.cli.attack import attack
-    from mlperturb.cli.console import print_error
+    from mlperturb.cli.console import prepare_streams, print_error
     from mlperturb.cli.convert import convert
     from mlperturb.cli.demo import demo
     from mlperturb.cli.evaluate import evaluate
@@ -88,6 +88,7 @@ def run() -> None:
 
     The process does not wait for a thread that still decodes a photo.
     """
+    prepare_streams()
     end_at_second_signal(_end)
     code: object = 0
     try:

@@ -273,7 +273,8 @@ def read_label_file(path: Path) -> tuple[tuple[str, ...], Categories]:
         if "category" in rows[0]:
             categories = Categories(tuple(row["category"] or "" for row in rows))
     else:
-        names = tuple(line.strip() for line in _read_text(path).splitlines() if line.strip())
+        lines = (line.strip().strip("\ufeff") for line in _read_text(path).splitlines())  # a BOM cannot be seen
+        names = tuple(line for line in lines if line)
     if not names or not all(names) or len(set(names)) != len(names):
         raise UsageError(f"expected distinct label names, one in each line, in {path}")
     return names, categories

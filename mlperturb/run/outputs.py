@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from mlperturb.errors import UsageError
+from mlperturb.errors import StorageError, UsageError
 from mlperturb.run.jobs import Job
 from mlperturb.system.files import is_remote, list_names, reaching
 from mlperturb.system.journal import find_journal, remove_journal
@@ -19,6 +19,7 @@ CHARTS = ("jpeg-histogram.png", "jpeg-curve.png")  # beside DEFENCE
 CURVES = "curves.json"  # of `evaluate`
 CURVE = "curve-"  # how the names of its pictures begin, beside CURVES
 FIGURES = "figures"  # the folder of `figures`, beside the first report
+FIGURE_OF = "mlperturb figures"  # in the PNGs of `figures` and `jpeg-defend`, as their software
 _DRAWN = ("case-", "histogram-", "jpeg-")  # how the names of figures begin
 
 
@@ -40,6 +41,27 @@ class Outputs:
     def page(self) -> Path | None:
         """The page of the results; None if no page is to be written."""
         return self.folder / "index.html" if self.html else None
+
+
+class Anchor:
+    """Remembers the folders that a run writes to, so that nothing lands in folders that take their place meanwhile.
+
+    Args:
+        folders: the folders, which exist.
+    """
+
+    def __init__(self, *folders: Path) -> None:
+        self._known = {folder: identity(folder) for folder in folders}
+
+    def check(self) -> None:
+        """Refuse to go on in another folder of the same name; a folder that is gone is no other folder.
+
+        Raises:
+            StorageError: if a folder is another.
+        """
+        for folder, known in self._known.items():
+            if identity(folder) not in (None, known):
+                raise StorageError(f"the folder {folder} was replaced while the run was going on")
 
 
 def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> frozenset[str]:
@@ -88,14 +110,18 @@ def subfolders(names: Iterable[str]) -> set[str]:
 
 
 def is_own(path: Path) -> bool:
-    """Say whether mlperturb wrote a picture: `attack` by its ending, a chart or figure by the report beside it.
+    """Say whether mlperturb wrote a picture: `attack` by its ending, a chart or figure by what it says of itself.
 
     The files of `attack` are told by their endings alone, since a run that was stopped has no report yet. A picture
-    that merely has the name of a chart is a photo.
+    that merely has the name of a chart is a photo. Charts of earlier versions are told by the report beside them.
     """
     from mlperturb.photos.images import is_output  # NumPy and Pillow, which the help of a command does not need
 
     folder = path.parent if is_remote(path) else path.absolute().parent
+    if path.name.startswith(_DRAWN) and path.suffix == ".png" and path.is_file():
+        with path.open("rb") as stream:
+            if FIGURE_OF.encode() in stream.read(400):
+                return True
     if path.name in CHARTS and _is_ours(folder / DEFENCE):
         return True
     if path.name.startswith(CURVE) and _is_ours(folder / CURVES):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from mlperturb.errors import ImageError
+from mlperturb.errors import ImageError, OutputError
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Preprocess, Size
 from mlperturb.photos.formats import open_photo
-from mlperturb.photos.images import Photo
+from mlperturb.photos.images import Photo, Pixels
 from mlperturb.photos.kinds import FileFormat
 from mlperturb.run.jobs import Job
 from mlperturb.run.record import NOT_FINITE, Failure, Record
@@ -56,6 +56,7 @@ def run_attack(
     claims: Callable[[int], Iterable[int]] = range,
     hold: Callable[[], AbstractContextManager[None]] = nullcontext,
     warn: Callable[[str], None] = lambda _: None,
+    check: Callable[[], None] = lambda: None,
     filled: bool = True,
 ) -> Waits:
     """Attack every photo, write its files to `out`, and hand the records of each batch to `done` once they are final.
@@ -77,6 +78,7 @@ def run_attack(
         claims: takes the number of units, yields the numbers of the units that this process is to attack.
         hold: a context entered at the end, or on an interruption, while the last batches are written.
         warn: called once if the device runs out of memory and the run goes on with smaller batches.
+        check: called before each file is written; an error that it raises stops the run.
         filled: whether the photos that are done fill the batches of the others.
 
     Returns:
@@ -89,7 +91,7 @@ def run_attack(
     searcher = Searcher(classifier, settings, warn)
     read = partial(_read, settings=settings, preprocess=classifier.preprocess)
     units = [jobs[start : start + searcher.together] for start in range(0, len(jobs), searcher.together)]
-    writer = _Writer(classifier, out, settings, done, waits)
+    writer = _Writer(classifier, out, settings, done, check, waits)
     try:
         batches = _batches(units, claims, finished, read, searcher.pixels, filled=filled)
         for batch in _timed(batches, waits):
@@ -116,9 +118,16 @@ class _Writer:
     """Writes, reads back and judges the adversarial photos, in threads beside the thread that attacks."""
 
     def __init__(
-        self, classifier: Classifier, out: Path, settings: Settings, done: Callable[[list[Record]], None], waits: Waits
+        self,
+        classifier: Classifier,
+        out: Path,
+        settings: Settings,
+        done: Callable[[list[Record]], None],
+        check: Callable[[], None],
+        waits: Waits,
     ) -> None:
-        self._classifier, self._out, self._settings, self._done, self._waits = classifier, out, settings, done, waits
+        self._classifier, self._out, self._settings, self._waits = classifier, out, settings, waits
+        self._done, self._check = done, check
         self._behind = Behind()
         self._behind.submit(partial(torch.set_num_threads, torch.get_num_threads()))  # the same sums as in this thread
         self._encoders = ThreadPoolExecutor(count_workers(), "encode")
@@ -137,13 +146,18 @@ class _Writer:
 
     def _write(self, pairs: list[Pair], found: list[Found], lost: list[Record]) -> None:
         out, settings = self._out, self._settings
-        tasks = [self._encoders.submit(save, *pair, one, out, settings) for pair, one in zip(pairs, found, strict=True)]
+        tasks = [self._encoders.submit(self._save, *pair, one) for pair, one in zip(pairs, found, strict=True)]
         saved = [task.result() for task in tasks]
+        self._check()  # the files of failures are deleted below
         records = [
             judge(self._classifier, *pair, one, pixels, out, settings)
             for pair, one, pixels in zip(pairs, found, saved, strict=True)
         ]
         self._done(records + lost)
+
+    def _save(self, job: Job, photo: Photo, found: Found) -> Pixels | OutputError | ImageError:
+        self._check()
+        return save(job, photo, found, self._out, self._settings)
 
 
 @dataclass

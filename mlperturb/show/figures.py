@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from mlperturb.errors import UsageError
 from mlperturb.labels import present_labels
 from mlperturb.photos.images import Pixels, read_photo
+from mlperturb.run.outputs import FIGURE_OF
 from mlperturb.run.pictures import find_output, find_photo
 from mlperturb.run.report import thresholds_of
 from mlperturb.show.shown import choose_labels
@@ -243,10 +244,14 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     stream = io.BytesIO()
     kind = path.suffix[1:]
-    dates: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    data: dict[str, dict[str, str | None]] = {
+        "png": {"Software": FIGURE_OF},  # by which a search for photos knows it
+        "pdf": {"CreationDate": None},
+        "svg": {"Date": None},
+    }
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings on glyphs that the font lacks
-        figure.savefig(stream, format=kind, dpi=200, metadata=dates[kind])
+        figure.savefig(stream, format=kind, dpi=200, metadata=data[kind])
     write_file(path, stream.getvalue())
 
 

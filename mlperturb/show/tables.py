@@ -326,6 +326,11 @@ def to_latex(grids: Sequence[Grid]) -> str:
     return "\n".join(parts)
 
 
+def _harmless(cell: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows of Tables IV and V in full precision, with intervals: one line per case, method and result."""
     stream = io.StringIO()
@@ -343,7 +348,7 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
                 + [part["forward"], part["backward"]]
                 for part in (row, row["intervals"])
             )
-            line = [row["case"], row["method"], which, row["images"]]
+            line = [_harmless(row["case"]), _harmless(row["method"]), which, row["images"]]
             for mean, interval in zip(means, intervals, strict=True):
                 line += [mean, *(interval or (None, None))]
             writer.writerow(line)

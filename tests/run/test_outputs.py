@@ -52,3 +52,17 @@ def test_a_figure_is_ours_from_its_own_folder_too(tmp_path, monkeypatch):
 def test_a_report_that_is_no_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "jpeg-defence.json")
     assert not is_own(tmp_path / "jpeg-curve.png")
+
+
+def test_a_chart_is_ours_wherever_it_lies_and_a_photo_of_its_name_is_not(tmp_path):
+    from matplotlib.figure import Figure
+
+    from mlperturb.show.figures import save_figure
+
+    save_figure(Figure(figsize=(1, 1)), tmp_path / "case-a.png")
+    assert is_own(tmp_path / "case-a.png")
+    (tmp_path / "case-a.png").rename(tmp_path / "photo.png")
+    assert not is_own(tmp_path / "photo.png")
+    write(tmp_path / "case-b.png", "picture")
+    os.mkfifo(tmp_path / "case-c.png")
+    assert not any(is_own(tmp_path / name) for name in ("case-b.png", "case-c.png", "case-d.png"))

@@ -173,3 +173,23 @@ def test_a_folder_that_becomes_a_file_stops_the_run_with_a_line(cli, command, tm
     out.unlink()
     assert cli(*command(out))[0] == 1
     assert contents(out) == whole
+
+
+@pytest.mark.parametrize("number", [2, 8, 14, 19])
+def test_a_folder_that_is_moved_away_and_made_again_gets_nothing_of_the_old_run(
+    cli, command, tmp_path, from_call, number
+):
+    out, moved = tmp_path / "out", tmp_path / "moved"
+
+    def replace() -> None:
+        out.rename(moved)
+        out.mkdir()
+        (out / "mine.txt").write_text("mine")
+
+    from_call("replace", number, replace, once=True)
+    code, _, err = cli(*command(out))
+    assert code == 3
+    assert len(said(err)) == 1
+    left = [path.name for path in out.iterdir()]
+    assert [name for name in left if not name.endswith(".tmp")] == ["mine.txt"]
+    assert (moved / "journal.jsonl").exists() == (number > 1)
