@@ -110,8 +110,11 @@ def load(
 
     Raises:
         CheckpointError: if the file is missing, is not a checkpoint, or does not fit `arch` and `labels`.
-        UsageError: if this machine does not have the device, or `labels`, `thresholds` or `preprocess` cannot be read.
+        UsageError: if this machine does not have the device, `checkpoint` is not a path, or `labels`, `thresholds` or
+            `preprocess` cannot be read.
     """
+    if not isinstance(checkpoint, str | Path | None):
+        raise UsageError(f"expected a path for `checkpoint`, got a {form_of(checkpoint)}")
     path = bundled_checkpoint() if checkpoint is None else Path(checkpoint)
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
@@ -202,6 +205,8 @@ def attack(
         CheckpointError: if attacks cannot work on the classifier, see `mlperturb.model.trial.try_network`.
     """
     _check_classifier(classifier)
+    if not (progress is None or callable(progress)):
+        raise UsageError(f"expected a function for `progress`, got a {form_of(progress)}")
     try_network(classifier)
     given = {"flip": flip, "keep": keep, "add": add, "remove": remove, "survive": survive, "reader": reader}
     words = Words(**{name: list_names(names, name) for name, names in given.items()}, region=name_region(region))

@@ -427,3 +427,14 @@ def test_a_user_program_is_checked_for_real(tmp_path):
         (9, "str"),
     ]:
         assert any(text.startswith(f"program.py:{line}:") and word in text for text in told.splitlines()), told
+
+
+@pytest.mark.parametrize("wrong", [5, 2.5, ["x"], b"x"])
+def test_what_is_not_a_path_a_list_of_numbers_or_a_function_is_refused_in_a_line(classifier, wrong):
+    with pytest.raises(UsageError, match="expected a path for `checkpoint`, got a "):
+        mlperturb.load(wrong)
+    with pytest.raises(UsageError, match="expected a function for `progress`, got a "):
+        mlperturb.attack(classifier, photos(1), flip=LABELS[0], progress=wrong)
+    many = wrong if not isinstance(wrong, list) else wrong * len(LABELS)
+    with pytest.raises((UsageError, CheckpointError), match=r"expected .*thresholds"):
+        mlperturb.Classifier(classifier.network, LABELS, thresholds=many)

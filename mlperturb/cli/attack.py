@@ -215,6 +215,6 @@ def run(
     if long.share.first:
         for note in notes:
             long.note(note)
-        existing = prepare_folder(outputs, jobs, overwrite=task.overwrite and not task.broke_off(planned))
+        existing = prepare_folder(outputs, jobs, overwrite=task.overwrite and not task.broke_off(place, planned))
     long.share.agree(planned, "photos")
     return task.go(place, planned, existing)

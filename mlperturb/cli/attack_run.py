@@ -27,9 +27,11 @@ from mlperturb.run.runner import run_attack
 from mlperturb.run.settings import Settings
 from mlperturb.system.files import is_remote, remove_temporary, writing
 from mlperturb.system.interrupts import Interrupts
+from mlperturb.system.journal import find_journal
 from mlperturb.system.text import printable
 
 if TYPE_CHECKING:
+    from mlperturb.model.classifier import Classifier
     from mlperturb.model.preprocess import Size
 
 
@@ -46,16 +48,32 @@ class AttackRun:
     json: bool
     silent: bool = False  # print nothing on stdout
     overwrite: bool = False  # replace what is there, unless it is of this very run, which was stopped
+    loaded: tuple[Classifier, dict[str, Any]] | None = None  # and its description
     summary: Summary = field(default_factory=Summary)  # of the photos of this process
     lock: Lock = field(default_factory=Lock)  # guards the summary: threads count the photos that are done already
 
-    def broke_off(self, photos: str) -> bool:
+    def load(self, device: str) -> None:
+        """Load the classifier, unless it is loaded.
+
+        Args:
+            device: the device of this process.
+        """
+        if self.loaded is None:
+            self.loaded = self.source.load(device)
+
+    def broke_off(self, device: str, photos: str) -> bool:
         """Say whether this very run, with `overwrite`, was begun before and not finished: then it goes on.
 
         Args:
+            device: the device of this process.
             photos: a fingerprint of the jobs and their batches.
         """
-        return broke_off(self.outputs.folder / JOURNAL, self._key(self.source.sha256), photos)
+        journal = self.outputs.folder / JOURNAL
+        if not find_journal(journal):
+            return False
+        self.load(device)
+        assert self.loaded is not None
+        return broke_off(journal, self._key(self.loaded[1]), photos)
 
     def go(self, device: str, photos: str, existing: frozenset[str]) -> int:
         """Attack, write the report, print; return the exit code.
@@ -67,8 +85,9 @@ class AttackRun:
         """
         started = time.perf_counter()
         self.anchor = Anchor(self.outputs.folder, self.outputs.report.parent)
-        classifier, description = self.source.load(device)
-        long = self.long
+        self.load(device)
+        assert self.loaded is not None
+        (classifier, description), long = self.loaded, self.long
         with self._ledger(description, photos, existing) as interrupts:
             with long.bar("done", len(self.jobs), "loading"), long.stoppable():
                 run_attack(

@@ -30,7 +30,7 @@ class Classifier(nn.Module):
         categories: of the labels, for requests such as `category:4`.
 
     Raises:
-        UsageError: if `labels` is not a list of names.
+        UsageError: if `labels` is not a list of names, or `thresholds` not a list of numbers.
         CheckpointError: if names repeat, a threshold is outside (0, 1), or their numbers differ.
     """
 
@@ -46,17 +46,13 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.labels = check_labels(labels)
-        self.thresholds = tuple(thresholds) if thresholds is not None else (0.5,) * len(self.labels)
+        self.thresholds = _check_thresholds(thresholds, len(self.labels))
         self.preprocess = preprocess or Preprocess()
         self.categories = categories or Categories()
         if len(set(self.labels)) != len(self.labels) or not self.labels:
             raise CheckpointError(f"expected distinct label names, got {list(self.labels)!r:.200}")
-        if len(self.thresholds) != len(self.labels):
-            raise CheckpointError(f"expected {len(self.labels)} thresholds, got {len(self.thresholds)}")
         if len(self.categories.of) not in (0, len(self.labels)):
             raise CheckpointError(f"expected {len(self.labels)} categories, got {len(self.categories.of)}")
-        if not all(0 < threshold < 1 for threshold in self.thresholds):
-            raise CheckpointError("expected thresholds inside (0, 1), got " + repr(list(self.thresholds))[:200])
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.tried = False  # whether `trial.try_network` has passed it
         self.register_buffer("boundary", torch.logit(torch.tensor(self.thresholds, dtype=torch.float32)))
@@ -204,3 +200,26 @@ def _find_pairs(network: nn.Module) -> list[tuple[str, str]]:
         if alone and isinstance(modules[names[0]], nn.Conv2d) and norm.running_mean is not None:
             pairs.append(names)
     return pairs
+
+
+def _check_thresholds(thresholds: object, count: int) -> tuple[float, ...]:
+    """Return the thresholds of this number of labels, .5 by default.
+
+    Raises:
+        UsageError: if they are not a list of numbers.
+        CheckpointError: if they are too few or too many, or not inside (0, 1).
+    """
+    if thresholds is None:
+        return (0.5,) * count
+    try:
+        values = list(thresholds)  # type: ignore[call-overload]
+    except TypeError as error:
+        raise UsageError(f"expected a list of numbers for `thresholds`, got {thresholds!r:.60}") from error
+    if len(values) != count:
+        raise CheckpointError(f"expected {count} thresholds, got {len(values)}")
+    wrong = next((value for value in values if not hasattr(value, "__float__") or isinstance(value, bool)), None)
+    if wrong is not None:
+        raise UsageError(f"expected numbers for `thresholds`, got {wrong!r:.60}")
+    if not all(0 < value < 1 for value in values):
+        raise CheckpointError("expected thresholds inside (0, 1), got " + repr(values)[:200])
+    return tuple(values)
