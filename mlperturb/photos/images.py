@@ -32,6 +32,7 @@ Colour = tuple[int, int, int]
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"} | {".avif", ".heic", ".heif"}
 )
+_STRIP = 4_000_000  # pixels that are converted together
 _ORIENTATION = 0x0112  # the tag of EXIF
 _SPACES = {"RGB": b"RGB ", "L": b"GRAY"}  # of the ICC profiles that fit the pixels that are written
 
@@ -297,15 +298,22 @@ def _exif(image: Image.Image) -> tuple[bytes | None, bool]:
 
 def convert_image(image: Image.Image) -> tuple[Pixels, Pixels | None]:
     """Return the pixels of a PIL image, upright, (H, W, 3), and its alpha channel, (H, W), if it has one."""
-    mode = image.mode
-    transparency = "transparency" in image.info
-    upright = ImageOps.exif_transpose(image)
+    mode, transparency = image.mode, "transparency" in image.info
+    upright = image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
     if mode.startswith(("I", "F")):
         return _scale_grey(np.asarray(upright)), None
+    width, height = upright.size
+    rgb, alpha = np.empty((height, width, 3), dtype=np.uint8), None
     if ("A" in mode.upper() and mode != "LAB") or transparency:
-        rgba = np.asarray(upright.convert("RGBA"))
-        return rgba[..., :3].copy(), rgba[..., 3].copy()
-    return np.array(upright.convert("RGB")), None
+        alpha = np.empty((height, width), dtype=np.uint8)
+    rows = max(1, _STRIP // max(1, width))
+    for top in range(0, height, rows):  # the copies that Pillow makes would be some 10 bytes for each pixel
+        strip = upright if rows >= height else upright.crop((0, top, width, min(top + rows, height)))
+        samples = np.asarray(strip.convert("RGB" if alpha is None else "RGBA"))
+        rgb[top : top + rows] = samples[..., :3]
+        if alpha is not None:
+            alpha[top : top + rows] = samples[..., 3]
+    return rgb, alpha
 
 
 def _scale_grey(grey: npt.NDArray[np.generic]) -> Pixels:

@@ -15,7 +15,7 @@ from support.models import TINY_PIXELS
 from mlperturb.errors import ImageError
 from mlperturb.photos import bounds
 from mlperturb.photos.bounds import MAX_PIECES, MAX_SCANS, MAX_WORK, count_scans
-from mlperturb.photos.images import read_photo
+from mlperturb.photos.images import convert_image, read_photo
 
 
 def progressive(image: Image.Image, scans: int | None = None) -> bytes:
@@ -168,3 +168,32 @@ def test_the_number_of_pixels_is_told_before_they_are_decoded(save_photo, monkey
     with pytest.raises(ImageError):
         read_photo(path, room=told.append)
     assert told == [600]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "RGBa"])
+@pytest.mark.parametrize("transparency", [None, 3])
+def test_a_photo_converted_strip_by_strip_has_the_pixels_of_the_whole(monkeypatch, mode, transparency):
+    rng = np.random.default_rng(0)
+    image = Image.new(mode, (7, 11))
+    image.frombytes(rng.bytes(len(image.tobytes())))
+    if mode in ("P", "PA"):
+        image.putpalette(rng.bytes(768))
+    if transparency is not None and mode in ("1", "L", "P"):
+        image.info["transparency"] = transparency
+    whole = convert_image(image)
+    monkeypatch.setattr("mlperturb.photos.images._STRIP", 21)
+    strips = convert_image(image)
+    assert np.array_equal(whole[0], strips[0])
+    assert (whole[1] is None) == (strips[1] is None)
+    assert whole[1] is None or np.array_equal(whole[1], strips[1])
+
+
+def test_a_large_photo_takes_little_more_memory_than_its_pixels_and_what_pillow_decodes(save_photo):
+    tracemalloc = pytest.importorskip("tracemalloc")
+    path = save_photo("x.png", Image.new("L", (4000, 4000), 9))
+    tracemalloc.start()
+    try:
+        assert read_photo(path).rgb.shape == (4000, 4000, 3)
+        assert tracemalloc.get_traced_memory()[1] < 4000 * 4000 * 3 * 2  # Pillow's own memory is not traced
+    finally:
+        tracemalloc.stop()
