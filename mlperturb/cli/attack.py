@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlperturb.attacks.methods import BUDGETS, DEFAULT_METHOD, METHODS
+from mlperturb.cli.complete import complete_budget, complete_choice, complete_labels, complete_method
 from mlperturb.cli.options import (
     ANYWHERE,
     Activation,
@@ -46,6 +47,7 @@ def attack(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
+            shell_complete=complete_labels("all", "any"),
             help="Labels to reverse: repeatable, comma-separated; `all` labels, `any` label, or `category:NAME`.",
         ),
     ] = None,
@@ -53,22 +55,33 @@ def attack(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
+            shell_complete=complete_labels("rest", "present"),
             help="Labels whose decisions must stay; `rest`: all other labels; `present`: those of them "
             "that a photo has; `category:NAME`. Default: none.",
         ),
     ] = None,
     add: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Labels to be present: flipped if absent, else kept present."),
+        typer.Option(
+            metavar="LABEL",
+            shell_complete=complete_labels("category:"),
+            help="Labels to be present: flipped if absent, else kept present.",
+        ),
     ] = None,
     remove: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Labels to be absent: flipped if present, else kept absent."),
+        typer.Option(
+            metavar="LABEL",
+            shell_complete=complete_labels("category:"),
+            help="Labels to be absent: flipped if present, else kept absent.",
+        ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.")
+        str, typer.Option(shell_complete=complete_method, help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.")
     ] = DEFAULT_METHOD,
-    budget: Annotated[str, typer.Option(help=f"How long to search: {', '.join(BUDGETS)}.")] = "balanced",
+    budget: Annotated[
+        str, typer.Option(shell_complete=complete_budget, help=f"How long to search: {', '.join(BUDGETS)}.")
+    ] = "balanced",
     passes: Passes = None,
     max_rmsd: Annotated[
         float | None,
@@ -105,14 +118,29 @@ def attack(
     between: Annotated[
         str | None,
         typer.Option(
+            shell_complete=complete_choice["between"],
             help="rank-1, rank-2: the labels ranked between the two sets: rest, rest-positive, rest-negative, "
-            "none; or `threshold`: the decision threshold in place of labels."
+            "none; or `threshold`: the decision threshold in place of labels.",
         ),
     ] = None,
-    solver: Annotated[str | None, typer.Option(help="ml-dp: pinv (the paper's equalities) or nnls (exact).")] = None,
-    rounding: Annotated[str | None, typer.Option(help="ml-ddn: round to 8 bits inside its loop, or after it.")] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            shell_complete=complete_choice["solver"], help="ml-dp: pinv (the paper's equalities) or nnls (exact)."
+        ),
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            shell_complete=complete_choice["rounding"], help="ml-ddn: round to 8 bits inside its loop, or after it."
+        ),
+    ] = None,
     space: Annotated[
-        str | None, typer.Option(help="All but fgs, fg: measure the constraints on logit or probability.")
+        str | None,
+        typer.Option(
+            shell_complete=complete_choice["space"],
+            help="All but fgs, fg: measure the constraints on logit or probability.",
+        ),
     ] = None,
     checkpoint: Checkpoint = None,
     arch: Arch = None,

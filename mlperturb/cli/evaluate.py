@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlperturb.attacks.methods import BUDGETS
+from mlperturb.cli.complete import complete_budget, complete_labels, complete_variants, complete_words
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error
 from mlperturb.cli.options import (
@@ -65,19 +66,29 @@ def evaluate(
     cases: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{', '.join(_CASES)}; repeatable, comma-separated. Default: all, or none with --reduce or --augment."
+            shell_complete=complete_words(_CASES, many=True),
+            help=f"{', '.join(_CASES)}; repeatable, comma-separated. Default: all, or none with --reduce or --augment.",
         ),
     ] = None,
     reduce: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="A case like person: flip the label on photos that have it and another."),
+        typer.Option(
+            metavar="LABEL",
+            shell_complete=complete_labels(),
+            help="A case like person: flip the label on photos that have it and another.",
+        ),
     ] = None,
     augment: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="A case like sheep: flip the label on photos that do not have it."),
+        typer.Option(
+            metavar="LABEL",
+            shell_complete=complete_labels(),
+            help="A case like sheep: flip the label on photos that do not have it.",
+        ),
     ] = None,
     methods: Annotated[
-        list[str] | None, typer.Option(help="`all`, or methods, with options as in ml-dp:solver=pinv.")
+        list[str] | None,
+        typer.Option(shell_complete=complete_variants, help="`all`, or methods, with options as in ml-dp:solver=pinv."),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Largest number of photos for a case.")] = 1000,
     max_rmsd: Annotated[float, typer.Option(help="Largest RMSD, for all methods; 0 for no limit.", min=0)] = 10.0,
@@ -85,7 +96,9 @@ def evaluate(
         int | None,
         typer.Option(metavar="LEVELS", help="Largest change of a pixel, for all methods, in grey levels, 1 to 255."),
     ] = None,
-    budget: Annotated[str, typer.Option(help=f"How long to search: {', '.join(BUDGETS)}.")] = "balanced",
+    budget: Annotated[
+        str, typer.Option(shell_complete=complete_budget, help=f"How long to search: {', '.join(BUDGETS)}.")
+    ] = "balanced",
     passes: Passes = None,
     reader: Readers = None,
     margin: Margin = MARGIN,

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from mlperturb.attacks.methods import METHODS
+from mlperturb.cli.complete import complete_categories, complete_labels
 from mlperturb.cli.console import out, print_note
 from mlperturb.cli.options import (
     Activation,
@@ -40,9 +41,17 @@ def labels(
     preprocess: PreprocessFile = None,
     activation: Activation = None,
     find: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Show the labels with this text in their name, or like it.")
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            shell_complete=complete_labels(),
+            help="Show the labels with this text in their name, or like it.",
+        ),
     ] = None,
-    category: Annotated[str | None, typer.Option(metavar="NAME", help="Show the labels of this category.")] = None,
+    category: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", shell_complete=complete_categories, help="Show the labels of this category."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show the label names and thresholds of a checkpoint, all that is understood of it, and where that comes from."""

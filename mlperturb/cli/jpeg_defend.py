@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlperturb.cli.complete import complete_labels
 from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.options import (
@@ -64,12 +65,18 @@ def jpeg_defend(
     flip: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="LABEL", help="For PNGs without a report: the labels to flip that were given to the attack."
+            metavar="LABEL",
+            shell_complete=complete_labels(),
+            help="For PNGs without a report: the labels to flip that were given to the attack.",
         ),
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="For PNGs without a report: the labels to keep, or `rest`."),
+        typer.Option(
+            metavar="LABEL",
+            shell_complete=complete_labels(),
+            help="For PNGs without a report: the labels to keep, or `rest`.",
+        ),
     ] = None,
     photos: Annotated[
         Path | None, typer.Option(**ANYWHERE, help="Folder of the clean photos, if they have moved.")

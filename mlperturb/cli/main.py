@@ -16,6 +16,7 @@ try:
 
     from mlperturb import __version__
     from mlperturb.cli.attack import attack
+    from mlperturb.cli.complete import join_at_colons
     from mlperturb.cli.console import prepare_streams, print_error
     from mlperturb.cli.convert import convert
     from mlperturb.cli.demo import demo
@@ -39,7 +40,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 every image processed; 1 some image could not be read or written; 2 usage error; "
     "3 the run had to stop (disk full, device fault); 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -119,6 +119,7 @@ def main() -> None:
     """Run the command line; an MlperturbError becomes one line on stderr and exit code 2, a StorageError code 3."""
     before = handle(_interrupt)
     try:
+        join_at_colons()
         _refuse_empty(sys.argv[1:])
         app()
     except MlperturbError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlperturb.cli.complete import complete_device, complete_readers
 from mlperturb.errors import CheckpointError, UsageError
 from mlperturb.labels import Categories
 from mlperturb.model.beside import is_program, read_beside
@@ -69,7 +70,7 @@ Activation = Annotated[
         "photo has one label.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[str, typer.Option(shell_complete=complete_device, help="auto, cpu, cuda, cuda:N or mps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random numbers.")]
 Passes = Annotated[int | None, typer.Option(max=10**9, help="Largest sum of forward and backward passes for a photo.")]
 Readers = Annotated[
@@ -77,6 +78,7 @@ Readers = Annotated[
     typer.Option(
         "--reader",
         metavar="NAME",
+        shell_complete=complete_readers,
         help="Program in which the result must hold: float, pillow, torchvision, opencv, with or without :FILTER; "
         "repeatable. By default the readers of the checkpoint.",
     ),
