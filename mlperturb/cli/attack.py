@@ -47,7 +47,7 @@ def attack(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            shell_complete=complete_labels("all", "any"),
+            autocompletion=complete_labels("all", "any"),
             help="Labels to reverse: repeatable, comma-separated; `all` labels, `any` label, or `category:NAME`.",
         ),
     ] = None,
@@ -55,7 +55,7 @@ def attack(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            shell_complete=complete_labels("rest", "present"),
+            autocompletion=complete_labels("rest", "present"),
             help="Labels whose decisions must stay; `rest`: all other labels; `present`: those of them "
             "that a photo has; `category:NAME`. Default: none.",
         ),
@@ -64,7 +64,7 @@ def attack(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            shell_complete=complete_labels("category:"),
+            autocompletion=complete_labels("category:"),
             help="Labels to be present: flipped if absent, else kept present.",
         ),
     ] = None,
@@ -72,15 +72,15 @@ def attack(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            shell_complete=complete_labels("category:"),
+            autocompletion=complete_labels("category:"),
             help="Labels to be absent: flipped if present, else kept absent.",
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(shell_complete=complete_method, help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.")
+        str, typer.Option(autocompletion=complete_method, help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.")
     ] = DEFAULT_METHOD,
     budget: Annotated[
-        str, typer.Option(shell_complete=complete_budget, help=f"How long to search: {', '.join(BUDGETS)}.")
+        str, typer.Option(autocompletion=complete_budget, help=f"How long to search: {', '.join(BUDGETS)}.")
     ] = "balanced",
     passes: Passes = None,
     max_rmsd: Annotated[
@@ -118,7 +118,7 @@ def attack(
     between: Annotated[
         str | None,
         typer.Option(
-            shell_complete=complete_choice["between"],
+            autocompletion=complete_choice["between"],
             help="rank-1, rank-2: the labels ranked between the two sets: rest, rest-positive, rest-negative, "
             "none; or `threshold`: the decision threshold in place of labels.",
         ),
@@ -126,19 +126,19 @@ def attack(
     solver: Annotated[
         str | None,
         typer.Option(
-            shell_complete=complete_choice["solver"], help="ml-dp: pinv (the paper's equalities) or nnls (exact)."
+            autocompletion=complete_choice["solver"], help="ml-dp: pinv (the paper's equalities) or nnls (exact)."
         ),
     ] = None,
     rounding: Annotated[
         str | None,
         typer.Option(
-            shell_complete=complete_choice["rounding"], help="ml-ddn: round to 8 bits inside its loop, or after it."
+            autocompletion=complete_choice["rounding"], help="ml-ddn: round to 8 bits inside its loop, or after it."
         ),
     ] = None,
     space: Annotated[
         str | None,
         typer.Option(
-            shell_complete=complete_choice["space"],
+            autocompletion=complete_choice["space"],
             help="All but fgs, fg: measure the constraints on logit or probability.",
         ),
     ] = None,

@@ -20,7 +20,7 @@ from mlperturb.errors import MlperturbError
 from mlperturb.labels import CATEGORY, Categories
 from mlperturb.model.readers import FILTERS
 
-Complete = Callable[[typer.Context, typer.CallbackParam, str], list[str]]
+Complete = Callable[[typer.Context, str], list[str]]
 
 _HELD = "_MLPERTURB_HELD"  # a variable of the environment
 _MOST = 500  # names that are offered
@@ -30,7 +30,7 @@ _QUOTED = re.compile(r"[^\w@%+=:,./-]")  # characters that bash would read as it
 def complete_labels(*words: str) -> Complete:
     """Return the completion of label names, of `category:NAME` and of these words, in a comma list."""
 
-    def complete(context: typer.Context, _parameter: typer.CallbackParam, incomplete: str) -> list[str]:
+    def complete(context: typer.Context, incomplete: str) -> list[str]:
         labels, categories = _labels_of(context)
         groups = [CATEGORY + name for name in _names_of(categories)] if words else []
         return offer([*words, *labels, *groups], incomplete)
@@ -38,16 +38,16 @@ def complete_labels(*words: str) -> Complete:
     return complete
 
 
-def complete_categories(context: typer.Context, _parameter: typer.CallbackParam, incomplete: str) -> list[str]:
+def complete_categories(context: typer.Context, incomplete: str) -> list[str]:
     """Complete the name of a category of the checkpoint's labels."""
     return offer(_names_of(_labels_of(context)[1]), incomplete, many=False)
 
 
-def complete_words(words: Iterable[str], *, many: bool = False) -> Complete:
+def complete_words(words: Iterable[str], *, many: bool = False) -> Callable[[str], list[str]]:
     """Return the completion of one of these words, or with `many` of a comma list of them."""
     known = list(words)
 
-    def complete(_context: typer.Context, _parameter: typer.CallbackParam, incomplete: str) -> list[str]:
+    def complete(incomplete: str) -> list[str]:
         return offer(known, incomplete, many=many)
 
     return complete
@@ -85,7 +85,17 @@ def offer(words: Sequence[str], incomplete: str, *, many: bool = True) -> list[s
     found = [head + word for word in words if word.startswith(last) and word not in before]
     if not found:
         found = [head + word for word in words if word.casefold().startswith(last.casefold()) and word not in before]
-    return [_quote(value).removeprefix(os.environ.get(_HELD, "")) for value in found[:_MOST]]
+    return [_Offered(_quote(value).removeprefix(os.environ.get(_HELD, ""))) for value in found[:_MOST]]
+
+
+class _Offered(str):
+    """A value to insert, chosen already: Typer offers only those that begin as the value so far does, unquoted."""
+
+    __slots__ = ()
+
+    def startswith(self, *_: object) -> bool:
+        """Return True."""
+        return True
 
 
 def join_at_colons() -> None:

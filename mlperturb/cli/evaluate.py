@@ -66,7 +66,7 @@ def evaluate(
     cases: Annotated[
         list[str] | None,
         typer.Option(
-            shell_complete=complete_words(_CASES, many=True),
+            autocompletion=complete_words(_CASES, many=True),
             help=f"{', '.join(_CASES)}; repeatable, comma-separated. Default: all, or none with --reduce or --augment.",
         ),
     ] = None,
@@ -74,7 +74,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            shell_complete=complete_labels(),
+            autocompletion=complete_labels(),
             help="A case like person: flip the label on photos that have it and another.",
         ),
     ] = None,
@@ -82,13 +82,13 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            shell_complete=complete_labels(),
+            autocompletion=complete_labels(),
             help="A case like sheep: flip the label on photos that do not have it.",
         ),
     ] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option(shell_complete=complete_variants, help="`all`, or methods, with options as in ml-dp:solver=pinv."),
+        typer.Option(autocompletion=complete_variants, help="`all`, or methods, with options as in ml-dp:solver=pinv."),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Largest number of photos for a case.")] = 1000,
     max_rmsd: Annotated[float, typer.Option(help="Largest RMSD, for all methods; 0 for no limit.", min=0)] = 10.0,
@@ -97,7 +97,7 @@ def evaluate(
         typer.Option(metavar="LEVELS", help="Largest change of a pixel, for all methods, in grey levels, 1 to 255."),
     ] = None,
     budget: Annotated[
-        str, typer.Option(shell_complete=complete_budget, help=f"How long to search: {', '.join(BUDGETS)}.")
+        str, typer.Option(autocompletion=complete_budget, help=f"How long to search: {', '.join(BUDGETS)}.")
     ] = "balanced",
     passes: Passes = None,
     reader: Readers = None,

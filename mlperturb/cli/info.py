@@ -44,13 +44,13 @@ def labels(
         str | None,
         typer.Option(
             metavar="TEXT",
-            shell_complete=complete_labels(),
+            autocompletion=complete_labels(),
             help="Show the labels with this text in their name, or like it.",
         ),
     ] = None,
     category: Annotated[
         str | None,
-        typer.Option(metavar="NAME", shell_complete=complete_categories, help="Show the labels of this category."),
+        typer.Option(metavar="NAME", autocompletion=complete_categories, help="Show the labels of this category."),
     ] = None,
     json: Json = False,
 ) -> None:

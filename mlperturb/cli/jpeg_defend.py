@@ -66,7 +66,7 @@ def jpeg_defend(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            shell_complete=complete_labels(),
+            autocompletion=complete_labels(),
             help="For PNGs without a report: the labels to flip that were given to the attack.",
         ),
     ] = None,
@@ -74,7 +74,7 @@ def jpeg_defend(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            shell_complete=complete_labels(),
+            autocompletion=complete_labels(),
             help="For PNGs without a report: the labels to keep, or `rest`.",
         ),
     ] = None,

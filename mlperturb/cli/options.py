@@ -70,7 +70,7 @@ Activation = Annotated[
         "photo has one label.",
     ),
 ]
-Device = Annotated[str, typer.Option(shell_complete=complete_device, help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[str, typer.Option(autocompletion=complete_device, help="auto, cpu, cuda, cuda:N or mps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random numbers.")]
 Passes = Annotated[int | None, typer.Option(max=10**9, help="Largest sum of forward and backward passes for a photo.")]
 Readers = Annotated[
@@ -78,7 +78,7 @@ Readers = Annotated[
     typer.Option(
         "--reader",
         metavar="NAME",
-        shell_complete=complete_readers,
+        autocompletion=complete_readers,
         help="Program in which the result must hold: float, pillow, torchvision, opencv, with or without :FILTER; "
         "repeatable. By default the readers of the checkpoint.",
     ),
