@@ -197,7 +197,7 @@ def check_command(words: list[str], where: str) -> None:
     places = [number for number, word in enumerate(words) if Path(word).name == "mlperturb"]
     if places:
         name, *arguments = words[places[0] + 1 :]
-        if name == "--version":
+        if name in ("--version", "--install-completion"):
             return
         assert name in COMMANDS, f"{where}: there is no command {name}"
         command = COMMANDS[name]
@@ -226,7 +226,7 @@ def test_options_in_the_text_exist(page):
     prose = BLOCK.sub("", page.read_text(encoding="utf-8"))
     known = {option for command in COMMANDS.values() for param in command.params for option in param.opts}
     scripts = "".join(path.read_text() for path in (ROOT / "tests" / "benchmarks").glob("*.py"))
-    foreign = {"--help", "--version", "--max-restarts", "--strict"}  # of Typer, torchrun and MkDocs
+    foreign = {"--help", "--version", "--install-completion", "--max-restarts", "--strict"}  # of other programs
     for code in re.findall(r"`([^`\n]+)`", prose):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
             assert option in known | foreign or f'"{option}"' in scripts, f"{page}: there is no option {option}"
