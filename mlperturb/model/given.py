@@ -6,6 +6,7 @@ Files and values are read here without torch, so that a wrong file is reported a
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -314,7 +315,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
-        rows = list(csv.DictReader(_read_text(path).splitlines(keepends=True), delimiter=delimiter))
+        rows = list(csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter))
     except csv.Error as error:
         raise UsageError(f"cannot read {path}: {error}") from error
     if not rows:

@@ -181,3 +181,24 @@ def test_a_transparent_photo_is_laid_over_the_colour_the_network_sees(tmp_path):
     assert written.mode == "RGB"
     bare = Classifier(network, LABELS, None, Preprocess((8, 8)))
     assert not torch.equal(mlperturb.predict(bare, [photo]), mlperturb.predict(classifier, [photo]))
+
+
+def test_categories_and_present_serve_in_python():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 3))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    with torch.no_grad():
+        seen = read_logits(Classifier(network, LABELS, None, Preprocess((8, 8))), pixels, parse_reader("float"))[0]
+        network[1].bias.add_(torch.tensor([0.5, -0.5, 0.5]) - seen)
+    classifier = Classifier(network, LABELS, None, Preprocess((8, 8)), CATEGORIES)
+    result = mlperturb.attack(classifier, [pixels], flip="category:character", keep="present")
+    assert result.success.all()
+    assert result.flip.tolist() == [[False, False, True]]
+    assert result.keep.tolist() == [[True, False, False]]
+    nearest = mlperturb.attack(classifier, [pixels], flip="any", keep="present")
+    assert nearest.success.all()
+    assert nearest.flip.tolist() == [[False, True, False]]
+
+
+def test_a_name_with_a_rare_line_separator_stays_whole(tmp_path):
+    assert read_label_file(_write(tmp_path, "name\na\u2028b\nc\n"))[0] == ("a\u2028b", "c")
