@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -19,6 +19,7 @@ from mlperturb.limits import MARGIN, Limits
 from mlperturb.metrics import distortion
 from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.model.classifier import Classifier
+from mlperturb.model.ensemble import Ensemble, Victim, alpha_of, check_size, members_of, places_of
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.model.readers import parse_reader
 from mlperturb.model.trial import try_network
@@ -40,6 +41,27 @@ Names: TypeAlias = "str | Iterable[str]"
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What one of several classifiers says of N images.
+
+    Attributes:
+        success: whether every constraint on its labels holds in all of its readers, boolean, (N,).
+        before: its probabilities of the images, (N, L_c).
+        after: its probabilities of the adversarial images, (N, L_c).
+        flip: the labels that it had to reverse, boolean, (N, L_c).
+        keep: the labels that it had to keep, boolean, (N, L_c).
+        labels: its L_c names.
+    """
+
+    success: Tensor
+    before: Tensor
+    after: Tensor
+    flip: Tensor
+    keep: Tensor
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Result:
     """The result of an attack on N images.
 
@@ -58,7 +80,9 @@ class Result:
         passes: all forward and backward passes of the network, (N,).
         flip: the set A, boolean, (N, L).
         keep: the set B, boolean, (N, L).
-        labels: the L names.
+        labels: the L names. Of several classifiers these are all of theirs, and the values above are those of the first
+            that has the label.
+        classifiers: for each of several classifiers, by its name, what it says; empty for one.
     """
 
     images: Tensor | list[Tensor | npt.NDArray[np.generic] | Image.Image]
@@ -73,6 +97,7 @@ class Result:
     flip: Tensor
     keep: Tensor
     labels: tuple[str, ...]
+    classifiers: dict[str, Verdict] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.status)
@@ -151,7 +176,7 @@ def predict(classifier: Classifier, images: Images, *, reader: str | None = None
 
 
 def attack(
-    classifier: Classifier,
+    classifier: Classifier | Sequence[Classifier] | Mapping[str, Classifier],
     images: Images,
     *,
     flip: Names = (),
@@ -172,7 +197,10 @@ def attack(
     """Find the smallest perturbation of each image that flips the labels of A and keeps the labels of B.
 
     Args:
-        classifier: the classifier to attack: see `load`, or a `Classifier` of your own.
+        classifier: the classifier to attack: see `load`, or a `Classifier` of your own. Several, in a list or by name:
+            an image must fool all of them, each in its own readers. Labels are matched by name; a label that one lacks
+            constrains only those that have it. A label is flipped toward the reverse of what the first that has it
+            says.
         images: a float batch (N, 3, H, W) in [0, 1], or a list of any sizes of tensors (3, H, W) (float in [0, 1] or
             uint8), NumPy arrays (H, W, 3) (float in [0, 1] or uint8), PIL images, or paths. Floats are rounded to 8
             bits first.
@@ -204,28 +232,44 @@ def attack(
         UsageError: if an argument is out of its range or does not fit the others.
         CheckpointError: if attacks cannot work on the classifier, see `mlperturb.model.trial.try_network`.
     """
-    _check_classifier(classifier)
     if not (progress is None or callable(progress)):
         raise UsageError(f"expected a function for `progress`, got a {form_of(progress)}")
-    try_network(classifier)
+    victim = _victim(classifier, list_names(reader, "reader"))
     given = {"flip": flip, "keep": keep, "add": add, "remove": remove, "survive": survive, "reader": reader}
     words = Words(**{name: list_names(names, name) for name, names in given.items()}, region=name_region(region))
     settings = read_settings(
-        words, classifier.labels, method=method, budget=budget, limits=limits, margin=margin,
-        readers=classifier.preprocess.readers, options=dict(options), categories=classifier.categories,
+        words, victim.labels, method=method, budget=budget, limits=limits, margin=margin,
+        readers=victim.preprocess.readers if isinstance(victim, Classifier) else victim.every_reader,
+        options=dict(options), categories=victim.categories, networks=len(members_of(victim)),
     )  # fmt: skip
-    return _run(classifier, images, settings, check_seed(seed), progress)
+    return _run(victim, images, settings, check_seed(seed), progress)
+
+
+def _victim(given: Classifier | Sequence[Classifier] | Mapping[str, Classifier], readers: Sequence[str]) -> Victim:
+    """Return one classifier, or several as one.
+
+    Raises:
+        UsageError: if one of them is not a classifier, or there is none.
+        CheckpointError: if attacks cannot work on a network.
+    """
+    if isinstance(given, list | tuple) and given:
+        given = {str(number): one for number, one in enumerate(given, 1)}
+    members = given if isinstance(given, Mapping) and given else {"": given}
+    for one in members.values():
+        _check_classifier(one)
+        try_network(one)
+    return Ensemble(members, readers) if len(members) > 1 else next(iter(members.values()))
 
 
 def _run(
-    classifier: Classifier,
+    classifier: Victim,
     images: Images,
     settings: Settings,
     seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> Result:
     """Attack the images, and give the results the images' own form."""
-    opened = open_images(images, classifier.preprocess.alpha)
+    opened = open_images(images, alpha_of(classifier))
     photos = [photo for photo, _ in opened]
     with torch.random.fork_rng(enabled=bool(photos)):
         torch.manual_seed(seed)
@@ -249,17 +293,18 @@ class _Row:
     flip: Tensor
     keep: Tensor
     held: dict[str, bool]
+    holds: Tensor
 
 
 def _attack_photos(
-    classifier: Classifier,
+    classifier: Victim,
     photos: Sequence[Photo],
     settings: Settings,
     progress: Callable[[int, int], None] | None,
 ) -> list[_Row]:
     """Attack the photos, and decide on each result."""
     for photo in photos:
-        classifier.preprocess.check(photo.rgb.shape[:2])
+        check_size(classifier, photo.rgb.shape[:2])
         if settings.region is not None:
             settings.region.inside(*photo.rgb.shape[:2])
     rows: list[_Row] = []
@@ -273,7 +318,7 @@ def _attack_photos(
 
 
 def _parts(
-    classifier: Classifier, photos: Sequence[Photo], request: Request, settings: Settings
+    classifier: Victim, photos: Sequence[Photo], request: Request, settings: Settings
 ) -> Iterator[list[Found | None]]:
     """Attack the photos, as many at a time as fit the device's memory."""
     searcher = Searcher(classifier, settings)
@@ -286,13 +331,14 @@ def _parts(
             yield found
 
 
-def _judge(classifier: Classifier, photo: Photo, found: Found | None, settings: Settings) -> _Row:
+def _judge(classifier: Victim, photo: Photo, found: Found | None, settings: Settings) -> _Row:
     """Judge the 8-bit pixels, as the command line judges the file."""
-    count = len(classifier.labels)
+    count = len(classifier.boundary)
     if found is None:  # the network's outputs are not finite on the clean image
         nowhere, unknown = torch.zeros(count, dtype=torch.bool), torch.full((count,), torch.nan)
         held = {reader.name: False for reader in settings.readers}
-        return _Row(photo.rgb, "failed", unknown, unknown, 0.0, 0.0, len(held), nowhere, nowhere, held)
+        passes = settings.networks * len(held)
+        return _Row(photo.rgb, "failed", unknown, unknown, 0.0, 0.0, passes, nowhere, nowhere, held, nowhere)
     seen = look(classifier, found.pixels, photo.rgb, found, settings)
     moved = distortion(torch.from_numpy(found.pixels.astype(np.int16) - photo.rgb))
     return _Row(
@@ -306,11 +352,12 @@ def _judge(classifier: Classifier, photo: Photo, found: Found | None, settings: 
         found.targets.flip[0],
         found.targets.keep[0],
         {name: bool(held.all()) for name, held in seen.readers.items()},
+        torch.stack([seen.held[0], *(held[0] for held in seen.survival.values())]).all(0),
     )
 
 
 def _result(
-    classifier: Classifier,
+    classifier: Victim,
     adversarial: list[Tensor | npt.NDArray[np.generic] | Image.Image],
     rows: Sequence[_Row],
     *,
@@ -318,10 +365,22 @@ def _result(
     batch: bool,
 ) -> Result:
     """Build the `Result` from the rows."""
+    first = [columns[0] for columns in places_of(classifier)]
 
-    def stack(tensors: list[Tensor]) -> Tensor:
-        return torch.stack(tensors) if tensors else torch.empty(0, len(classifier.labels))
+    def stack(tensors: list[Tensor], columns: slice | list[int] = first) -> Tensor:
+        return torch.stack(tensors)[:, columns] if tensors else torch.empty(0, len(classifier.boundary))[:, columns]
 
+    def verdict(one: Classifier, columns: slice) -> Verdict:
+        return Verdict(
+            success=stack([row.holds for row in rows], columns).bool().all(1),
+            before=stack([row.before for row in rows], columns),
+            after=stack([row.after for row in rows], columns),
+            flip=stack([row.flip for row in rows], columns).bool(),
+            keep=stack([row.keep for row in rows], columns).bool(),
+            labels=one.labels,
+        )
+
+    several = classifier if isinstance(classifier, Ensemble) else None
     tensors = [image for image in adversarial if isinstance(image, Tensor)]
     return Result(
         images=torch.stack(tensors) if batch and tensors else adversarial,
@@ -336,6 +395,12 @@ def _result(
         flip=stack([row.flip for row in rows]).bool(),
         keep=stack([row.keep for row in rows]).bool(),
         labels=classifier.labels,
+        classifiers={}
+        if several is None
+        else {
+            name: verdict(one, columns)
+            for (name, one), columns in zip(several.members.items(), several.columns(), strict=True)
+        },
     )
 
 

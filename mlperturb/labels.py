@@ -73,6 +73,22 @@ class Categories:
         return {shown[one]: count for one, count in sorted(Counter(self.of).items())}
 
 
+def join_categories(labels: Sequence[str], parts: Iterable[tuple[Sequence[str], Categories]]) -> Categories:
+    """Return the categories of labels of several classifiers; each label has that of the first that has the label.
+
+    Args:
+        labels: the L names.
+        parts: for each classifier, its labels and their categories.
+    """
+    of: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for own, categories in parts:
+        if categories.of:
+            of = dict(zip(own, categories.of, strict=True)) | of
+            names = {**categories.names, **names}
+    return Categories(tuple(of.get(label, "") for label in labels), names) if of else Categories()
+
+
 def present_labels(probabilities: Mapping[str, float], thresholds: Mapping[str, float]) -> list[str]:
     """Return the labels that are present, f_j >= t_j, in the order of `probabilities`."""
     return [label for label, value in probabilities.items() if value >= thresholds[label]]

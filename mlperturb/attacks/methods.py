@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BUDGETS = ("fast", "balanced", "paper")
 DEFAULT_METHOD = "ml-ddn"
+RANKING = ("rank-1", "rank-2")  # methods that compare the labels of one classifier with each other
 CHOICES: dict[str, tuple[str, ...]] = {  # the options of methods, and their values
     "rounding": ("inside", "after"),
     "between": ("rest", "rest-positive", "rest-negative", "none", "threshold"),

@@ -319,8 +319,8 @@ class Problem:
 
     def settle(self, rows: Tensor) -> None:
         """Owe no look at the files of these images, booleans, (n,): every view of them is computed."""
-        places = self.rows[rows.cpu()]
-        self.meter.owed[places] = (self.meter.owed[places] - self.views).clamp(min=0)
+        places, looks = self.rows[rows.cpu()], self.views * getattr(self.model, "networks", 1)
+        self.meter.owed[places] = (self.meter.owed[places] - looks).clamp(min=0)
 
     def iterations_left(self, iterations: int) -> Tensor:
         """Return how many iterations, a backward and a forward pass, each image can afford, 1 to `iterations`, (n,).

@@ -15,7 +15,6 @@ from mlperturb.cli.options import (
     Activation,
     Arch,
     BatchSize,
-    Checkpoint,
     Device,
     Json,
     Labels,
@@ -30,9 +29,9 @@ from mlperturb.cli.options import (
     Seed,
     Source,
     Thresholds,
-    find_source,
     parse_batch_size,
 )
+from mlperturb.cli.sources import Checkpoints, Sources, find_sources
 from mlperturb.limits import MARGIN, Limits
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ def attack(
             help="All but fgs, fg: measure the constraints on logit or probability.",
         ),
     ] = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: Checkpoints = None,
     arch: Arch = None,
     labels: Labels = None,
     thresholds: Thresholds = None,
@@ -180,7 +179,7 @@ def attack(
     Each photo gives NAME.adv.png (.webp, .jpg) and NAME.map.png, the magnified perturbation, in the photo's subfolder;
     all photos together give report.json. The colour profile, alpha and a single channel of grey are kept.
     """
-    source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation)
+    source = find_sources(checkpoint, arch, labels, thresholds, preprocess, activation, readers=reader or ())
 
     from mlperturb.photos.images import describe_left_out, find_photos
     from mlperturb.run.jobs import plan_outputs
@@ -201,6 +200,7 @@ def attack(
         categories=source.categories,
         options={"between": between, "solver": solver, "rounding": rounding, "space": space}
         | {"aim": "strongest" if strongest else None, "diversity": diversity},
+        networks=len(source.parts) if isinstance(source, Sources) else 1,
     )
     left_out: list[Path] = []
     photos = find_photos(paths, recursive=recursive, own=is_own, left_out=left_out)
@@ -217,7 +217,7 @@ def attack(
 
 
 def run(
-    source: Source,
+    source: Source | Sources,
     jobs: list[Job],
     settings: Settings,
     outputs: Outputs,

@@ -17,6 +17,7 @@ from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error, print_note
 from mlperturb.cli.longrun import LongRun
 from mlperturb.cli.options import Source, classifier_key
+from mlperturb.cli.sources import Sources
 from mlperturb.errors import StorageError
 from mlperturb.run.jobs import Job
 from mlperturb.run.ledger import Ledger, Part, broke_off, size_of
@@ -40,7 +41,7 @@ class AttackRun:
     """One run of `attack`, or the part of it that this process does."""
 
     long: LongRun
-    source: Source
+    source: Source | Sources
     settings: Settings
     jobs: list[Job]
     outputs: Outputs
@@ -209,14 +210,14 @@ class AttackRun:
         return os.path.relpath(folder, report.parent)
 
     def _print_tables(self, told: Told, seconds: float) -> None:
-        from mlperturb.show.tables import image_line, image_table, readers_line, summary_table
+        from mlperturb.show.tables import classifier_tables, image_line, readers_line, summary_table
 
         summary = told.summary.to_dict(seconds)
         if len(told.first) <= SHOWN:
             for record in told.first:
                 stdout.print(image_line(record), soft_wrap=True)
-                if record.probabilities:
-                    stdout.print(image_table(record))
+                for table in classifier_tables(record):
+                    stdout.print(table)
             if (line := readers_line(summary)) is not None:
                 stdout.print(line, soft_wrap=True)
         else:

@@ -61,6 +61,10 @@ class Record:
         success_float: whether every constraint holds on the float result.
         readers: for each reader, the constraints `held`, `total` and `violated`, and the probabilities `before` and
             `after`; None without a file.
+        classifiers: for each of several classifiers, its own `truth`, `flip` and `keep`, the constraints `held`,
+            `total` and `violated` in all of its readers, the probabilities `before` and `after`, and its `readers`; the
+            labels above are then those of all, each as the first classifier that has it sees it. None for one
+            classifier, or without a file.
         survival: for each compression that the attack was to survive, the constraints `held`, `total` and `violated`;
             None without such compressions.
         ranking: for a ranking attack, whether its constraints hold on the PNG, and Kendall's tau_b.
@@ -85,6 +89,7 @@ class Record:
     distortion_float: Distortion | None = None
     success_float: bool | None = None
     readers: dict[str, dict[str, Any]] | None = None
+    classifiers: dict[str, dict[str, Any]] | None = None
     survival: dict[str, dict[str, Any]] | None = None
     ranking: dict[str, Any] | None = None
     cost: dict[str, float] = field(default_factory=lambda: {"forward": 0, "backward": 0, "seconds": 0.0})
@@ -101,7 +106,9 @@ class Record:
             KeyError: if a value is missing.
             TypeError: if there is an unknown value, or a value has the wrong type.
         """
-        missing = {field.name for field in fields(cls)} - values.keys() - {"hashes"}  # earlier journals have none
+        missing = (
+            {field.name for field in fields(cls)} - values.keys() - {"hashes", "classifiers"}
+        )  # earlier journals have none
         if missing:
             raise KeyError(min(missing))
         kinds: dict[str, type[Distortion] | type[Failure]] = {
@@ -134,9 +141,36 @@ def condense(record: Record) -> Record:
         name: {**reader, "before": part(reader["before"]), "after": part(reader["after"])}
         for name, reader in record.readers.items()
     }
+    classifiers = record.classifiers and {name: _condense_part(one, told) for name, one in record.classifiers.items()}
     return replace(
-        record, truth=truth, probabilities=probabilities, readers=readers, keep=[REST] if everything else record.keep
+        record,
+        truth=truth,
+        probabilities=probabilities,
+        readers=readers,
+        classifiers=classifiers,
+        keep=[REST] if everything else record.keep,
     )
+
+
+def _condense_part(one: dict[str, Any], told: set[str]) -> dict[str, Any]:
+    """Return one of several classifiers of a record as a report on many labels has it, see `condense`."""
+
+    def part(values: dict[str, float]) -> dict[str, float]:
+        return {label: value for label, value in values.items() if label in told}
+
+    everything = len(one["flip"]) + len(one["keep"]) == len(one["truth"]) and REST not in one["truth"]
+    readers = {
+        name: {**reader, "before": part(reader["before"]), "after": part(reader["after"])}
+        for name, reader in one["readers"].items()
+    }
+    return {
+        **one,
+        "truth": {label: there for label, there in one["truth"].items() if there or label in told},
+        "keep": [REST] if everything else one["keep"],
+        "before": part(one["before"]),
+        "after": part(one["after"]),
+        "readers": readers,
+    }
 
 
 def _telling(record: Record) -> set[str]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from mlperturb.errors import ImageError, OutputError
-from mlperturb.model.classifier import Classifier
-from mlperturb.model.preprocess import Preprocess, Size
+from mlperturb.model.ensemble import Victim, alpha_of, check_size
+from mlperturb.model.preprocess import Size
 from mlperturb.photos.formats import open_photo
 from mlperturb.photos.images import Photo, Pixels
 from mlperturb.photos.kinds import FileFormat
@@ -46,7 +46,7 @@ class Waits:
 
 
 def run_attack(
-    classifier: Classifier,
+    classifier: Victim,
     jobs: Sequence[Job],
     out: Path,
     settings: Settings,
@@ -67,7 +67,7 @@ def run_attack(
     encode, write, read back and judge the previous batch.
 
     Args:
-        classifier: to attack.
+        classifier: to attack, or several.
         jobs: the photos.
         out: folder of the outputs.
         settings: method, budget, request and limits.
@@ -89,7 +89,7 @@ def run_attack(
     """
     waits, started = Waits(), time.perf_counter()
     searcher = Searcher(classifier, settings, warn)
-    read = partial(_read, settings=settings, preprocess=classifier.preprocess)
+    read = partial(_read, settings=settings, classifier=classifier)
     units = [jobs[start : start + searcher.together] for start in range(0, len(jobs), searcher.together)]
     writer = _Writer(classifier, out, settings, done, check, waits)
     try:
@@ -119,7 +119,7 @@ class _Writer:
 
     def __init__(
         self,
-        classifier: Classifier,
+        classifier: Victim,
         out: Path,
         settings: Settings,
         done: Callable[[list[Record]], None],
@@ -231,14 +231,14 @@ def _batches(
         batch.members.append((job, photo if isinstance(photo, Photo) else None))
 
 
-def _read(job: Job, room: Callable[[int], None], *, settings: Settings, preprocess: Preprocess) -> Photo | Record:
+def _read(job: Job, room: Callable[[int], None], *, settings: Settings, classifier: Victim) -> Photo | Record:
     """Decode a photo; return a record with the error if it cannot be decoded or resized, or the region misses it."""
     try:
-        photo = open_photo(job.source, job.adversarial, settings.format, preprocess.alpha, room)
+        photo = open_photo(job.source, job.adversarial, settings.format, alpha_of(classifier), room)
     except ImageError as error:
         return Record(source=str(job.source), error=Failure.of(error))
     try:
-        preprocess.check(photo.rgb.shape[:2])
+        check_size(classifier, photo.rgb.shape[:2])
         if settings.region:
             settings.region.inside(*photo.rgb.shape[:2])
     except ImageError as error:

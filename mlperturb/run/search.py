@@ -19,8 +19,8 @@ from mlperturb.attacks.quantise import quantise
 from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
 from mlperturb.labels import Request
 from mlperturb.metrics import Distortion, distortion
-from mlperturb.model.classifier import Classifier
 from mlperturb.model.coefficients import JpegLattice
+from mlperturb.model.ensemble import SideBySide, Victim, bind, members_of, places_of, to_columns
 from mlperturb.model.preprocess import Size, pad_batch, to_tensor
 from mlperturb.model.views import ViewedModel, repeat_targets
 from mlperturb.photos.images import Photo, Pixels
@@ -45,9 +45,9 @@ class Found:
         pixels: the adversarial photo, 8 bits, (H, W, 3).
         planes: the coefficients of the adversarial JPEG; None where pixels are written.
         goal: the goal of the photo, without a margin, one row.
-        before: logits of the photo in each reader, (R, L).
-        after: logits of the adversarial photo in each reader, (R, L), where the search computed them; else None.
-        logits: logits of the float result in the first reader, (L,); None if the result is a lattice point.
+        before: logits of the photo in each reader, (R, M): M is L, or the columns of several classifiers (`Ensemble`).
+        after: logits of the adversarial photo in each reader, (R, M), where the search computed them; else None.
+        logits: logits of the float result in the first reader, (M,); None if the result is a lattice point.
         met: whether all constraints hold on the float result in the first reader; None if it is a lattice point.
         distortion: distortion of the float result.
         forward: forward passes spent.
@@ -74,19 +74,19 @@ class Found:
 
 
 def search(
-    classifier: Classifier, photos: Sequence[Photo], requests: Sequence[Request], settings: Settings
+    classifier: Victim, photos: Sequence[Photo], requests: Sequence[Request], settings: Settings
 ) -> list[Found | None]:
     """Attack a batch; return None in place of a photo on which the network's outputs are not finite.
 
     Args:
-        classifier: to attack.
+        classifier: to attack, or several.
         photos: N photos of any sizes.
         requests: N requests.
         settings: method, budget and limits.
     """
     started = time.perf_counter()
     images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
-    model = ViewedModel.bind(classifier, settings.readers, sizes, settings.survive[0])
+    model = bind(classifier, settings.readers, sizes, settings.survive[0])
     before, meter, opening = observe(model, images, opening=find_method(settings.method).opens)
     images, clean, opening = _encoded(model, images, (before, meter, opening), photos)
     meter.owed.add_(settings.looks)
@@ -98,13 +98,13 @@ def search(
     asked, sizes = [requests[row] for row in usable], [sizes[row] for row in usable]
     chosen = [photos[row] for row in usable]
     images = images if is_all(rows, len(photos)) else images[rows]
-    labels = len(classifier.labels)
-    truth = decide(before[rows, 0, :labels], classifier.boundary)
+    columns, places = len(classifier.boundary), places_of(classifier)
+    truth = decide(before[rows, 0, :columns], classifier.boundary)
     limits = settings.limits
     problem = Problem(
         replace(model.select(rows), purifications=()),
         images,
-        ClassificationGoal(make_targets(asked, truth, classifier.boundary, margin=settings.margin)),
+        ClassificationGoal(_targets(asked, places, truth, classifier.boundary, settings.margin)),
         limit=limits.passes,
         cap=None if limits.rmsd is None else _norm_cap(limits.rmsd, sizes, images.device),
         bound=None if limits.linf is None else limits.linf / 255,
@@ -113,11 +113,12 @@ def search(
         lattice=_lattice_of(settings.region, chosen, images),
         meter=meter,
         rows=rows.cpu(),
-        clean=clean[rows, :, :labels],
+        clean=clean[rows, :, :columns],
     )
     if any(request.any_label for request in asked):
-        problem = problem.aim(_resolve_any(problem, asked))
-    repeated = ClassificationGoal(repeat_targets(problem.targets, model.passes))
+        asked = _resolve_any(problem, asked, places)
+        problem = problem.aim(ClassificationGoal(_targets(asked, places, truth, classifier.boundary, settings.margin)))
+    repeated = ClassificationGoal(repeat_targets(problem.targets, 1 + len(model.purifications)))
     whole = replace(
         problem,
         model=model.select(rows),
@@ -128,7 +129,7 @@ def search(
     results = _search(problem, whole, sizes, settings)
     share = (time.perf_counter() - started) / len(rows)
     for row, result in zip(usable, results, strict=True):
-        found[row] = _finish(result, photos[row], before[row, :, :labels].cpu(), share)
+        found[row] = _finish(result, photos[row], before[row, :, :columns].cpu(), share)
     return found
 
 
@@ -137,13 +138,13 @@ class Searcher:
     """Searches batches of photos; splits a batch for which the device has too little memory.
 
     Attributes:
-        classifier: to attack.
+        classifier: to attack, or several.
         settings: what to do.
         warn: called once if the device runs out of memory and the search goes on with smaller batches.
         most: largest number of photos for which the memory is enough; None while it was enough for every batch.
     """
 
-    classifier: Classifier
+    classifier: Victim
     settings: Settings
     warn: Callable[[str], None] = lambda _: None
     most: int | None = None
@@ -191,7 +192,8 @@ class Searcher:
         """Attack some photos; return None if the device has too little memory."""
         heights, widths = zip(*(photo.rgb.shape[:2] for photo in photos), strict=True)
         free = free_memory(self.classifier.device)
-        if free is not None and len(photos) * max(heights) * max(widths) * _NEEDED > free:
+        needed = _NEEDED * len(members_of(self.classifier))
+        if free is not None and len(photos) * max(heights) * max(widths) * needed > free:
             return None  # on the CPU, Linux would kill the process
         try:
             return search(self.classifier, photos, requests, self.settings)
@@ -219,7 +221,10 @@ def _finish(found: Found, photo: Photo, before: Tensor, seconds: float) -> Found
 
 
 def _encoded(
-    model: ViewedModel, images: Tensor, observed: tuple[Tensor, Meter, Opening | None], photos: Sequence[Photo]
+    model: ViewedModel | SideBySide,
+    images: Tensor,
+    observed: tuple[Tensor, Meter, Opening | None],
+    photos: Sequence[Photo],
 ) -> tuple[Tensor, Tensor, Opening | None]:
     """Return the photos as their files hold them before the attack, their logits and opening, counted by the meter."""
     before, meter, opening = observed
@@ -345,16 +350,34 @@ def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Outcome, Ten
     return outcome, quantise(problem, outcome, scales=scales, iterations=iterations), logits
 
 
-def _resolve_any(problem: Problem, requests: Sequence[Request]) -> Goal:
-    """Return the goal in which `any` is replaced by the label nearest to its threshold."""
-    targets = problem.targets
-    fixed = torch.zeros_like(targets.flip)
+def _targets(
+    requests: Sequence[Request], places: Sequence[tuple[int, ...]], truth: Tensor, boundary: Tensor, margin: float
+) -> Targets:
+    """Apply requests for labels to the columns of a batch, see `to_columns`."""
+    if len(boundary) == len(places):  # a column for each label, in their order
+        return make_targets(requests, truth, boundary, margin=margin)
+    asked = [to_columns(request, places, row) for request, row in zip(requests, truth.cpu(), strict=True)]
+    return make_targets(asked, truth, boundary, margin=margin)
+
+
+def _resolve_any(problem: Problem, requests: Sequence[Request], places: Sequence[tuple[int, ...]]) -> list[Request]:
+    """Return the requests with the label nearest to its threshold in place of `any`.
+
+    Of several classifiers, it is a label that most of them have, and the first of these decides which is the nearest.
+    """
+    most = max(map(len, places))
+    labels = {columns[0]: label for label, columns in enumerate(places) if len(columns) == most}
+    candidates = torch.zeros_like(problem.targets.flip)
     for row, request in enumerate(requests):
-        fixed[row, [*request.keep, *request.add, *request.remove]] = True
-        fixed[row] |= targets.keep[row]  # the labels that are present, where those are kept
-        fixed[row] |= not request.any_label
-    rest = torch.tensor([request.keep_rest for request in requests], device=fixed.device).unsqueeze(1)
-    spare = MAX_COMPARED if problem.limit is None else problem.limit // 3
-    flip = targets.flip | nearest_label(problem, ~fixed, compared=min(spare, MAX_COMPARED))
-    keep = torch.where(rest, ~flip, targets.keep)
-    return ClassificationGoal(replace(targets, flip=flip, keep=keep))
+        named = {*request.keep, *request.add, *request.remove}
+        candidates[row, [column for column, label in labels.items() if label not in named]] = request.any_label
+    candidates &= ~problem.targets.keep  # the labels that are present, where those are kept
+    spare = MAX_COMPARED if problem.limit is None else problem.limit // (3 * problem.cost)
+    nearest = nearest_label(problem, candidates, compared=min(spare, MAX_COMPARED))
+    resolved = []
+    for request, chosen in zip(requests, nearest.cpu(), strict=True):
+        flip = (*request.flip, *(labels[column] for column in chosen.nonzero().flatten().tolist()))
+        named = {*flip, *request.add, *request.remove}
+        keep = tuple(label for label in range(len(places)) if label not in named) if request.keep_rest else request.keep
+        resolved.append(replace(request, flip=flip, keep=keep, any_label=False))
+    return resolved

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any
 
-from mlperturb.attacks.methods import DEFAULT_METHOD, find_method
+from mlperturb.attacks.methods import DEFAULT_METHOD, RANKING, find_method
 from mlperturb.errors import UsageError
 from mlperturb.labels import Categories, Request, parse_request
 from mlperturb.limits import MARGIN, Limits, is_number
@@ -61,6 +61,7 @@ class Settings:
         keep_failed: write the files of a photo even where no label of A flipped.
         options: options of the method, see `attacks.CHOICES`.
         words: the texts from which `request`, `survive` and `region` were read; empty if they were not read.
+        networks: how many classifiers a file must fool at once.
 
     Raises:
         UsageError: if the settings cannot be carried out.
@@ -80,6 +81,7 @@ class Settings:
     keep_failed: bool = False
     options: dict[str, str | None] = field(default_factory=dict)
     words: Words = field(default_factory=Words)
+    networks: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.limits, Limits):
@@ -87,7 +89,9 @@ class Settings:
                 f"expected `limits` such as Limits(passes=100, rmsd=2.0), got a {type(self.limits).__name__}"
             )
         _check_aim(find_method(self.method).tuning(self.budget, **self.options), self.limits)
-        seen = 1 + len(self.survive[0])  # views of the attack: the photo, and each compressed photo
+        if self.networks > 1 and self.method in RANKING:
+            raise UsageError(f"expected a `method` other than {self.method}, which ranks the labels of one classifier")
+        seen = self.networks * (1 + len(self.survive[0]))  # passes of a look: the photo, and each compressed photo
         passes, least = self.limits.passes, self.looks + len(self.readers) * seen + 4 * seen
         if passes is not None and passes < least:
             raise UsageError(
@@ -118,8 +122,8 @@ class Settings:
 
     @property
     def looks(self) -> int:
-        """Forward passes of the decision on a file: every reader, of the file and of each compression."""
-        return len(self.readers) * (1 + len(self.survive[1]))
+        """Forward passes of the decision on a file: every classifier, in every reader, of file and compressions."""
+        return self.networks * len(self.readers) * (1 + len(self.survive[1]))
 
     def describe(self, *, seed: int, device: str) -> dict[str, Any]:
         """Return the `settings` of a report.
@@ -189,6 +193,7 @@ def read_settings(
     keep_metadata: bool = False,
     options: dict[str, str | None] | None = None,
     categories: Categories | None = None,
+    networks: int = 1,
 ) -> Settings:
     """Read the settings from the user's words.
 
@@ -205,6 +210,7 @@ def read_settings(
         keep_metadata: see `Settings`.
         options: options of the method, see `attacks.CHOICES`.
         categories: of the labels, if they have any.
+        networks: how many classifiers a file must fool at once; `labels` are those of all of them.
 
     Raises:
         LabelError: if a label is unknown, or is named in two sets.
@@ -227,4 +233,5 @@ def read_settings(
         keep_metadata=keep_metadata,
         options=options or {},
         words=words,
+        networks=networks,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ from torch import Tensor
 
 from mlperturb.errors import ImageError, OutputError, StorageError
 from mlperturb.metrics import distortion
-from mlperturb.model.classifier import Classifier
-from mlperturb.model.views import read_logits
+from mlperturb.model.ensemble import Ensemble, Victim, read_columns
 from mlperturb.photos.formats import decode_elsewhere, read_pixels, write_jpeg, write_pixels
 from mlperturb.photos.images import Beside, Photo, Pixels, magnify
 from mlperturb.run.jobs import Job
+from mlperturb.run.names import Names, by_classifier, by_reader
 from mlperturb.run.record import Failure, Record, Status
 from mlperturb.run.search import Found
 from mlperturb.run.settings import Settings
 from mlperturb.system.files import remove_file
-from mlperturb.targets import Targets
 
 _RANK = ("unchanged", "success", "partial", "failed")
 
@@ -52,7 +50,7 @@ def save(job: Job, photo: Photo, found: Found, out: Path, settings: Settings) ->
 
 
 def judge(
-    classifier: Classifier,
+    classifier: Victim,
     job: Job,
     photo: Photo,
     found: Found,
@@ -62,20 +60,20 @@ def judge(
 ) -> Record:
     """Classify the pixels that `save` returned; return the record of the photo.
 
+    Of several classifiers, the record's own labels are all of theirs, each as the first that has it sees it.
+
     Raises:
         StorageError: if the files of a failure cannot be deleted.
     """
-    labels, asked = classifier.labels, found.targets
+    names, asked = Names.of(classifier), found.targets
     cost = {"forward": found.forward, "backward": found.backward, "seconds": round(found.seconds, 4)}
     probabilities: dict[str, dict[str, float] | None] = {
-        "before": _probabilities(labels, found.before[0]),
-        "float": _finite(labels, found.logits),
+        "before": names.probabilities(found.before[0]),
+        "float": names.finite(found.logits),
         "after": None,
     }
     facts: dict[str, Any] = facts_of(job, photo) | {
-        "truth": {label: bool(sign > 0) for label, sign in zip(labels, asked.truth[0].tolist(), strict=True)},
-        "flip": _chosen(labels, asked.flip[0]),
-        "keep": _chosen(labels, asked.keep[0]),
+        **names.asked(asked),
         "distortion_float": found.distortion,
         "success_float": found.met,
         "probabilities": probabilities,
@@ -89,20 +87,21 @@ def judge(
     cost["forward"] += seen.passes
     if found.logits is None:  # the attack's own result is the file
         facts["success_float"] = bool(next(iter(seen.readers.values())).all())
-        probabilities["float"] = _finite(labels, seen.logits[0])
+        probabilities["float"] = names.finite(seen.logits[0])
     facts |= {
         "status": seen.status,
-        "constraints": _held(labels, seen.held, asked),
-        "readers": _by_reader(labels, found, seen),
-        "survival": {name: _held(labels, held, asked) for name, held in seen.survival.items()} or None,
+        "constraints": names.held(seen.held, asked),
+        "readers": by_reader(names, found, seen),
+        "classifiers": by_classifier(classifier, found, seen) if isinstance(classifier, Ensemble) else None,
+        "survival": {name: names.held(held, asked) for name, held in seen.survival.items()} or None,
         "ranking": found.goal.describe(seen.logits[:1]),
         "cost": cost,
     }
     if seen.status == "failed" and not settings.keep_failed:
         for name in (job.adversarial, job.map):
             remove_file(out / name)
-        return Record(**{**facts, "survival": None, "readers": None})
-    probabilities["after"] = _probabilities(labels, seen.logits[0])
+        return Record(**{**facts, "survival": None, "readers": None, "classifiers": None})
+    probabilities["after"] = names.probabilities(seen.logits[0])
     return Record(
         **facts,
         distortion=distortion(torch.from_numpy(saved.astype(np.int16) - photo.rgb)),
@@ -111,7 +110,7 @@ def judge(
 
 
 def _look_elsewhere(
-    classifier: Classifier, path: Path, saved: Pixels, photo: Photo, found: Found, settings: Settings, seen: Seen
+    classifier: Victim, path: Path, saved: Pixels, photo: Photo, found: Found, settings: Settings, seen: Seen
 ) -> tuple[Seen, list[str]]:
     """Judge a JPEG as other decoders see it; return the worst of all decoders, and notes on those that differ."""
     notes = []
@@ -141,9 +140,9 @@ class Seen:
     """The classifier's decisions on the pixels of an adversarial photo.
 
     Attributes:
-        logits: the logits in each reader, (R, L), on the CPU.
-        held: whether each label's constraint holds in every reader, boolean, (1, L).
-        readers: whether each label's constraint holds in a reader, boolean, (1, L), by the reader's name.
+        logits: the logits in each reader, (R, M), on the CPU: M is L, or the columns of several classifiers.
+        held: whether each constraint holds in every reader, boolean, (1, M).
+        readers: whether each constraint holds in a reader, boolean, (1, M), by the reader's name.
         survival: whether it holds in every reader once the photo is compressed, by the compression's name.
         status: `success` if all constraints hold, compressed too, or `unchanged` if the photo was as asked; else
             `partial` if a label of A flipped in every reader, else `failed`.
@@ -158,14 +157,14 @@ class Seen:
     passes: int
 
 
-def look(classifier: Classifier, rgb: Pixels, photo: Pixels, found: Found, settings: Settings) -> Seen:
+def look(classifier: Victim, rgb: Pixels, photo: Pixels, found: Found, settings: Settings) -> Seen:
     """Classify the pixels of one adversarial photo, (H, W, 3), in every reader, by the reader's real code.
 
     The search reads lattice points by the same code. Where the file has the very pixels that the search found, the
     logits that it computed of them stand, and no pass is spent.
 
     Args:
-        classifier: the classifier that was attacked.
+        classifier: the classifier that was attacked, or several.
         rgb: the pixels, 8 bits; the same object as `photo` if no file was written.
         photo: the clean photo's pixels, (H, W, 3).
         found: the targets, the pixels found and their logits, and the logits of the clean photo.
@@ -174,7 +173,7 @@ def look(classifier: Classifier, rgb: Pixels, photo: Pixels, found: Found, setti
     targets = found.targets
 
     def read(pixels: Pixels) -> Tensor:
-        return torch.cat([read_logits(classifier, pixels, reader) for reader in settings.readers])
+        return torch.cat([read_columns(classifier, pixels, reader) for reader in settings.readers])
 
     def everywhere(logits: Tensor) -> Tensor:
         return torch.cat([targets.holds(row[None]) for row in logits]).all(0, keepdim=True)
@@ -189,38 +188,5 @@ def look(classifier: Classifier, rgb: Pixels, photo: Pixels, found: Found, setti
     holds = all(bool(one.all()) for one in (held, *survival.values()))
     untouched = not bool(targets.flip.any()) and np.array_equal(rgb, photo)
     status: Status = "unchanged" if holds and untouched else "success" if holds else "partial" if flipped else "failed"
-    passes = len(settings.readers) * ((known is None) + len(survival))
+    passes = settings.networks * len(settings.readers) * ((known is None) + len(survival))
     return Seen(logits, held, readers, survival, status, passes)
-
-
-def _held(labels: Sequence[str], held: Tensor, targets: Targets) -> dict[str, Any]:
-    return {
-        "held": int((held & targets.constrained).sum()),
-        "total": int(targets.constrained.sum()),
-        "violated": _chosen(labels, ~held[0]),
-    }
-
-
-def _by_reader(labels: Sequence[str], found: Found, seen: Seen) -> dict[str, dict[str, Any]]:
-    """Return for each reader which constraints hold, and the probabilities before and after."""
-    return {
-        name: {
-            **_held(labels, held, found.targets),
-            "before": _probabilities(labels, found.before[number]),
-            "after": _probabilities(labels, seen.logits[number]),
-        }
-        for number, (name, held) in enumerate(seen.readers.items())
-    }
-
-
-def _chosen(labels: Sequence[str], mask: Tensor) -> list[str]:
-    return [label for label, wanted in zip(labels, mask.tolist(), strict=True) if wanted]
-
-
-def _finite(labels: Sequence[str], logits: Tensor | None) -> dict[str, float] | None:
-    """Return the probabilities; None where they are unknown or not finite."""
-    return None if logits is None or not bool(logits.isfinite().all()) else _probabilities(labels, logits)
-
-
-def _probabilities(labels: Sequence[str], logits: Tensor) -> dict[str, float]:
-    return dict(zip(labels, torch.sigmoid(logits.double().cpu()).tolist(), strict=True))

@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import nlargest
 from typing import Any
 
@@ -42,6 +42,9 @@ def image_line(record: Record) -> Text:
         if record.distortion_float and record.success_float:
             line += f" (float {record.distortion_float.rmsd:.3f})"
         line += f", {int(record.cost['forward'])} forward + {int(record.cost['backward'])} backward passes"
+    if record.classifiers is not None:
+        fooled = [name for name, one in record.classifiers.items() if not one["violated"]]
+        line += f"; fools {len(fooled)} of {len(record.classifiers)} classifiers"
     lost = [name for name, reader in (record.readers or {}).items() if reader["violated"]]
     if lost:
         line += f"; does not hold in {', '.join(lost)}"
@@ -93,6 +96,26 @@ def image_table(record: Record) -> Table:
         wanted = "keep" if flipped <= set(shown) else ""
         table.add_row(f"{others} others", wanted, "", "", f"{missing} do not hold" if missing else "")
     return table
+
+
+def classifier_tables(record: Record) -> list[Table]:
+    """Show one photo: a table for the classifier, or one for each of several; none without probabilities."""
+    if record.probabilities is None:
+        return []
+    if record.classifiers is None:
+        return [image_table(record)]
+    tables = []
+    for name, one in record.classifiers.items():
+        own = replace(
+            record,
+            **{field: one[field] for field in ("truth", "flip", "keep")},
+            probabilities={"before": one["before"], "float": None, "after": one["after"]},
+            constraints={field: one[field] for field in ("held", "total", "violated")},
+        )
+        table = image_table(own)
+        table.title, table.title_justify = clean(f"{name}: {'fooled' if not one['violated'] else 'not fooled'}"), "left"
+        tables.append(table)
+    return tables
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
