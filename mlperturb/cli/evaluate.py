@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,6 @@ from mlperturb.cli.options import (
     Activation,
     Arch,
     BatchSize,
-    Checkpoint,
     Coco,
     Device,
     Json,
@@ -37,9 +37,9 @@ from mlperturb.cli.options import (
     Year,
     check_data,
     classifier_key,
-    find_source,
     parse_batch_size,
 )
+from mlperturb.cli.sources import Checkpoints, find_sources
 from mlperturb.errors import UsageError
 from mlperturb.limits import MARGIN, Limits
 from mlperturb.system.text import printable
@@ -102,7 +102,7 @@ def evaluate(
     passes: Passes = None,
     reader: Readers = None,
     margin: Margin = MARGIN,
-    checkpoint: Checkpoint = None,
+    checkpoint: Checkpoints = None,
     arch: Arch = None,
     labels: Labels = None,
     thresholds: Thresholds = None,
@@ -130,41 +130,86 @@ def evaluate(
         raise UsageError("expected --split with --voc: with --photos, the --csv or --coco is the split")
     if clean and (cases or reduce or augment or methods):
         raise UsageError("expected --clean without --cases, --reduce, --augment and --methods: it attacks nothing")
-    source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation)
+    source = find_sources(checkpoint, arch, labels, thresholds, preprocess, activation)
+    sources = {"": source} if isinstance(source, Source) else source.parts
 
-    from mlperturb.cli.longrun import LongRun
-    from mlperturb.experiment.cases import Protocol, align, parse_cases, parse_variants
+    from mlperturb.experiment.cases import Protocol, parse_cases, parse_variants
     from mlperturb.experiment.evaluate import make_settings
     from mlperturb.model.readers import parse_readers
     from mlperturb.photos.datasets import read_coco, read_csv, read_splits
-    from mlperturb.run.outputs import make_folder
-    from mlperturb.system.processes import join
 
     if cases is None and not reduce and not augment:
         cases = list(_CASES)
-    protocol = Protocol(
-        () if clean else parse_cases(cases or (), reduce or (), augment or (), source.labels),
-        parse_variants(methods or ["all"], budget),
-        images, budget, Limits(passes, max_rmsd or None, max_linf), parse_batch_size(batch_size), seed, keep_images,
-        parse_readers(reader or source.readers), margin,
-    )  # fmt: skip
-    for variant in () if clean else protocol.variants:
-        make_settings(
-            protocol, variant
-        )  # refuses settings that cannot be carried out before anything is read or written
+    protocols = {
+        name: Protocol(
+            () if clean else parse_cases(cases or (), reduce or (), augment or (), one.labels),
+            parse_variants(methods or ["all"], budget),
+            images, budget, Limits(passes, max_rmsd or None, max_linf), parse_batch_size(batch_size), seed,
+            keep_images or len(sources) > 1, parse_readers(reader or one.readers), margin,
+        )
+        for name, one in sources.items()
+    }  # fmt: skip
+    for protocol in () if clean else protocols.values():
+        for variant in protocol.variants:
+            make_settings(protocol, variant)  # refuses what cannot be done before anything is read or written
     if voc is not None:
         parts = read_splits(voc, [name for value in year or () for name in value.split(",")], split or "test")
     else:
         assert photos is not None
         parts = {csv.name: read_csv(photos, csv)} if csv is not None else {}
         parts |= {coco.name: read_coco(photos, coco)} if coco is not None else {}
-    parts = {name: align(part, source.labels) for name, part in parts.items()}
-    make_folder(out)
-    run = _Run(LongRun(join(), quiet=quiet), protocol, parts, out, json)
-    for note in source.notes:
-        run.long.note(note)
-    run.load(source, device)
-    raise typer.Exit(run.clean() if clean else run.go(overwrite=overwrite))
+    task = _Task(sources, protocols, parts, out, json=json, quiet=quiet, clean=clean)
+    raise typer.Exit(task.go(device=device, overwrite=overwrite, readers=reader or ()))
+
+
+@dataclass
+class _Task:
+    """The evaluations of one command: one, or one for each of several checkpoints and then the matrix."""
+
+    sources: dict[str, Source]
+    protocols: dict[str, Protocol]
+    parts: dict[str, Dataset]
+    out: Path
+    json: bool
+    quiet: bool
+    clean: bool
+
+    def go(self, *, device: str, overwrite: bool, readers: Sequence[str]) -> int:
+        """Run them; return the largest exit code."""
+        from mlperturb.cli.longrun import LongRun
+        from mlperturb.cli.matrix import write_matrix
+        from mlperturb.experiment.cases import align
+        from mlperturb.run.outputs import make_folder
+        from mlperturb.system.processes import join
+
+        several, share = len(self.sources) > 1, join()
+        if several and self.clean and self.json:
+            raise UsageError("expected --json with --clean for a single --checkpoint")
+        if several and share.size > 1:
+            raise UsageError("expected one process for several --checkpoint: evaluate them one by one")
+        aligned = {
+            name: {part: align(data, source.labels) for part, data in self.parts.items()}
+            for name, source in self.sources.items()
+        }
+        runs: dict[str, _Run] = {}
+        codes: list[int] = []
+        for name, source in self.sources.items():
+            folder = self.out / name if name else self.out
+            make_folder(folder)
+            hidden = several and self.json and not self.clean  # the matrix alone is printed
+            long = LongRun(share, quiet=self.quiet or hidden)
+            run = _Run(long, self.protocols[name], aligned[name], folder, self.json and not hidden)
+            for note in source.notes:
+                long.note(note)
+            run.load(source, device)
+            codes.append(run.clean() if self.clean else run.go(overwrite=overwrite))
+            if long.stopped is not None:
+                return codes[-1]
+            runs[name] = run
+        if several and not self.clean:
+            loaded = {name: (run.classifier, run.description) for name, run in runs.items()}
+            codes.append(write_matrix(self.out, loaded, readers, json=self.json, quiet=self.quiet))
+        return max(codes)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mlperturb.attacks.methods import METHODS
 from mlperturb.cli.complete import complete_categories, complete_labels
-from mlperturb.cli.console import out, print_note
+from mlperturb.cli.console import OPTIONS, out, print_note
 from mlperturb.cli.options import (
     Activation,
     Arch,
@@ -156,5 +156,5 @@ def methods() -> None:
     """Show the attacks: name, summary, equation in the paper, options."""
     table = Table("method", "what it does", "paper", "options", box=None, pad_edge=False)
     for name, method in METHODS.items():
-        table.add_row(name, method.summary, method.equation, ", ".join(f"--{option}" for option in method.options))
+        table.add_row(name, method.summary, method.equation, ", ".join(OPTIONS[option] for option in method.options))
     out.print(table)

@@ -243,6 +243,8 @@ def _read_reports(
             if described and any(described.get(name) != report["classifier"].get(name) for name in _SAME):
                 raise UsageError(f"expected reports on the same classifier, got another classifier in {path}")
             described, own = report["classifier"], readers_of(report)
+            if described.get("members"):
+                raise UsageError(f"expected a report on one classifier, got several in {path}")
             if readers and not chosen and own != readers:
                 raise UsageError(
                     f"expected reports on the same readers, got {', '.join(own)} in {path} and {', '.join(readers)} "

@@ -27,6 +27,7 @@ try:
     from mlperturb.cli.jpeg_defend import jpeg_defend
     from mlperturb.cli.predict import predict
     from mlperturb.cli.train import train
+    from mlperturb.cli.transfer import transfer
     from mlperturb.errors import MlperturbError, StorageError, UsageError
     from mlperturb.system.interrupts import end_at_second_signal, handle, restore
     from mlperturb.system.threads import are_busy
@@ -43,7 +44,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (attack, demo, jpeg_defend, figures, gallery, predict, labels, methods, evaluate, train, convert):
+for command in (
+    *(attack, demo, jpeg_defend, transfer, figures, gallery),
+    *(predict, labels, methods, convert, evaluate, train),
+):
     app.command()(command)
 
 

@@ -15,6 +15,7 @@ from mlperturb.system.journal import find_journal, remove_journal
 
 JOURNAL = "journal.jsonl"  # in the output folder
 DEFENCE = "jpeg-defence.json"  # of `jpeg-defend`
+TRANSFER = "transfer.json"  # of `transfer`
 CHARTS = ("jpeg-histogram.png", "jpeg-curve.png")  # beside DEFENCE
 CURVES = "curves.json"  # of `evaluate`
 CURVE = "curve-"  # how the names of its pictures begin, beside CURVES

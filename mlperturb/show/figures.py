@@ -52,7 +52,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "mlperturb",  # the same file each time
     "text.parse_math": False,  # a label may have a dollar sign
 }
-_COLUMN, _PAGE = 3.4, 7.0  # widths in inches, for a paper of two columns
+_COLUMN, PAGE = 3.4, 7.0  # widths in inches, for a paper of two columns
 _BARS = 9  # labels that a case study shows
 _LINES = {  # style and words of each share over quality
     "recovered": ("-", "flipped labels recovered"),
@@ -88,7 +88,7 @@ def draw_case(report: dict[str, Any], image: dict[str, Any], folder: Path) -> Fi
         assert path is not None
         pictures.append((words, read_photo(path).rgb))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(_PAGE, 2.3), layout="constrained")
+        figure = Figure(figsize=(PAGE, 2.3), layout="constrained")
         widths = [1.0] * len(pictures) + [1.1]
         axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
         for panel, (title, pixels) in zip(axes, pictures, strict=False):
@@ -206,7 +206,7 @@ def draw_curve(result: dict[str, Any]) -> Figure:
 
     kinds = list(dict.fromkeys(row["defence"] for row in rows))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(_PAGE, 2.8), layout="constrained")
+        figure = Figure(figsize=(PAGE, 2.8), layout="constrained")
         left, right = figure.subplots(1, 2)
         handles = []
         for number, kind in enumerate(kinds):

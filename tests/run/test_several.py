@@ -15,7 +15,7 @@ from mlperturb.labels import Request
 from mlperturb.model.ensemble import Ensemble, bind, places_of, read_columns, to_columns
 from mlperturb.model.readers import parse_readers
 from mlperturb.model.views import read_logits
-from mlperturb.photos.inputs import open_images
+from mlperturb.photos.forms import open_images
 from mlperturb.targets import decide
 
 FIRST, SECOND = ("cat", "dog", "hen"), ("dog", "cow", "cat")
@@ -51,7 +51,7 @@ def pair() -> dict[str, Classifier]:
 
 
 def pixels(images: Tensor) -> list:
-    return [photo.rgb for photo, _ in open_images(list(images))]
+    return [photo.rgb for photo, _ in open_images(list(images), None)]
 
 
 def test_labels_are_matched_by_name_and_the_first_that_has_a_label_stands_for_it(pair):
