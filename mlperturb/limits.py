@@ -7,7 +7,7 @@ from numbers import Integral, Real
 
 from mlperturb.errors import UsageError
 
-MIN_PASSES = 10
+MIN_PASSES, MAX_PASSES = 10, 10**9
 MARGIN = 0.01  # of a logit beyond its threshold: another batch size or device adds in another order
 
 
@@ -21,7 +21,7 @@ class Limits:
     """The limits of an attack on one photo; None for no limit.
 
     Attributes:
-        passes: the most forward and backward passes together for a photo; at least `MIN_PASSES`.
+        passes: the most forward and backward passes together for a photo; `MIN_PASSES` to `MAX_PASSES`.
         rmsd: the largest RMSD allowed, on the 0-255 scale, of the float result and of the PNG.
         linf: the most grey levels, 1 to 255, by which a pixel may change, in the float result and the PNG.
 
@@ -41,6 +41,8 @@ class Limits:
                 raise UsageError(f"expected {words} for `{name}`, got {value!r:.60}")
         if self.passes is not None and self.passes < MIN_PASSES:
             raise UsageError(f"expected `passes` of at least {MIN_PASSES}, got {self.passes}")
+        if self.passes is not None and self.passes > MAX_PASSES:
+            raise UsageError(f"expected `passes` of at most {MAX_PASSES}, got {str(self.passes)[:30]}")
         if self.rmsd is not None and not 0 < self.rmsd < float("inf"):
             raise UsageError(f"expected `rmsd` above 0, got {self.rmsd}")
         if self.linf is not None and not 1 <= self.linf <= 255:

@@ -12,6 +12,10 @@ from mlperturb.attacks.methods import BUDGETS, DEFAULT_METHOD, METHODS
 from mlperturb.cli.complete import complete_budget, complete_choice, complete_labels, complete_method
 from mlperturb.cli.options import (
     ANYWHERE,
+    HOW,
+    LIMITS,
+    OUTPUT,
+    WHAT,
     Activation,
     Arch,
     BatchSize,
@@ -48,6 +52,7 @@ def attack(
             metavar="LABEL",
             autocompletion=complete_labels("all", "any"),
             help="Labels to reverse: repeatable, comma-separated; `all` labels, `any` label, or `category:NAME`.",
+            **WHAT,
         ),
     ] = None,
     keep: Annotated[
@@ -57,6 +62,7 @@ def attack(
             autocompletion=complete_labels("rest", "present"),
             help="Labels whose decisions must stay; `rest`: all other labels; `present`: those of them "
             "that a photo has; `category:NAME`. Default: none.",
+            **WHAT,
         ),
     ] = None,
     add: Annotated[
@@ -65,6 +71,7 @@ def attack(
             metavar="LABEL",
             autocompletion=complete_labels("category:"),
             help="Labels to be present: flipped if absent, else kept present.",
+            **WHAT,
         ),
     ] = None,
     remove: Annotated[
@@ -73,32 +80,53 @@ def attack(
             metavar="LABEL",
             autocompletion=complete_labels("category:"),
             help="Labels to be absent: flipped if present, else kept absent.",
+            **WHAT,
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(autocompletion=complete_method, help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=complete_method,
+            help=f"One of {', '.join(METHODS)}; see `mlperturb methods`.",
+            **HOW,
+        ),
     ] = DEFAULT_METHOD,
     budget: Annotated[
-        str, typer.Option(autocompletion=complete_budget, help=f"How long to search: {', '.join(BUDGETS)}.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=complete_budget,
+            help=f"How long to search: {', '.join(BUDGETS)}.",
+            **HOW,
+        ),
     ] = "balanced",
     passes: Passes = None,
     max_rmsd: Annotated[
         float | None,
-        typer.Option(min=0, help="Largest RMSD of the float result and of the PNG, on the 0-255 scale."),
+        typer.Option(
+            min=0, help="Largest RMSD of the float result and of the PNG, on the 0-255 scale.", metavar="X", **LIMITS
+        ),
     ] = None,
     max_linf: Annotated[
-        int | None, typer.Option(metavar="LEVELS", help="Largest change of a pixel in grey levels, 1 to 255.")
+        int | None, typer.Option(metavar="LEVELS", help="Largest change of a pixel in grey levels, 1 to 255.", **LIMITS)
     ] = None,
     strongest: Annotated[
         bool,
         typer.Option(
             "--strongest",
+            metavar="",
             help="ml-ddn: seek the largest margin within --max-rmsd or --max-linf, in place of the least distortion.",
+            **HOW,
         ),
     ] = False,
     diversity: Annotated[
         str | None,
-        typer.Option(help="With --strongest: see copies of the photo on the way: resize, shift, both, or none."),
+        typer.Option(
+            metavar="NAME",
+            help="With --strongest: see copies of the photo on the way: resize, shift, both, or none.",
+            **HOW,
+        ),
     ] = None,
     reader: Readers = None,
     margin: Margin = MARGIN,
@@ -108,11 +136,14 @@ def attack(
             metavar="KIND:SETTING",
             help="Succeed after a compression too: jpeg:QUALITY or a range such as jpeg:60-95, webp:QUALITY, "
             "resize:PERCENT, median:WIDTH, bits:N; repeatable.",
+            **WHAT,
         ),
     ] = None,
     region: Annotated[
         str | None,
-        typer.Option(metavar="X,Y,W,H|MASK", help="Change only this rectangle, or the pixels where MASK is not black."),
+        typer.Option(
+            metavar="X,Y,W,H|MASK", help="Change only this rectangle, or the pixels where MASK is not black.", **WHAT
+        ),
     ] = None,
     between: Annotated[
         str | None,
@@ -120,25 +151,35 @@ def attack(
             autocompletion=complete_choice["between"],
             help="rank-1, rank-2: the labels ranked between the two sets: rest, rest-positive, rest-negative, "
             "none; or `threshold`: the decision threshold in place of labels.",
+            metavar="NAME",
+            **HOW,
         ),
     ] = None,
     solver: Annotated[
         str | None,
         typer.Option(
-            autocompletion=complete_choice["solver"], help="ml-dp: pinv (the paper's equalities) or nnls (exact)."
+            metavar="NAME",
+            autocompletion=complete_choice["solver"],
+            help="ml-dp: pinv (the paper's equalities) or nnls (exact).",
+            **HOW,
         ),
     ] = None,
     rounding: Annotated[
         str | None,
         typer.Option(
-            autocompletion=complete_choice["rounding"], help="ml-ddn: round to 8 bits inside its loop, or after it."
+            metavar="NAME",
+            autocompletion=complete_choice["rounding"],
+            help="ml-ddn: round to 8 bits inside its loop, or after it.",
+            **HOW,
         ),
     ] = None,
     space: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
             autocompletion=complete_choice["space"],
             help="All but fgs, fg: measure the constraints on logit or probability.",
+            **HOW,
         ),
     ] = None,
     checkpoint: Checkpoints = None,
@@ -147,12 +188,12 @@ def attack(
     thresholds: Thresholds = None,
     preprocess: PreprocessFile = None,
     activation: Activation = None,
-    out: Annotated[Path, typer.Option(**ANYWHERE, help="Folder, or URL, for the outputs and report.json.")] = Path(
-        "mlperturb-out"
-    ),
+    out: Annotated[
+        Path, typer.Option(**ANYWHERE, help="Folder, or URL, for the outputs and report.json.", **OUTPUT)
+    ] = Path("mlperturb-out"),
     report: Annotated[
         Path | None,
-        typer.Option(**ANYWHERE, help="File of the report; default: OUT/report.json."),
+        typer.Option(**ANYWHERE, help="File of the report; default: OUT/report.json.", **OUTPUT),
     ] = None,
     format: Annotated[
         str,
@@ -160,12 +201,21 @@ def attack(
             metavar="NAME",
             help="Format of the adversarial photos: png; webp, lossless and smaller; jpeg, or jpeg:Q for "
             "the quality of photos that are not JPEGs; same: as the photo.",
+            **OUTPUT,
         ),
     ] = "png",
     keep_metadata: Annotated[
-        bool, typer.Option("--keep-metadata", help="Keep EXIF data, GPS included, XMP and text; dropped by default.")
+        bool,
+        typer.Option(
+            "--keep-metadata",
+            metavar="",
+            help="Keep EXIF data, GPS included, XMP and text; dropped by default.",
+            **OUTPUT,
+        ),
     ] = False,
-    html: Annotated[bool, typer.Option("--html", help="Write OUT/index.html too, a page of the results.")] = False,
+    html: Annotated[
+        bool, typer.Option("--html", metavar="", help="Write OUT/index.html too, a page of the results.", **OUTPUT)
+    ] = False,
     overwrite: Overwrite = False,
     recursive: Recursive = False,
     batch_size: BatchSize = "auto",

@@ -8,12 +8,19 @@ from typing import Annotated
 import typer
 
 from mlperturb.cli import attack, predict
-from mlperturb.cli.options import HERE, Device, find_source
+from mlperturb.cli.options import (
+    HERE,
+    OUTPUT,
+    Device,
+    find_source,
+)
 from mlperturb.errors import UsageError
 
 
 def demo(
-    out: Annotated[Path, typer.Option(**HERE, help="Folder for the PNGs and report.json.")] = Path("mlperturb-demo"),
+    out: Annotated[Path, typer.Option(**HERE, help="Folder for the PNGs and report.json.", **OUTPUT)] = Path(
+        "mlperturb-demo"
+    ),
     device: Device = "auto",
 ) -> None:
     """Attack the public-domain portrait that ships inside Matplotlib: flip `person`, keep the rest."""

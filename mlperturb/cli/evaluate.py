@@ -15,6 +15,11 @@ from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error
 from mlperturb.cli.options import (
     ANYWHERE,
+    DATA,
+    HOW,
+    LIMITS,
+    OUTPUT,
+    WHAT,
     Activation,
     Arch,
     BatchSize,
@@ -57,17 +62,24 @@ def evaluate(
     voc: Voc = None,
     year: Year = None,
     split: Annotated[
-        str | None, typer.Option(help="SPLIT of every year (default: test), or YEAR:SPLIT,... for several years.")
+        str | None,
+        typer.Option(
+            help="SPLIT of every year (default: test), or YEAR:SPLIT,... for several years.", metavar="SPLIT", **DATA
+        ),
     ] = None,
     photos: PhotoFolder = None,
     csv: LabelTable = None,
     coco: Coco = None,
-    clean: Annotated[bool, typer.Option("--clean", help="Measure the classifier without an attack.")] = False,
+    clean: Annotated[
+        bool, typer.Option("--clean", metavar="", help="Measure the classifier without an attack.", **WHAT)
+    ] = False,
     cases: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="NAME",
             autocompletion=complete_words(_CASES, many=True),
             help=f"{', '.join(_CASES)}; repeatable, comma-separated. Default: all, or none with --reduce or --augment.",
+            **WHAT,
         ),
     ] = None,
     reduce: Annotated[
@@ -76,6 +88,7 @@ def evaluate(
             metavar="LABEL",
             autocompletion=complete_labels(),
             help="A case like person: flip the label on photos that have it and another.",
+            **WHAT,
         ),
     ] = None,
     augment: Annotated[
@@ -84,20 +97,38 @@ def evaluate(
             metavar="LABEL",
             autocompletion=complete_labels(),
             help="A case like sheep: flip the label on photos that do not have it.",
+            **WHAT,
         ),
     ] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option(autocompletion=complete_variants, help="`all`, or methods, with options as in ml-dp:solver=pinv."),
+        typer.Option(
+            metavar="NAME",
+            autocompletion=complete_variants,
+            help="`all`, or methods, with options as in ml-dp:solver=pinv.",
+            **HOW,
+        ),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Largest number of photos for a case.")] = 1000,
-    max_rmsd: Annotated[float, typer.Option(help="Largest RMSD, for all methods; 0 for no limit.", min=0)] = 10.0,
+    images: Annotated[
+        int, typer.Option(min=1, help="Largest number of photos for a case.", metavar="N", **LIMITS)
+    ] = 1000,
+    max_rmsd: Annotated[
+        float, typer.Option(help="Largest RMSD, for all methods; 0 for no limit.", min=0, metavar="X", **LIMITS)
+    ] = 10.0,
     max_linf: Annotated[
         int | None,
-        typer.Option(metavar="LEVELS", help="Largest change of a pixel, for all methods, in grey levels, 1 to 255."),
+        typer.Option(
+            metavar="LEVELS", help="Largest change of a pixel, for all methods, in grey levels, 1 to 255.", **LIMITS
+        ),
     ] = None,
     budget: Annotated[
-        str, typer.Option(autocompletion=complete_budget, help=f"How long to search: {', '.join(BUDGETS)}.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=complete_budget,
+            help=f"How long to search: {', '.join(BUDGETS)}.",
+            **HOW,
+        ),
     ] = "balanced",
     passes: Passes = None,
     reader: Readers = None,
@@ -110,10 +141,14 @@ def evaluate(
     activation: Activation = None,
     out: Annotated[
         Path,
-        typer.Option(**ANYWHERE, help="Folder, or URL, for records and tables; a stopped run resumes from it."),
+        typer.Option(
+            **ANYWHERE, help="Folder, or URL, for records and tables; a stopped run resumes from it.", **OUTPUT
+        ),
     ] = Path("mlperturb-evaluation"),
     overwrite: Overwrite = False,
-    keep_images: Annotated[bool, typer.Option("--keep-images", help="Keep the PNGs and maps, in OUT/images.")] = False,
+    keep_images: Annotated[
+        bool, typer.Option("--keep-images", metavar="", help="Keep the PNGs and maps, in OUT/images.", **OUTPUT)
+    ] = False,
     batch_size: BatchSize = "auto",
     device: Device = "auto",
     seed: Seed = 0,

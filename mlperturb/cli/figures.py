@@ -11,7 +11,12 @@ import typer
 
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error, print_note
-from mlperturb.cli.options import ANYWHERE, Overwrite
+from mlperturb.cli.options import (
+    ANYWHERE,
+    OUTPUT,
+    WHAT,
+    Overwrite,
+)
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.labels import split_names
 from mlperturb.run.outputs import DEFENCE, FIGURES, folder_of, make_folder, refuse_existing
@@ -30,14 +35,20 @@ def figures(
             **ANYWHERE, help="Reports of `attack`, jpeg-defence.json, or their folders.", show_default=False
         ),
     ],
-    kind: Annotated[str, typer.Option(help="case (Figure 2), histogram (Figure 1), jpeg (Figure 3), or all.")] = "all",
-    format: Annotated[str, typer.Option(help="png, pdf or svg.")] = "png",
+    kind: Annotated[
+        str,
+        typer.Option(help="case (Figure 2), histogram (Figure 1), jpeg (Figure 3), or all.", metavar="NAME", **WHAT),
+    ] = "all",
+    format: Annotated[str, typer.Option(help="png, pdf or svg.", metavar="NAME", **OUTPUT)] = "png",
     label: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Labels of the histograms; default: the labels attacked on most images."),
+        typer.Option(
+            metavar="LABEL", help="Labels of the histograms; default: the labels attacked on most images.", **WHAT
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(**ANYWHERE, help="Folder of the figures; default: `figures` beside the first report.")
+        Path | None,
+        typer.Option(**ANYWHERE, help="Folder of the figures; default: `figures` beside the first report.", **OUTPUT),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

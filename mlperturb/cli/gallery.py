@@ -9,7 +9,12 @@ import typer
 
 from mlperturb.cli.console import make_bar, print_error
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.options import ANYWHERE, Overwrite, Quiet
+from mlperturb.cli.options import (
+    ANYWHERE,
+    OUTPUT,
+    Overwrite,
+    Quiet,
+)
 from mlperturb.errors import UsageError
 from mlperturb.run.outputs import folder_of, make_folder, refuse_existing
 from mlperturb.system.text import printable
@@ -20,7 +25,7 @@ def gallery(
         Path, typer.Argument(**ANYWHERE, help="A report of `attack`, or its folder.", show_default=False)
     ],
     out: Annotated[
-        Path | None, typer.Option(**ANYWHERE, help="File of the page; default: index.html beside the report.")
+        Path | None, typer.Option(**ANYWHERE, help="File of the page; default: index.html beside the report.", **OUTPUT)
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from mlperturb.attacks.methods import METHODS
 from mlperturb.cli.complete import complete_categories, complete_labels
@@ -154,7 +155,8 @@ def _line(value: object) -> str:
 
 def methods() -> None:
     """Show the attacks: name, summary, equation in the paper, options."""
-    table = Table("method", "what it does", "paper", "options", box=None, pad_edge=False)
+    table = Table("method", "what it does", box=None, pad_edge=False)
     for name, method in METHODS.items():
-        table.add_row(name, method.summary, method.equation, ", ".join(OPTIONS[option] for option in method.options))
+        options = "; options " + ", ".join(OPTIONS[option] for option in method.options) if method.options else ""
+        table.add_row(name, Text(method.summary + "\n").append(method.equation + options, style="dim"))
     out.print(table)

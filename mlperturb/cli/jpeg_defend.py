@@ -15,6 +15,9 @@ from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.options import (
     ANYWHERE,
+    HOW,
+    OUTPUT,
+    WHAT,
     Activation,
     Arch,
     Checkpoint,
@@ -53,21 +56,26 @@ def jpeg_defend(
     ],
     quality: Annotated[
         list[str] | None,
-        typer.Option(metavar="Q", help="JPEG and WebP qualities, comma-separated; default: 30,50,70,80,90,95."),
+        typer.Option(metavar="Q", help="JPEG and WebP qualities, comma-separated; default: 30,50,70,80,90,95.", **HOW),
     ] = None,
     defence: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="jpeg (default), webp, median, bits, resize; or KIND:SETTING for a single setting."
+            metavar="NAME",
+            help="jpeg (default), webp, median, bits, resize; or KIND:SETTING for a single setting.",
+            **HOW,
         ),
     ] = None,
-    subsampling: Annotated[str, typer.Option(help="JPEG's chroma subsampling: 4:2:0, 4:2:2 or 4:4:4.")] = "4:2:0",
+    subsampling: Annotated[
+        str, typer.Option(help="JPEG's chroma subsampling: 4:2:0, 4:2:2 or 4:4:4.", metavar="NAME", **HOW)
+    ] = "4:2:0",
     flip: Annotated[
         list[str] | None,
         typer.Option(
             metavar="LABEL",
             autocompletion=complete_labels(),
             help="For PNGs without a report: the labels to flip that were given to the attack.",
+            **WHAT,
         ),
     ] = None,
     keep: Annotated[
@@ -76,14 +84,20 @@ def jpeg_defend(
             metavar="LABEL",
             autocompletion=complete_labels(),
             help="For PNGs without a report: the labels to keep, or `rest`.",
+            **WHAT,
         ),
     ] = None,
     photos: Annotated[
-        Path | None, typer.Option(**ANYWHERE, help="Folder of the clean photos, if they have moved.")
+        Path | None, typer.Option(**ANYWHERE, help="Folder of the clean photos, if they have moved.", **WHAT)
     ] = None,
     adaptive: Annotated[
         bool,
-        typer.Option("--adaptive", help="Attack the photos again for each defence, so that the result survives it."),
+        typer.Option(
+            "--adaptive",
+            metavar="",
+            help="Attack the photos again for each defence, so that the result survives it.",
+            **HOW,
+        ),
     ] = False,
     reader: Annotated[
         list[str] | None,
@@ -91,6 +105,7 @@ def jpeg_defend(
             metavar="NAME",
             help="Program in which a decision must hold, as for `attack`; repeatable. "
             "Default: the readers of the report; of PNGs without a report, those of the checkpoint.",
+            **WHAT,
         ),
     ] = None,
     checkpoint: Checkpoint = None,
@@ -100,7 +115,8 @@ def jpeg_defend(
     preprocess: PreprocessFile = None,
     activation: Activation = None,
     out: Annotated[
-        Path | None, typer.Option(**ANYWHERE, help="Folder for the results; default: the folder of the report.")
+        Path | None,
+        typer.Option(**ANYWHERE, help="Folder for the results; default: the folder of the report.", **OUTPUT),
     ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",

@@ -42,7 +42,8 @@ app = typer.Typer(
     "3 the run had to stop (disk full, device fault); 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="markdown",  # paragraphs flow; panels of options
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
     *(attack, demo, jpeg_defend, transfer, figures, gallery),
@@ -60,7 +61,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", metavar="", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Read the options before the command."""
@@ -125,7 +126,14 @@ def main() -> None:
     try:
         join_at_colons()
         _refuse_empty(sys.argv[1:])
-        app()
+        code = app(prog_name="mlperturb", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.TyperException as error:  # a command line that Typer cannot read
+        if message := error.format_message():  # without a command, Typer has shown the help
+            command = getattr(getattr(error, "ctx", None), "command_path", "mlperturb")
+            mark = " " if message.endswith("?") else "; "
+            print_error(f"{message[:1].lower()}{message[1:].rstrip('.')}{mark}see `{command} --help`")
+        sys.exit(2)
     except MlperturbError as error:
         print_error(str(error))
         sys.exit(3 if isinstance(error, StorageError) else 2)

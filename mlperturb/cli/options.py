@@ -23,24 +23,51 @@ if TYPE_CHECKING:
 ANYWHERE: dict[str, Any] = {"parser": parse_path, "metavar": "PATH"}  # a path of this machine, or a URL
 HERE: dict[str, Any] = {"parser": parse_local, "metavar": "PATH"}  # a path of this machine
 
+# The panels of the help, for **options.
+WHAT: dict[str, Any] = {"rich_help_panel": "What"}
+HOW: dict[str, Any] = {"rich_help_panel": "How"}
+LIMITS: dict[str, Any] = {"rich_help_panel": "Limits"}
+CLASSIFIER: dict[str, Any] = {"rich_help_panel": "Classifier"}
+OUTPUT: dict[str, Any] = {"rich_help_panel": "Output"}
+MACHINE: dict[str, Any] = {"rich_help_panel": "Machine"}
+
+
+def _check_seed(seed: int) -> int:
+    """Return a seed of random numbers, from 0 to 2**32 - 1.
+
+    Raises:
+        UsageError: if it is out of this range.
+    """
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"expected --seed from 0 to {2**32 - 1}, got {str(seed)[:20]}")
+    return seed
+
+
 Paths = Annotated[
     list[Path], typer.Argument(**ANYWHERE, help="Photos or folders of photos; paths or URLs.", show_default=False)
 ]
-Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Search subfolders too.")]
+Recursive = Annotated[bool, typer.Option("--recursive", "-r", metavar="", help="Search subfolders too.", **WHAT)]
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
         **HERE,
+        **CLASSIFIER,
         help="A .safetensors checkpoint of mlperturb, the folder of a timm or a transformers model (config.json, "
         "model.safetensors), a program with NAME.json beside it (.pt2 of torch.export, .onnx), or plain weights with "
         "--arch and --labels.",
     ),
 ]
-Arch = Annotated[str | None, typer.Option(help="Torchvision architecture of the plain weights.")]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Architecture of plain weights, of torchvision, or of timm as timm/NAME.", **CLASSIFIER
+    ),
+]
 Labels = Annotated[
     Path | None,
     typer.Option(
         **HERE,
+        **CLASSIFIER,
         help="File with the label names of plain weights, or of a folder that has none: one per line, or a CSV table "
         "with the columns `name` and, optionally, `category`.",
     ),
@@ -49,6 +76,7 @@ Thresholds = Annotated[
     str | None,
     typer.Option(
         metavar="NUMBER|FILE",
+        **CLASSIFIER,
         help="Decision thresholds in place of the checkpoint's: a number for all labels, or a CSV table with the "
         "columns `name` or `category`, and `threshold`.",
     ),
@@ -58,6 +86,7 @@ PreprocessFile = Annotated[
     typer.Option(
         "--preprocess",
         **HERE,
+        **CLASSIFIER,
         help="JSON file with fields of the preprocessing, in place of what the checkpoint says: how a photo becomes "
         "network input.",
     ),
@@ -68,37 +97,57 @@ Activation = Annotated[
         metavar="sigmoid|softmax",
         help="What makes probabilities of the network's scores, in place of what the checkpoint says: softmax where a "
         "photo has one label.",
+        **CLASSIFIER,
     ),
 ]
-Device = Annotated[str, typer.Option(autocompletion=complete_device, help="auto, cpu, cuda, cuda:N or mps.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random numbers.")]
-Passes = Annotated[int | None, typer.Option(max=10**9, help="Largest sum of forward and backward passes for a photo.")]
+Device = Annotated[
+    str,
+    typer.Option(metavar="NAME", autocompletion=complete_device, help="auto, cpu, cuda, cuda:N or mps.", **MACHINE),
+]
+Seed = Annotated[int, typer.Option(metavar="N", callback=_check_seed, help="Seed of all random numbers.", **MACHINE)]
+Passes = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Largest sum of forward and backward passes for a photo.", **LIMITS),
+]
 Readers = Annotated[
     list[str] | None,
     typer.Option(
         "--reader",
         metavar="NAME",
         autocompletion=complete_readers,
+        **WHAT,
         help="Program in which the result must hold: float, pillow, torchvision, opencv, with or without :FILTER; "
         "repeatable. By default the readers of the checkpoint.",
     ),
 ]
 Margin = Annotated[
-    float, typer.Option(help="By how much each logit must clear its threshold: safety in readers that are not named.")
+    float,
+    typer.Option(
+        metavar="X",
+        **WHAT,
+        help="By how much each logit must clear its threshold: safety in readers that are not named.",
+    ),
 ]
-BatchSize = Annotated[str, typer.Option(help="Number of photos in a batch, or auto.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
+BatchSize = Annotated[str, typer.Option(metavar="N", help="Number of photos in a batch, or auto.", **MACHINE)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace existing outputs.", **OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", metavar="", help="Print nothing but errors.", **OUTPUT)]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON, and only JSON, on stdout.", **OUTPUT)]
 
-Voc = Annotated[Path | None, typer.Option(**HERE, help="A VOCdevkit folder.")]
-Year = Annotated[list[str] | None, typer.Option(help="Year of the VOCdevkit; repeatable, comma-separated.")]
-PhotoFolder = Annotated[
-    Path | None, typer.Option(**ANYWHERE, help="A folder of photos, with --csv or --coco, in place of --voc.")
+DATA: dict[str, Any] = {"rich_help_panel": "Data"}
+Voc = Annotated[Path | None, typer.Option(**HERE, **DATA, help="A VOCdevkit folder.")]
+Year = Annotated[
+    list[str] | None,
+    typer.Option(metavar="YEAR", help="Year of the VOCdevkit; repeatable, comma-separated.", **DATA),
 ]
-LabelTable = Annotated[Path | None, typer.Option(**HERE, help="Table `image,LABEL,...`: 1, 0, or -1 for difficult.")]
+PhotoFolder = Annotated[
+    Path | None, typer.Option(**ANYWHERE, **DATA, help="A folder of photos, with --csv or --coco, in place of --voc.")
+]
+LabelTable = Annotated[
+    Path | None, typer.Option(**HERE, **DATA, help="Table `image,LABEL,...`: 1, 0, or -1 for difficult.")
+]
 Coco = Annotated[
-    Path | None, typer.Option(**HERE, help="COCO's instances_*.json; the labels are the names of its categories.")
+    Path | None,
+    typer.Option(**HERE, **DATA, help="COCO's instances_*.json; the labels are the names of its categories."),
 ]
 
 

@@ -5,11 +5,26 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlperturb.cli.options import HERE, Coco, LabelTable, PhotoFolder, Voc, Year, check_data
+from mlperturb.cli.options import (
+    CLASSIFIER,
+    DATA,
+    HERE,
+    HOW,
+    MACHINE,
+    OUTPUT,
+    Coco,
+    Device,
+    LabelTable,
+    PhotoFolder,
+    Seed,
+    Voc,
+    Year,
+    check_data,
+)
 from mlperturb.errors import UsageError
 from mlperturb.system.files import parse_local
 
@@ -17,124 +32,222 @@ if TYPE_CHECKING:
     from mlperturb.photos.datasets import Dataset
     from mlperturb.training.fitter import Progress
 
+_LOSS: dict[str, Any] = {"rich_help_panel": "Loss"}
+_CROPS: dict[str, Any] = {"rich_help_panel": "Crops"}
+_ADVERSARIAL: dict[str, Any] = {"rich_help_panel": "Adversarial training"}
+
 
 def train(
-    out: Annotated[Path, typer.Option(**HERE, help="The checkpoint to write, .safetensors.")],
+    out: Annotated[Path, typer.Option(**HERE, help="The checkpoint to write, .safetensors.", **OUTPUT)],
     voc: Voc = None,
     year: Year = None,
     train_split: Annotated[
-        str, typer.Option(help="SPLIT of every year, or YEAR:SPLIT,... for several years.")
+        str, typer.Option(help="SPLIT of every year, or YEAR:SPLIT,... for several years.", metavar="SPLIT", **DATA)
     ] = "train",
     val_split: Annotated[
-        str | None, typer.Option(help="Split for calibration; default: a tenth of the training photos, held out.")
+        str | None,
+        typer.Option(
+            help="Split for calibration; default: a tenth of the training photos, held out.", metavar="SPLIT", **DATA
+        ),
     ] = None,
-    test_split: Annotated[str | None, typer.Option(help="Split to measure on; nothing is tuned on it.")] = None,
+    test_split: Annotated[
+        str | None, typer.Option(help="Split to measure on; nothing is tuned on it.", metavar="SPLIT", **DATA)
+    ] = None,
     photos: PhotoFolder = None,
     csv: LabelTable = None,
     coco: Coco = None,
-    test_csv: Annotated[Path | None, typer.Option(**HERE, help="Like --csv, for the photos to measure on.")] = None,
+    test_csv: Annotated[
+        Path | None, typer.Option(**HERE, help="Like --csv, for the photos to measure on.", **DATA)
+    ] = None,
     arch: Annotated[
-        str, typer.Option(help="A torchvision classification model, or timm/NAME for a model of timm.")
+        str,
+        typer.Option(
+            help="A torchvision classification model, or timm/NAME for a model of timm.", metavar="NAME", **CLASSIFIER
+        ),
     ] = "mobilenet_v2",
     init: Annotated[
         list[str] | None,
-        typer.Option(help="Weights to start from: a file (repeatable, later ones override) or `torchvision`."),
+        typer.Option(
+            help="Weights to start from: a file (repeatable, later ones override) or `torchvision`.",
+            metavar="FILE",
+            **CLASSIFIER,
+        ),
     ] = None,
     head_only: Annotated[
-        bool, typer.Option(help="Train only the last layer, on cached features, as the paper does.")
+        bool,
+        typer.Option(
+            "--head-only", metavar="", help="Train only the last layer, on cached features, as the paper does.", **HOW
+        ),
     ] = False,
     probe: Annotated[
         bool,
-        typer.Option(help="First fit the last layer on cached features; choose its weight decay on held-out photos."),
+        typer.Option(
+            "--probe",
+            metavar="",
+            help="First fit the last layer on cached features; choose its weight decay on held-out photos.",
+            **HOW,
+        ),
     ] = False,
     blend: Annotated[
         bool,
         typer.Option(
-            help="At the end mix in the weights from before the epochs, in the best share on held-out photos."
+            "--blend",
+            metavar="",
+            help="At the end mix in the weights from before the epochs, in the best share on held-out photos.",
+            **HOW,
         ),
     ] = False,
     teacher: Annotated[
         list[Path] | None,
-        typer.Option(**HERE, help="A checkpoint whose probabilities are targets too (repeatable: their mean)."),
+        typer.Option(
+            **HERE, help="A checkpoint whose probabilities are targets too (repeatable: their mean).", **_LOSS
+        ),
     ] = None,
     teacher_weight: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the teachers' probabilities in the targets.")
+        float,
+        typer.Option(min=0, max=1, help="Share of the teachers' probabilities in the targets.", metavar="X", **_LOSS),
     ] = 0.5,
     epochs: Annotated[
-        int, typer.Option(min=0, help="Passes over the photos; 0: only the initial weights, or only --probe.")
+        int,
+        typer.Option(
+            min=0, help="Passes over the photos; 0: only the initial weights, or only --probe.", metavar="N", **HOW
+        ),
     ] = 10,
-    batch_size: Annotated[int, typer.Option(min=2)] = 100,
-    lr: Annotated[float, typer.Option(min=0, help="AdamW's peak learning rate.")] = 5e-4,
+    batch_size: Annotated[int, typer.Option(min=2, help="Number of photos in a step.", metavar="N", **HOW)] = 100,
+    lr: Annotated[float, typer.Option(min=0, help="AdamW's peak learning rate.", metavar="X", **HOW)] = 5e-4,
     fresh_rate: Annotated[
         float,
-        typer.Option(min=0, help="Factor of --lr for tensors that are not in the last --init file, such as the head."),
+        typer.Option(
+            min=0,
+            help="Factor of --lr for tensors that are not in the last --init file, such as the head.",
+            metavar="X",
+            **HOW,
+        ),
     ] = 1.0,
     layer_decay: Annotated[
-        float, typer.Option(min=0, max=1, help="Factor of the learning rate, for each block further from the head.")
+        float,
+        typer.Option(
+            min=0, max=1, help="Factor of the learning rate, for each block further from the head.", metavar="X", **HOW
+        ),
     ] = 1.0,
-    weight_decay: Annotated[float, typer.Option(min=0, help="AdamW's weight decay.")] = 1e-2,
+    weight_decay: Annotated[float, typer.Option(min=0, help="AdamW's weight decay.", metavar="X", **HOW)] = 1e-2,
     freeze: Annotated[
-        list[str] | None, typer.Option(help="Parameters to freeze, such as 'blocks.0.*' (repeatable).")
+        list[str] | None,
+        typer.Option(help="Parameters to freeze, such as 'blocks.0.*' (repeatable).", metavar="NAME", **CLASSIFIER),
     ] = None,
     views: Annotated[
-        int, typer.Option(min=0, help="Keep what the frozen first layers give for so many random crops a photo.")
+        int,
+        typer.Option(
+            min=0,
+            help="Keep what the frozen first layers give for so many random crops a photo.",
+            metavar="N",
+            **_CROPS,
+        ),
     ] = 0,
     norm_momentum: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Momentum of batch normalisation's statistics; 0 freezes them.")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Momentum of batch normalisation's statistics; 0 freezes them.", metavar="X", **HOW
+        ),
     ] = None,
     mixup: Annotated[
         float,
         typer.Option(
-            min=0, help="Mix each photo with a second photo, in a share drawn from Beta(MIXUP, MIXUP); 0: off."
+            min=0,
+            help="Mix each photo with a second photo, in a share drawn from Beta(MIXUP, MIXUP); 0: off.",
+            metavar="X",
+            **_LOSS,
         ),
     ] = 0.0,
     adversarial: Annotated[
         str,
         typer.Option(
-            help="Train on perturbed photos: linf:RADIUS or l2:RMSD, on the 0-255 scale of the network input."
+            help="Train on perturbed photos: linf:RADIUS or l2:RMSD, on the 0-255 scale of the network input.",
+            metavar="KIND:RADIUS",
+            **_ADVERSARIAL,
         ),
     ] = "",
     adversarial_steps: Annotated[
-        int, typer.Option(min=1, help="Steps of the gradient ascent that perturbs a batch.")
+        int,
+        typer.Option(min=1, help="Steps of the gradient ascent that perturbs a batch.", metavar="N", **_ADVERSARIAL),
     ] = 1,
     clean_share: Annotated[
-        float, typer.Option(min=0, max=1, help="With --adversarial: the share of each batch that is not perturbed.")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="With --adversarial: the share of each batch that is not perturbed.",
+            metavar="X",
+            **_ADVERSARIAL,
+        ),
     ] = 0.0,
-    instance_weight: Annotated[float, typer.Option(min=0, help="Lambda of Eq. 12.")] = 0.5,
+    instance_weight: Annotated[float, typer.Option(min=0, help="Lambda of Eq. 12.", metavar="X", **_LOSS)] = 0.5,
     calibration_weight: Annotated[
-        float, typer.Option(min=0, help="Weight of the cross-entropy beside Eq. 12; 0 for Eq. 12 alone.")
+        float,
+        typer.Option(
+            min=0, help="Weight of the cross-entropy beside Eq. 12; 0 for Eq. 12 alone.", metavar="X", **_LOSS
+        ),
     ] = 1.0,
     size: Annotated[
-        int, typer.Option(min=0, help="Side of the square network input in pixels; 0: the preprocessing of --arch.")
+        int,
+        typer.Option(
+            min=0,
+            help="Side of the square network input in pixels; 0: the preprocessing of --arch.",
+            metavar="N",
+            **CLASSIFIER,
+        ),
     ] = 224,
-    mean: Annotated[float, typer.Option(help="With --size: the mean to subtract from pixels in [0, 1].")] = 0.5,
-    std: Annotated[float, typer.Option(min=1e-3, help="With --size: the standard deviation to divide by.")] = 0.5,
-    train_size: Annotated[int, typer.Option(min=0, help="Side of the training crops in pixels; 0: --size.")] = 0,
+    mean: Annotated[
+        float, typer.Option(help="With --size: the mean to subtract from pixels in [0, 1].", metavar="X", **CLASSIFIER)
+    ] = 0.5,
+    std: Annotated[
+        float,
+        typer.Option(min=1e-3, help="With --size: the standard deviation to divide by.", metavar="X", **CLASSIFIER),
+    ] = 0.5,
+    train_size: Annotated[
+        int, typer.Option(min=0, help="Side of the training crops in pixels; 0: --size.", metavar="N", **_CROPS)
+    ] = 0,
     least_crop: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Smallest share of a photo's area that a random crop keeps.")
+        float,
+        typer.Option(
+            min=0.01, max=1, help="Smallest share of a photo's area that a random crop keeps.", metavar="X", **_CROPS
+        ),
     ] = 0.5,
     average: Annotated[
-        float, typer.Option(min=0, max=0.9999, help="Decay of the moving average of the weights.")
+        float, typer.Option(min=0, max=0.9999, help="Decay of the moving average of the weights.", metavar="X", **HOW)
     ] = 0.99,
-    amp: Annotated[bool, typer.Option(help="Compute in bfloat16 on the CPU; CUDA always computes in float16.")] = False,
-    half: Annotated[bool, typer.Option(help="Write matrices in float16.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode photos.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
-    resume: Annotated[bool, typer.Option(help="Resume from OUT.resume.pt.")] = False,
+    amp: Annotated[
+        bool,
+        typer.Option(
+            "--amp", metavar="", help="Compute in bfloat16 on the CPU; CUDA always computes in float16.", **MACHINE
+        ),
+    ] = False,
+    half: Annotated[bool, typer.Option("--half", metavar="", help="Write matrices in float16.", **OUTPUT)] = False,
+    device: Device = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode photos.", metavar="N", **MACHINE)] = 0,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", metavar="", help="Resume from OUT.resume.pt.", **OUTPUT)] = False,
     fresh_head: Annotated[
-        bool, typer.Option("--fresh-head", help="Draw the last layer anew, even where --init has it.")
+        bool,
+        typer.Option("--fresh-head", metavar="", help="Draw the last layer anew, even where --init has it.", **HOW),
     ] = False,
     shift: Annotated[
         str,
-        typer.Option(help="What held-out photos add to the logits at the end: a bias for each label, one, or none."),
+        typer.Option(
+            help="What held-out photos add to the logits at the end: a bias for each label, one, or none.",
+            metavar="NAME",
+            **HOW,
+        ),
     ] = "label",
     over: Annotated[
         Path | None,
-        typer.Option(**HERE, help="Write only what differs from this checkpoint, which must lie beside OUT."),
+        typer.Option(**HERE, help="Write only what differs from this checkpoint, which must lie beside OUT.", **OUTPUT),
     ] = None,
     source: Annotated[
-        str, typer.Option(help="Text on the data and initial weights, for the checkpoint's metadata.")
+        str,
+        typer.Option(
+            help="Text on the data and initial weights, for the checkpoint's metadata.", metavar="TEXT", **OUTPUT
+        ),
     ] = "",
 ) -> None:
     """Train a multi-label classifier with the paper's ranking loss, calibrate it, and measure it."""

@@ -300,6 +300,7 @@ def show(grid: Grid) -> Group:
             tables[head] = _grid_table(grid, groups, clean(", ".join(head)))
         styles = ["bold" if (number, column) in grid.best else "" for column in range(len(cells))]
         texts = [Text(clean(text).plain, style=style) for text, style in zip(cells, styles, strict=True)]
+        texts[groups].plain = _fold(texts[groups].plain)
         tables[head].add_row(*texts[groups:])
     return Group(Text(grid.title, style="bold"), *tables.values())
 
@@ -311,9 +312,20 @@ def _grid_table(grid: Grid, groups: int, heading: Text) -> Table:
         if not number:
             table.add_column(column, overflow="fold")
             continue
-        widths = [len(text) for text in (*column.split(), *(cells[groups + number] for cells in grid.rows))]
-        table.add_column(column, justify="right", min_width=max(widths))
+        words = column.split()
+        widths = [len(text) for text in (*words, *(cells[groups + number] for cells in grid.rows))]
+        table.add_column("\n".join(words), justify="right", min_width=max(widths))
     return table
+
+
+def _fold(name: str, width: int = 18) -> str:
+    """Break the name of a method after its colons into lines of at most `width` characters, where that can be."""
+    lines = [""]
+    for part in re.findall(r"[^:]*:?", name):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def to_markdown(grids: Sequence[Grid]) -> str:

@@ -158,16 +158,6 @@ def test_help_and_an_unknown_label_are_told_without_loading_torch(run_python):
 # --- what is printed
 
 
-def test_methods_lists_every_method_with_its_options(cli):
-    code, stdout, _ = cli("methods")
-    assert code == 0
-    for name, method in METHODS.items():
-        (line,) = [line for line in stdout.splitlines() if line.split()[:1] == [name]]
-        assert method.equation.split()[0] in line
-    assert "--solver" in stdout
-    assert "--between" in stdout
-
-
 def test_labels_shows_names_and_thresholds(cli, tiny):
     code, stdout, _ = cli("labels", "--json", "--checkpoint", tiny)
     described = json.loads(stdout)
