@@ -95,7 +95,9 @@ def present_labels(probabilities: Mapping[str, float], thresholds: Mapping[str, 
 
 
 _SETS = ("flip", "keep", "add", "remove")
-_WORDS = {"all": "`flip`", "any": "`flip`", "rest": "`keep`", "present": "`keep`"}
+_WORDS = {
+    "all": "`flip`; `keep` rest keeps all the others", "any": "`flip`", "rest": "`keep`", "present": "`keep`",
+}  # fmt: skip
 CATEGORY = "category:"  # before the name of a category, in place of a label
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mlperturb.attacks.methods import DEFAULT_METHOD
-from mlperturb.cli.console import print_note
-from mlperturb.run.record import Record, Summary
+from mlperturb.cli.console import print_error, print_note
+from mlperturb.run.record import NOT_FINITE, Record, Summary
 from mlperturb.run.settings import Settings
+from mlperturb.system.text import counted, listed
 
 SHOWN = 3  # a run of at most this many photos shows each photo
 _LINES = 20  # at most this many notes, and as many errors
@@ -42,6 +43,7 @@ class Told:
     first: list[Record] = field(default_factory=list)
     notes: _Lines = field(default_factory=_Lines)
     errors: _Lines = field(default_factory=_Lines)
+    unclear: list[str] = field(default_factory=list)  # photos on which the network's outputs are not finite
 
     def listen(self, records: Iterable[Record]) -> Iterator[Record]:
         """Pass records on, and gather their lines."""
@@ -51,11 +53,26 @@ class Told:
                 self.first.append(record)
             for note in record.notes:
                 self.notes.add(f"{record.source}: {note}")
-            if record.error:
+            if record.error == NOT_FINITE:
+                self.unclear.append(record.source)
+            elif record.error:
                 self.errors.add(record.error.message)
             elif record.status not in ("success", "unchanged"):
                 self.notes.add(f"{record.source}: {advice(record, self.settings)}")
             yield record
+
+    def print_errors(self) -> None:
+        """Print the errors; an error of the network itself once, not once for each photo."""
+        self.errors.print(print_error)
+        if self.unclear:
+            print_error(describe_unclear(self.unclear))
+
+
+def describe_unclear(sources: Sequence[str]) -> str:
+    """Return a line on the photos on which the network's outputs are not finite."""
+    if len(sources) == 1:
+        return f"{sources[0]}: {NOT_FINITE.message}"
+    return f"{NOT_FINITE.message} on {len(sources)} photos, such as {sources[0]}"
 
 
 def advice(record: Record, settings: Settings) -> str:
@@ -63,19 +80,20 @@ def advice(record: Record, settings: Settings) -> str:
     constraints = record.constraints or {"held": 0, "total": 0, "violated": []}
     missing = constraints["total"] - constraints["held"]
     lost = [
-        f"{name} ({', '.join(one['violated'][:3])})" for name, one in (record.survival or {}).items() if one["violated"]
+        f"{name} ({listed(one['violated'], 3)})" for name, one in (record.survival or {}).items() if one["violated"]
     ]
     elsewhere = [name for name, reader in (record.readers or {}).items() if reader["violated"]]
     if 0 < len(elsewhere) < len(record.readers or {}):
         hint = "more --passes" if settings.limits.passes else "--margin 0.3"
         return f"the file holds in some readers, but not in {', '.join(elsewhere)}; try {hint}"
     if lost and not missing:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        more = f" and {counted(len(lost) - 3, 'more compression')}" if len(lost) > 3 else ""
         hint = "more --passes" if settings.limits.passes else "--budget paper"
         return f"the PNG holds, but not after {', '.join(lost[:3])}{more}; try {hint} or fewer qualities"
+    verb = "does" if missing == 1 else "do"
     if record.ranking and record.ranking["satisfied"]:
         return (
-            f"the ranking holds, but {missing} of {constraints['total']} decisions do not "
+            f"the ranking holds, but {missing} of {counted(constraints['total'], 'decision')} {verb} not "
             "(ranking attacks do not see thresholds); try --between threshold"
         )
     both = (("--max-rmsd", settings.limits.rmsd), ("--max-linf", settings.limits.linf))
@@ -89,7 +107,7 @@ def advice(record: Record, settings: Settings) -> str:
     elif settings.budget != "paper":
         hints.append("--budget " + ("balanced" if settings.budget == "fast" else "paper"))
     written = "" if record.files["adversarial"] else ", and no label flipped: no file written"
-    return (
-        f"{missing} of {constraints['total']} constraints do not hold "
-        f"({', '.join(constraints['violated'][:5])}){written}" + (f"; try {' or '.join(hints)}" if hints else "")
+    count = f"{missing} of {constraints['total']} constraints" if constraints["total"] > 1 else "the constraint"
+    return f"{count} {verb} not hold ({listed(constraints['violated'], 5)}){written}" + (
+        f"; try {' or '.join(hints)}" if hints else ""
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlperturb.cli.advice import SHOWN, Told
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.console import print_error, print_note
+from mlperturb.cli.console import print_note
 from mlperturb.cli.longrun import LongRun
 from mlperturb.cli.options import Source, classifier_key
 from mlperturb.cli.sources import Sources
@@ -29,7 +29,7 @@ from mlperturb.run.settings import Settings
 from mlperturb.system.files import is_remote, remove_temporary, writing
 from mlperturb.system.interrupts import Interrupts
 from mlperturb.system.journal import find_journal
-from mlperturb.system.text import printable
+from mlperturb.system.text import printable, share_of
 
 if TYPE_CHECKING:
     from mlperturb.model.classifier import Classifier
@@ -113,7 +113,7 @@ class AttackRun:
                 self.ledger.finish(photos)
                 return code
         long.note(
-            f"interrupted: {len(self.ledger)} of {len(self.jobs)} photos are done and reported; "
+            f"interrupted: {share_of(len(self.ledger), len(self.jobs), 'photo')} done and reported; "
             "the same command goes on"
         )
         return long.stopped
@@ -141,7 +141,7 @@ class AttackRun:
                     remove_temporary(out / folder)
             if len(self.ledger) and long.share.first:
                 long.note(
-                    f"going on: {len(self.ledger)} of {len(self.jobs)} photos are in the journal; "
+                    f"going on: {share_of(len(self.ledger), len(self.jobs), 'photo')} in the journal; "
                     "what changed since is attacked again"
                 )
             yield interrupts
@@ -197,7 +197,7 @@ class AttackRun:
             print()
         elif not self.long.quiet and not self.silent:
             self._print_tables(told, seconds)
-        told.errors.print(print_error)
+        told.print_errors()
         return self.long.exit_code(told.summary.exit_code)
 
     def _folder_from_report(self) -> str:

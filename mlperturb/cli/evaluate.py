@@ -47,7 +47,7 @@ from mlperturb.cli.options import (
 from mlperturb.cli.sources import Checkpoints, find_sources
 from mlperturb.errors import UsageError
 from mlperturb.limits import MARGIN, Limits
-from mlperturb.system.text import printable
+from mlperturb.system.text import printable, share_of
 
 if TYPE_CHECKING:
     from mlperturb.cli.longrun import LongRun
@@ -265,6 +265,7 @@ class _Run:
         """Measure the classifier itself (Table III), in the first process alone; return the exit code."""
         import torch
 
+        from mlperturb.cli.advice import describe_unclear
         from mlperturb.experiment.evaluate import predict_photos
         from mlperturb.metrics import classifier_metrics
         from mlperturb.show.tables import classifier_grid
@@ -273,18 +274,22 @@ class _Run:
             return 0
         metrics: dict[str, dict[str, Any]] = {}
         unread: list[Path] = []
+        unclear: list[str] = []
         with self.long.bar("classified", sum(map(len, self.parts.values())), "classifying"):
             for name, part in self.parts.items():
                 logits = predict_photos(self.classifier, part, self.long.advance, reader=self.protocol.readers[0])
                 read = logits.isfinite().all(1)
-                unread += [part.paths[row] for row in (~read).nonzero().flatten().tolist()]
+                unread += [part.paths[row] for row in logits.isnan().all(1).nonzero().flatten().tolist()]
+                unclear += [str(part.paths[row]) for row in logits.isinf().all(1).nonzero().flatten().tolist()]
                 metrics[name] = classifier_metrics(
                     logits[read], torch.from_numpy(part.truth)[read], self.classifier.boundary.cpu(), part.labels
                 )
         self._finish("table3", metrics, [classifier_grid(metrics)])
         for path in unread:
-            print_error(f"{path}: could not be read or classified, and is left out")
-        return self.long.exit_code(int(bool(unread)))
+            print_error(f"{path}: could not be read, and is left out")
+        if unclear:
+            print_error(describe_unclear(unclear))
+        return self.long.exit_code(int(bool(unread or unclear)))
 
     def go(self, *, overwrite: bool) -> int:
         """Attack, write the tables, print; return the exit code."""
@@ -428,5 +433,5 @@ class _Run:
 
     def _planned(self, total: int, had: int) -> None:
         if had and self.long.share.first:
-            self.long.note(f"going on: {had} of {total} attacks are done already")
+            self.long.note(f"going on: {share_of(had, total, 'attack')} done already")
         self.long.begin("attacked", total, had, "attacking")

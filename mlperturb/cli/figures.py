@@ -20,7 +20,7 @@ from mlperturb.cli.options import (
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.labels import split_names
 from mlperturb.run.outputs import DEFENCE, FIGURES, folder_of, make_folder, refuse_existing
-from mlperturb.system.text import file_stem, printable
+from mlperturb.system.text import counted, file_stem, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,7 +82,7 @@ def figures(
             print_error(str(error))
             errors += 1
     count = len(planned) - errors
-    stdout.print(f"{count} figure{'' if count == 1 else 's'} in {printable(str(folder))}", soft_wrap=True)
+    stdout.print(f"{counted(count, 'figure')} in {printable(str(folder))}", soft_wrap=True)
     raise typer.Exit(int(errors > 0))
 
 

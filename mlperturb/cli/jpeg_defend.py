@@ -36,7 +36,7 @@ from mlperturb.cli.options import (
 from mlperturb.errors import UsageError
 from mlperturb.labels import parse_request
 from mlperturb.run.outputs import CHARTS, DEFENCE, folder_of, make_folder, refuse_existing
-from mlperturb.system.text import printable
+from mlperturb.system.text import printable, share_of
 
 if TYPE_CHECKING:
     from mlperturb.experiment.defence import Attacked
@@ -154,7 +154,7 @@ def jpeg_defend(
     missing = sum(one.clean is None for one in attacked)
     if missing:
         print_note(
-            f"the photos of {missing} of {len(attacked)} PNGs are missing or changed, so these have no control: "
+            f"{share_of(missing, len(attacked), 'clean photo')} missing or changed, so there is no control: "
             "give the folder of the photos as --photos"
         )
     task = _Defence(source, attacked, purifications, readers, folder, paths, asked if adaptive else None)
@@ -275,7 +275,7 @@ def _read_reports(
         why = "every photo was as asked already" if unchanged == images else "no attack there wrote one"
         raise UsageError(f"no adversarial PNG in {', '.join(map(str, paths))}: {why}")
     if unchanged:
-        print_note(f"{unchanged} of {images} photos were as asked already and were not attacked: they are left out")
+        print_note(f"{share_of(unchanged, images, 'photo')} as asked already, not attacked, and left out")
     with reading(paths[0]):
         if find is None:
             return named_source(described), attacked, readers, asked

@@ -71,7 +71,9 @@ def run(
     source: Source, photos: list[Path], *, readers: Sequence[str] = (), device: str = "auto", json: bool = False
 ) -> int:
     """Predict and print, in each of the readers named, or in the first of the checkpoint's; return the exit code."""
+    from mlperturb.cli.advice import describe_unclear
     from mlperturb.model.readers import parse_readers
+    from mlperturb.run.record import NOT_FINITE
     from mlperturb.run.report import to_json
     from mlperturb.show.tables import clean, prediction_table
     from mlperturb.system.devices import prepare
@@ -79,14 +81,19 @@ def run(
     chosen = parse_readers(readers or source.readers[:1])
     classifier, description = source.load(prepare(device, 0))
     images: list[dict[str, Any]] = []
+    unclear: list[str] = []
     thresholds = dict(zip(classifier.labels, classifier.thresholds, strict=True))
     for photo in photos:
         for entry in _predict(classifier, photo, chosen):
             images.append(entry)
+            if entry["error"] == asdict(NOT_FINITE):
+                unclear.append(str(photo))
             if not json and entry["probabilities"]:
                 name = str(photo) if len(chosen) == 1 else f"{photo}, {entry['reader']}"
                 out.print(clean(name), soft_wrap=True)
                 out.print(prediction_table(entry["probabilities"], thresholds))
+    if unclear:
+        print_error(describe_unclear(unclear))
     if json:
         print(to_json({"schema": SCHEMA, "classifier": description, "images": images}))
     return int(any(entry["error"] for entry in images))
@@ -109,7 +116,6 @@ def _predict(classifier: Classifier, photo: Path, readers: Sequence[Reader]) -> 
             yield {**entry, "error": asdict(Failure.of(error))}
             return
         if not bool(logits.isfinite().all()):
-            print_error(f"{photo}: {NOT_FINITE.message}")
             yield {**entry, "error": asdict(NOT_FINITE)}
             return
         values = logits.double().sigmoid().tolist()

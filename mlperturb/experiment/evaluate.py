@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlperturb.errors import ImageError, StorageError, UsageError
+from mlperturb.errors import CheckpointError, ImageError, StorageError, UsageError
 from mlperturb.experiment.cases import Protocol, Variant, choose
 from mlperturb.experiment.records import slug
 from mlperturb.experiment.statistics import tabulate
@@ -27,7 +27,7 @@ from mlperturb.photos.datasets import Dataset
 from mlperturb.photos.images import read_photo
 from mlperturb.run.jobs import Job, plan_outputs
 from mlperturb.run.ledger import Ledger, Part, size_of
-from mlperturb.run.record import Record
+from mlperturb.run.record import NOT_FINITE, Record
 from mlperturb.run.runner import run_attack
 from mlperturb.run.settings import Settings
 from mlperturb.system.files import is_remote, remove_file
@@ -43,7 +43,9 @@ FLOAT = Reader("float")
 def predict_photos(
     classifier: Classifier, dataset: Dataset, done: Callable[[int], None] | None = None, *, reader: Reader = FLOAT
 ) -> Tensor:
-    """Return the logits of every photo at its own size, (N, L), on the CPU; NaN for a photo that cannot be read.
+    """Return the logits of every photo at its own size, (N, L), on the CPU.
+
+    They are NaN for a photo that cannot be read, and infinite for a photo on which an output is not finite.
 
     Args:
         classifier: the classifier.
@@ -64,7 +66,8 @@ def predict_photos(
             images.append(to_tensor(rgb, classifier.device))
         if images:
             batch, sizes = pad_batch(images)
-            logits[rows] = ViewedModel.bind(classifier, [reader], sizes)(batch).float().cpu()
+            got = ViewedModel.bind(classifier, [reader], sizes)(batch).float().cpu()
+            logits[rows] = torch.where(got.isfinite().all(1, keepdim=True), got, torch.inf)
         if done:
             done(min(_BATCH, len(dataset) - start))
     return logits
@@ -101,6 +104,7 @@ def run(
 
     Raises:
         UsageError: if no photo has the labels for a case, or a finished photo has changed.
+        CheckpointError: if the network's outputs are finite on no photo.
         StorageError: if nothing can be written any more, or the journal is damaged.
     """
     share = share or Share()
@@ -200,17 +204,26 @@ def _find_correct(
         logits = predict_photos(classifier, part, scanned, reader=reader)
         truth = torch.from_numpy(part.truth)
         right = ((decide(logits, classifier.boundary.cpu()) == truth) | (truth == 0)).all(1) & logits.isfinite().all(1)
-        parts[number] = {"correct": rows[right].tolist(), "unreadable": rows[logits.isnan().all(1)].tolist()}
+        parts[number] = {
+            "correct": rows[right].tolist(),
+            "unreadable": rows[logits.isnan().all(1)].tolist(),
+            "unclear": rows[logits.isinf().all(1)].tolist(),
+        }
         share.tell(f"scan/{number}", json.dumps(parts[number]))
     if not share.first:
         return [int(row) for row in json.loads(share.ask("correct") or "[]")]
     for number in set(range(len(starts))) - parts.keys():
         parts[number] = json.loads(share.ask(f"scan/{number}") or "{}")
-    correct, unreadable = (
-        [row for n in sorted(parts) for row in parts[n][which]] for which in ("correct", "unreadable")
+    correct, unreadable, unclear = (
+        [row for n in sorted(parts) for row in parts[n][which]] for which in ("correct", "unreadable", "unclear")
     )
-    names = [str(dataset.paths[row]) for row in unreadable]
-    journal.append({"correct": correct, "photos": len(dataset), "unreadable": names})
+    if unclear and len(unreadable) + len(unclear) == len(dataset):
+        raise CheckpointError(f"{NOT_FINITE.message} on any of {len(unclear)} photos: nothing can be attacked")
+    lost = {
+        name: [str(dataset.paths[row]) for row in rows]
+        for name, rows in (("unreadable", unreadable), ("unclear", unclear))
+    }
+    journal.append({"correct": correct, "photos": len(dataset), **lost})
     share.tell("correct", json.dumps(correct))
     return correct
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlperturb.run.record import NOT_FINITE
 from mlperturb.system.journal import Journal, find_journal
+from mlperturb.system.text import counted
 
 
 def batches(journal: Journal) -> Iterator[dict[str, Any]]:
@@ -23,17 +26,20 @@ def batches(journal: Journal) -> Iterator[dict[str, Any]]:
 
 
 def failures(journal: Journal) -> list[str]:
-    """Return a line for each photo whose latest attempt could not be read or attacked."""
+    """Return a line for each photo whose latest attempt could not be read or attacked; equal lines are one."""
     latest: dict[tuple[str, str, int], str | None] = {}
     lines: list[str] = []
     for entry in journal.entries():
         lines += [f"{name}: could not be read, and is left out" for name in entry.get("unreadable", ())]
+        if unclear := entry.get("unclear"):
+            lines.append(f"{NOT_FINITE.message} on {counted(len(unclear), 'photo')}, left out, such as {unclear[0]}")
     for entry in batches(journal):
         for row, record in zip(entry["rows"], entry["records"], strict=True):
             error = record.get("error")
             message = f"{entry['case']}, {entry['method']}: {error['message']}" if error else None
             latest[entry["case"], entry["method"], row] = message
-    return lines + [message for message in latest.values() if message]
+    counts = Counter(message for message in latest.values() if message)  # an error of the network has no photo's name
+    return lines + [message if count == 1 else f"{message} ({count} photos)" for message, count in counts.items()]
 
 
 def kept_images(path: Path) -> set[str]:

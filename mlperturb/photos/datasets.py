@@ -83,6 +83,8 @@ def read_voc(root: Path, year: str, split: str) -> Dataset:
     Raises:
         DatasetError: if a file is missing, or a line is not a name and a number.
     """
+    if not root.is_dir():
+        raise DatasetError(f"no such folder of a VOCdevkit: {root}")
     base = next((place for place in (root, root / "VOCdevkit") if (place / f"VOC{year}").is_dir()), None)
     if base is None:
         raise DatasetError(f"{root} is not a VOCdevkit of {year}: expected a folder VOC{year} in it")

@@ -69,8 +69,11 @@ def parse_region(text: str) -> Region:
         if not wide or not high:
             raise UsageError(f"expected a `region` of at least one pixel, got {text}")
         return Region(rectangle=(left, top, wide, high))
-    if len(text) > 4000 or not Path(text).is_file():
+    if re.fullmatch(r"[-+\d.,; ]*", text) or len(text) > 4000:
         raise UsageError(f"expected `region` x,y,w,h in pixels or a mask image, got {text[:100]!r}")
+    if not Path(text).is_file():
+        what = "the `region` mask is not a file" if Path(text).exists() else "no such `region` mask"
+        raise UsageError(f"{what}: {text[:100]!r}; expected x,y,w,h in pixels or a mask image")
     try:
         image = read_photo(Path(text))
         mask = image.rgb.max(axis=2) > 0

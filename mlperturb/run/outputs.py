@@ -12,6 +12,7 @@ from mlperturb.errors import StorageError, UsageError
 from mlperturb.run.jobs import Job
 from mlperturb.system.files import is_remote, list_names, reaching
 from mlperturb.system.journal import find_journal, remove_journal
+from mlperturb.system.text import counted
 
 JOURNAL = "journal.jsonl"  # in the output folder
 DEFENCE = "jpeg-defence.json"  # of `jpeg-defend`
@@ -96,9 +97,9 @@ def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> fro
     if taken:
         raise UsageError(f"an output would replace the photo {taken[0].source}: choose another `out` than {out}")
     if existing and not overwrite and not find_journal(journal):
-        raise UsageError(
-            f"{existing[0]} and {len(existing) - 1} more outputs exist already: give `overwrite` or another `out`"
-        )
+        more = len(existing) - 1
+        what = f"{existing[0]} and {counted(more, 'more output')} exist" if more else f"{existing[0]} exists"
+        raise UsageError(f"{what} already: give `overwrite` or another `out`")
     if overwrite:
         remove_journal(journal)
         return frozenset()

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from mlperturb.labels import present_labels
 from mlperturb.run.record import MANY, REST, Record
-from mlperturb.system.text import printable
+from mlperturb.system.text import counted, printable
 
 _ROWS = 30  # labels of a photo that are shown
 _MOVED = 5  # labels to keep that changed most, of many labels
@@ -93,8 +93,8 @@ def image_table(record: Record) -> Table:
     others = record.constraints["total"] - len(shown)
     if others:
         missing = len(violated.difference(shown))
-        wanted = "keep" if flipped <= set(shown) else ""
-        table.add_row(f"{others} others", wanted, "", "", f"{missing} do not hold" if missing else "")
+        lost = f"{missing} {'does' if missing == 1 else 'do'} not hold" if missing else ""
+        table.add_row(counted(others, "other"), "keep" if flipped <= set(shown) else "", "", "", lost)
     return table
 
 
@@ -157,7 +157,7 @@ def prediction_table(probabilities: dict[str, float], thresholds: dict[str, floa
     for label in present[:_ROWS]:
         table.add_row(clean(label), f"{probabilities[label]:.3f}", "present")
     if len(present) > _ROWS:
-        table.add_row(f"{len(present) - _ROWS} others", "", "present")
+        table.add_row(counted(len(present) - _ROWS, "other"), "", "present")
     for label in absent[: max(3, 5 - len(present))]:
         table.add_row(clean(label), f"{probabilities[label]:.3f}", "")
     return table

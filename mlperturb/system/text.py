@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     """Return text on one line, with control characters (terminal escapes) shown as escapes."""
@@ -11,6 +13,21 @@ def printable(text: str) -> str:
 def shorten(text: str, most: int) -> str:
     """Return at most `most` characters; the last is an ellipsis if the text is longer."""
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and a noun, in the plural unless the number is 1: `1 photo`, `2 photos`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def share_of(number: int, total: int, noun: str) -> str:
+    """Return a part of a total as the subject of a sentence, with its verb: `1 of 3 photos is`, `2 of 3 photos are`."""
+    return f"{number} of {counted(total, noun)} {'is' if number == 1 else 'are'}"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return at most `most` names, with commas; what is left out shows as `...`."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
 def file_stem(text: str, most: int = 200) -> str:

@@ -209,7 +209,7 @@ def test_photos_that_were_as_asked_already_are_left_out(cli, tiny, tmp_path, ver
     code, text, err = cli("jpeg-defend", out, "--quality", 50, "--json", "--device", "cpu")
     assert (code, err) == (
         0,
-        "mlperturb: 1 of 2 photos were as asked already and were not attacked: they are left out\n",
+        "mlperturb: 1 of 2 photos is as asked already, not attacked, and left out\n",
     )
     result = json.loads(text)
     row = result["qualities"][0]
@@ -268,7 +268,7 @@ def test_a_png_that_is_gone_or_a_photo_that_changed_is_named_and_the_rest_goes_o
     code, _, err = cli("jpeg-defend", attacked, "--device", "cpu")
     assert code == 1
     assert "0.adv.png" in err
-    assert "the photos of 1 of 3 PNGs are missing or changed" in err
+    assert "1 of 3 clean photos is missing or changed" in err
     row = json.loads((attacked / "jpeg-defence.json").read_text())["qualities"][0]
     assert (row["images"], row["clean_images"]) == (2, 1)
 
