@@ -158,7 +158,7 @@ def evaluate(
     """Run the paper's experiment on a data set: Tables IV and V, or with --clean Table III.
 
     For each case and method, it attacks the photos on which the classifier gets every label right. After a stop, the
-    same command resumes.
+    same command resumes; with more --images, it attacks the photos that are new.
     """
     check_data(voc, year, photos, csv, coco)
     if photos is not None and split is not None:
@@ -394,14 +394,13 @@ class _Run:
             (self.out / name).unlink(missing_ok=True)
 
     def _key(self, dataset: Dataset) -> dict[str, Any]:
-        """Return everything that decides the record of a photo, case and method."""
+        """Return everything that decides the record of a photo, case and method; not how many photos there are."""
         protocol = self.protocol
         return self.long.key(
             self.description["sha256"],
             architecture=self.description["architecture"],
             **classifier_key(self.description),
             data=dataset.fingerprint,
-            images=protocol.images,
             budget=protocol.budget,
             **protocol.limits.describe(),
             batch_size=protocol.batch_size,

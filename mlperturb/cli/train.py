@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlperturb.cli.console import print_note
 from mlperturb.cli.options import (
     CLASSIFIER,
     DATA,
@@ -226,7 +227,15 @@ def train(
     device: Device = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode photos.", metavar="N", **MACHINE)] = 0,
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", metavar="", help="Resume from OUT.resume.pt.", **OUTPUT)] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            metavar="",
+            help="Resume from OUT.resume.pt; or, with more --epochs, from OUT, if it is done.",
+            **OUTPUT,
+        ),
+    ] = False,
     fresh_head: Annotated[
         bool,
         typer.Option("--fresh-head", metavar="", help="Draw the last layer anew, even where --init has it.", **HOW),
@@ -260,6 +269,7 @@ def train(
     from mlperturb.system.processes import join as join_run
     from mlperturb.system.processes import local_device
     from mlperturb.training.recipe import Recipe
+    from mlperturb.training.train import resume_file
     from mlperturb.training.train import train as run
 
     if voc is not None:
@@ -310,6 +320,8 @@ def train(
         "photos": {"training": len(training), "validation": len(validation)},
     }
     share = join_run()
+    if resume and share.first and out.is_file() and not resume_file(out).exists():
+        print_note(f"going on from {out}, whose training is done: the optimiser starts afresh")
     metadata = run(
         recipe,
         training,

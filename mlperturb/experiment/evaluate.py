@@ -132,7 +132,9 @@ def run(
         return []
     if not protocol.keep_images:
         _remove_empty_folders(journal.path.parent / "images")
-    return tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu())
+    rows = {str(path): row for row, path in enumerate(dataset.paths)}
+    wanted = {part.case: {rows[str(job.source)] for job in part.jobs} for _, part in parts}
+    return tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu(), wanted)
 
 
 def _plan(dataset: Dataset, correct: Sequence[int], protocol: Protocol, images: Path) -> list[tuple[Variant, Part]]:

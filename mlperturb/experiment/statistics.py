@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,17 @@ _RESAMPLES = 1000
 Figures = dict[str, npt.NDArray[np.float64]]  # by name, the figure of each of N photos, (N,)
 
 
-def tabulate(journal: Journal, protocol: Protocol, labels: Sequence[str], boundary: Tensor) -> list[dict[str, Any]]:
+def tabulate(
+    journal: Journal, protocol: Protocol, labels: Sequence[str], boundary: Tensor, wanted: Mapping[str, Container[int]]
+) -> list[dict[str, Any]]:
     """Read the journal, a batch at a time, and return a row for each case and method that has records.
+
+    Args:
+        journal: of the evaluation.
+        protocol: the cases and methods.
+        labels: L names.
+        boundary: the logits from which the labels are present, (L,).
+        wanted: the rows of the data set that count, by case: an earlier start may have attacked more photos.
 
     Raises:
         StorageError: if the journal is damaged.
@@ -40,12 +49,15 @@ def tabulate(journal: Journal, protocol: Protocol, labels: Sequence[str], bounda
     gathered: dict[tuple[str, str], list[Figures]] = {}
     for entry in batches(journal):
         try:
-            figures = measure(entry["records"], labels, boundary)
+            places = [n for n, row in enumerate(entry["rows"]) if row in wanted.get(entry["case"], ())]
+            if not places:
+                continue
+            figures = measure([entry["records"][place] for place in places], labels, boundary)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StorageError(
                 f"{journal.path} has a damaged record ({error!r:.80}); `overwrite` starts again"
             ) from error
-        figures["row"] = np.array(entry["rows"], dtype=np.float64)
+        figures["row"] = np.array([entry["rows"][place] for place in places], dtype=np.float64)
         gathered.setdefault((entry["case"], entry["method"]), []).append(figures)
     return [
         make_row(case.name, variant.name, gathered[case.name, variant.name])

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from mlperturb.errors import CheckpointError, DatasetError, OutputError
+from mlperturb.model.checkpoints import read_metadata, read_tensors
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.photos.datasets import Dataset
 from mlperturb.system.files import write_file
@@ -243,14 +244,10 @@ class Fitter:
         """
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            theirs = {**asdict(Recipe()), **dict(state["recipe"]), "training set": state["data"]}  # of an older version
-            ours = {**asdict(self.recipe), "training set": self.training.fingerprint}
+            self._compare_recipe(path, dict(state["recipe"]), state["data"])
         except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise CheckpointError(f"cannot resume from {path}: {reason}") from error
-        changed = [name for name in ours if theirs.get(name) != ours[name] and name not in _MAY_DIFFER]
-        if changed:
-            raise CheckpointError(f"{path} was written with another {', '.join(changed)}: expected the same to resume")
         try:
             self.network.load_state_dict(state["network"])
             self.averaged.load_state_dict(state["averaged"])
@@ -260,8 +257,53 @@ class Fitter:
             self.epoch = state["epoch"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this network and data set: {error!s:.200}") from error
+        self._begin_again(path)
+
+    def load_trained(self, path: Path) -> None:
+        """Go on from the checkpoint of a training under the same recipe that is done; the optimiser starts afresh.
+
+        Raises:
+            CheckpointError: if it is not such a checkpoint, or has another recipe or data set, or too many epochs.
+        """
+        try:
+            provenance = read_metadata(path).provenance
+            recipe = provenance["recipe"]
+            self._compare_recipe(path, recipe, recipe.get("training set", self.training.fingerprint))
+            tensors = read_tensors(path)
+            for network in (self.network, self.averaged):
+                network.load_state_dict(tensors)
+            self.epoch = int(recipe["epochs"])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"cannot resume from {path}: {error!s:.200}") from error
+        self.start = copy.deepcopy(self.averaged.state_dict()) if self.recipe.blend else {}
+        self.notes = {name: provenance[name] for name in ("probe",) if name in provenance}
+        self._begin_again(path)
+
+    def _compare_recipe(self, path: Path, recipe: dict[str, Any], data: str) -> None:
+        """Refuse a state of another recipe or training set.
+
+        Raises:
+            CheckpointError: if it has one.
+        """
+        ours = {**asdict(self.recipe), "training set": self.training.fingerprint}
+        theirs = {
+            **asdict(Recipe()),
+            **recipe,
+            "freeze": tuple(recipe.get("freeze", ())),
+            "training set": data,
+        }  # of any version
+        changed = [name for name in ours if theirs.get(name) != ours[name] and name not in _MAY_DIFFER]
+        if changed:
+            raise CheckpointError(f"{path} was written with another {', '.join(changed)}: expected the same to resume")
+
+    def _begin_again(self, path: Path) -> None:
+        """Prepare the next epoch after weights were read.
+
+        Raises:
+            CheckpointError: if there are more epochs behind than the recipe asks for.
+        """
         if self.below is not None:
-            self.below = cut(self.network)[0]  # of the weights just read
+            self.below = cut(self.network)[0]
         if self.epoch > self.recipe.epochs:
             raise CheckpointError(f"{path} has {self.epoch} epochs done, expected at most {self.recipe.epochs}")
 

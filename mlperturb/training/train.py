@@ -87,14 +87,16 @@ def train(
         training: photos to train on.
         validation: photos to calibrate on, and to measure during training.
         tests: photos to measure at the end, by name; nothing is tuned on them.
-        output: the `.safetensors` file; beside it a `.resume.pt` is written after each epoch.
+        output: the `.safetensors` file; beside it a `.resume.pt` is written after each epoch, and
+            deleted when the checkpoint is there.
         initial: files of initial weights; a later file overrides earlier files.
         pretrained: start from torchvision's own weights, which it downloads.
         teachers: checkpoints of ours whose probabilities on the training photos, averaged over them, are targets too.
         half: write matrices in float16, as they are then calibrated and measured too.
         base: write only the tensors that differ from this checkpoint, which must lie beside `output` to load it.
         device: the device to train on.
-        resume: resume from `.resume.pt`.
+        resume: resume from `.resume.pt`; where that training is done, go on from its checkpoint, whose recipe may have
+            had fewer epochs. The optimiser's moments are lost then.
         provenance: the provenance for the checkpoint's metadata.
         report: called after every step.
         share: the part of the training that this process does; None for the whole training.
@@ -120,7 +122,9 @@ def train(
         _run_epochs(fitter, validation, output, report)
     if not share.first:
         return None
-    return _finish(fitter, validation, tests, provenance or {}, output, half, base)
+    metadata = _finish(fitter, validation, tests, provenance or {}, output, half, base)
+    resume_file(output).unlink(missing_ok=True)
+    return metadata
 
 
 def _fill_network(
@@ -141,7 +145,8 @@ def _fill_network(
     return network, given
 
 
-def _resume_file(output: Path) -> Path:
+def resume_file(output: Path) -> Path:
+    """Return the file of the state to resume from, beside the checkpoint; it exists while the training is not done."""
     return Path(f"{output}.resume.pt")
 
 
@@ -227,7 +232,7 @@ class _Start:
         resume: bool,
     ) -> Fitter:
         """Return the fitter before its next epoch; its notes say how the training began."""
-        recipe, share, state = self.recipe, self.share, _resume_file(output)
+        recipe, share, state = self.recipe, self.share, resume_file(output)
         notes: dict[str, Any] = {}
         restarted = share.any_restarted()
         going_on = resume or (restarted and state.exists())
@@ -237,7 +242,9 @@ class _Start:
             notes["probe"] = {"decay": probe.decay, "validation map": round(probe.mean_precision, 4)}
             given |= {f"{find_head(network)[0]}.{part}" for part in ("weight", "bias")}
         fitter = Fitter(recipe, network, self.training, self.preprocess, self.device, given, share, teacher, notes)
-        if going_on:
+        if going_on and output.is_file() and not state.exists():  # that training is done
+            fitter.load_trained(output)
+        elif going_on:
             fitter.load(state)
         elif share.size > 1 and share.first and state.exists():
             state.replace(f"{output}.resume.old.pt")  # of an earlier training: a restart must not take it for its own
@@ -270,7 +277,7 @@ def _run_epochs(fitter: Fitter, validation: Dataset, output: Path, report: Repor
     for epoch in range(fitter.epoch, epochs):
         fitter.run_epoch(epoch, report)
         if fitter.share.first:
-            fitter.save(_resume_file(output))
+            fitter.save(resume_file(output))
             if report and (epoch + 1) % 2 == 0 and epoch + 1 < epochs:
                 report(_validate(fitter, epoch, validation))
 
@@ -344,7 +351,10 @@ def _calibrate_and_measure(
         labels,
         (0.5,) * len(labels),
         fitter.preprocess.to_dict(),
-        {**provenance, "recipe": {**asdict(recipe), "freeze": list(recipe.freeze)}},
+        {
+            **provenance,
+            "recipe": {**asdict(recipe), "training set": fitter.training.fingerprint, "freeze": list(recipe.freeze)},
+        },
         metrics,
     )
 

@@ -257,3 +257,17 @@ def test_an_evaluation_may_lie_at_a_url(cli, evaluate, table, tiny):
     assert code == 0
     assert "already" not in err
     assert not [name for name in store.find("/bucket/out") if ".old" in name]
+
+
+def test_more_images_go_on_and_fewer_count_fewer(evaluate, table):
+    run = ("--budget", "fast", "--passes", 20, "--methods", "fgs", "--cases", "extreme")
+    tables = table.parent / "out" / "tables.json"
+    assert evaluate(*run, "--images", 2)[0] == 0
+    small = json.loads(tables.read_text())
+    code, _, err = evaluate(*run, "--images", 4)
+    assert (code, err) == (0, "mlperturb: going on: 2 of 4 attacks are done already\n")
+    large = json.loads(tables.read_text())
+    assert [row["images"] for row in (*small, *large)] == [2, 4]
+    code, _, err = evaluate(*run, "--images", 2)
+    assert (code, err) == (0, "mlperturb: going on: 2 of 2 attacks are done already\n")
+    assert json.loads(tables.read_text()) == small

@@ -364,6 +364,24 @@ def test_a_resumed_run_may_have_more_epochs_but_not_fewer_than_are_done(data, tm
         _train(replace(RECIPE, epochs=3), data, output, resume=True)
 
 
+def test_the_state_goes_when_the_training_is_done_and_more_epochs_go_on_from_the_checkpoint(data, start, tmp_path):
+    output = tmp_path / "m.safetensors"
+    recipe = replace(RECIPE, blend=True, probe=True)
+    _train(recipe, data, output, initial=[start], half=True)
+    assert [path.name for path in tmp_path.iterdir() if "resume" in path.name] == []
+    done = read_tensors(output)
+    again = _train(recipe, data, output, resume=True)  # nothing is left to train
+    assert "probe" in again.provenance
+    torch.testing.assert_close(read_tensors(output)["conv1.0.weight"], done["conv1.0.weight"].float())
+    fitter = _fitter(data, epochs=3, blend=True, probe=True)
+    fitter.load_trained(output)
+    assert fitter.epoch == RECIPE.epochs
+    assert torch.equal(fitter.network.state_dict()["conv1.0.weight"], fitter.start["conv1.0.weight"])
+    torch.testing.assert_close(fitter.start["conv1.0.weight"], done["conv1.0.weight"].float())
+    with pytest.raises(CheckpointError, match="another learning_rate: expected the same"):
+        _train(replace(recipe, learning_rate=1.0), data, output, resume=True)
+
+
 def test_blocks_are_counted_from_the_head_down():
     names = [
         "conv_stem.weight",
