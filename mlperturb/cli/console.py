@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
-from contextlib import suppress
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
@@ -80,6 +82,41 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
     if sys.stderr is not None:
         sys.stderr = Forgiving(sys.stderr)
+
+
+class Pipe:
+    """Stdout of a process: if the reader of the pipe has gone, as with `| head -1`, the process ends in silence.
+
+    The exit code is that of a process which SIGPIPE ended, as of other programs. The signal itself would also end a
+    process whose connection to a store or to another process broke.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        with self._reader():
+            return self._stream.write(text)
+        return 0
+
+    def flush(self) -> None:
+        """Write what waits."""
+        with self._reader():
+            self._stream.flush()
+
+    @contextmanager
+    def _reader(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what waits goes nowhere, and Python's last flush is at peace
+            os.close(nowhere)
+            raise SystemExit(128 + 13) from None
 
 
 def print_error(message: str) -> None:

@@ -17,7 +17,7 @@ try:
     from mlperturb import __version__
     from mlperturb.cli.attack import attack
     from mlperturb.cli.complete import join_at_colons
-    from mlperturb.cli.console import prepare_streams, print_error
+    from mlperturb.cli.console import Pipe, prepare_streams, print_error
     from mlperturb.cli.convert import convert
     from mlperturb.cli.demo import demo
     from mlperturb.cli.evaluate import evaluate
@@ -88,6 +88,14 @@ def _interrupt(_number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _tell(error: typer.TyperException) -> None:
+    """Print what Typer says of a command line as one line; without a command, Typer has shown the help."""
+    if message := error.format_message():
+        command = getattr(getattr(error, "ctx", None), "command_path", "mlperturb")
+        mark = " " if message.endswith("?") else "; "
+        print_error(f"{message[:1].lower()}{message[1:].rstrip('.')}{mark}see `{command} --help`")
+
+
 def run() -> None:
     """Run `main` as a process; after `main` has ended, no earlier or later signal changes the exit code.
 
@@ -95,6 +103,8 @@ def run() -> None:
     """
     prepare_streams()
     end_at_second_signal(_end)
+    if sys.stdout is not None:  # it is None if it was closed before the start
+        sys.stdout = Pipe(sys.stdout)
     code: object = 0
     try:
         main()
@@ -127,12 +137,11 @@ def main() -> None:
         join_at_colons()
         _refuse_empty(sys.argv[1:])
         code = app(prog_name="mlperturb", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what goes wrong is told here, not in the last lines of Python
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as error:  # a command line that Typer cannot read
-        if message := error.format_message():  # without a command, Typer has shown the help
-            command = getattr(getattr(error, "ctx", None), "command_path", "mlperturb")
-            mark = " " if message.endswith("?") else "; "
-            print_error(f"{message[:1].lower()}{message[1:].rstrip('.')}{mark}see `{command} --help`")
+        _tell(error)
         sys.exit(2)
     except MlperturbError as error:
         print_error(str(error))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -95,3 +99,22 @@ def test_the_table_of_an_evaluation_keeps_its_columns_at_80():
     assert lines[4].split()[:2] == ["ml-dp:solver=pinv:", "79.158"]
     assert lines[5] == "space=probability"
     assert lines[6].split()[0] == "ml-dp:solver=pinv"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full, and the exit codes of a shell")
+def test_a_reader_that_leaves_ends_the_program_in_silence_and_a_full_disk_does_not():
+    def run(out: int) -> tuple[int, bytes]:
+        command = [sys.executable, "-m", "mlperturb", "labels", "--json"]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, timeout=60)
+        return done.returncode, done.stderr
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert run(writer) == (141, b"")
+    finally:
+        os.close(writer)
+    with Path("/dev/full").open("wb") as full:
+        code, err = run(full.fileno())
+    assert code == 3
+    assert err == b"mlperturb: error: cannot write to stdout: No space left on device\n"
