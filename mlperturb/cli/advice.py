@@ -12,6 +12,7 @@ from mlperturb.run.settings import Settings
 from mlperturb.system.text import counted, listed
 
 SHOWN = 3  # a run of at most this many photos shows each photo
+VISIBLE = 8.0  # RMSD in grey levels, about 30 dB of PSNR, above which the change of a photo is plain to see
 _LINES = 20  # at most this many notes, and as many errors
 
 
@@ -43,6 +44,7 @@ class Told:
     first: list[Record] = field(default_factory=list)
     notes: _Lines = field(default_factory=_Lines)
     errors: _Lines = field(default_factory=_Lines)
+    visible: list[tuple[float, str]] = field(default_factory=list)  # RMSD and photo, where the change is plain to see
     unclear: list[str] = field(default_factory=list)  # photos on which the network's outputs are not finite
 
     def listen(self, records: Iterable[Record]) -> Iterator[Record]:
@@ -59,7 +61,23 @@ class Told:
                 self.errors.add(record.error.message)
             elif record.status not in ("success", "unchanged"):
                 self.notes.add(f"{record.source}: {advice(record, self.settings)}")
+            if record.distortion is not None and record.distortion.rmsd > VISIBLE:
+                self.visible.append((record.distortion.rmsd, record.source))
             yield record
+
+    def print_notes(self) -> None:
+        """Print the notes on the photos; last, whether changes are plain to see."""
+        self.notes.print(print_note)
+        if self.visible:
+            rmsd, source = max(self.visible)
+            many = len(self.visible) > 1
+            which = f"{len(self.visible)} photos are changed" if many else f"{source} is changed"
+            size = f"by up to {rmsd:.1f} grey levels" if many else f"by {rmsd:.1f} grey levels"
+            other = "" if self.settings.method == DEFAULT_METHOD else f" or --method {DEFAULT_METHOD}"
+            print_note(
+                f"{which} plainly: {size} (RMSD), and above {VISIBLE:.0f} anybody sees it; "
+                f"try --max-rmsd {VISIBLE:.0f}{other}"
+            )
 
     def print_errors(self) -> None:
         """Print the errors; an error of the network itself once, not once for each photo."""

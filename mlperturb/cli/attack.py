@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,7 +35,9 @@ from mlperturb.cli.options import (
     Thresholds,
     parse_batch_size,
 )
+from mlperturb.cli.recall import recall
 from mlperturb.cli.sources import Checkpoints, Sources, find_sources
+from mlperturb.errors import UsageError
 from mlperturb.limits import MARGIN, Limits
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 
 def attack(
+    context: typer.Context,
     paths: Paths,
     flip: Annotated[
         list[str] | None,
@@ -101,6 +104,15 @@ def attack(
             **HOW,
         ),
     ] = "balanced",
+    earlier: Annotated[
+        Path | None,
+        typer.Option(
+            "--settings",
+            **ANYWHERE,
+            **HOW,
+            help="A report.json, or its folder: the settings and classifier of that run; options that are given win.",
+        ),
+    ] = None,
     passes: Passes = None,
     max_rmsd: Annotated[
         float | None,
@@ -218,6 +230,21 @@ def attack(
     ] = False,
     overwrite: Overwrite = False,
     recursive: Recursive = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", metavar="", help="Exit with 1 too if an attack failed or reached only a part.", **OUTPUT
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            metavar="",
+            help="Write nothing: show what would be attacked, what the classifier sees now, and the cost.",
+            **OUTPUT,
+        ),
+    ] = False,
     batch_size: BatchSize = "auto",
     device: Device = "auto",
     seed: Seed = 0,
@@ -229,41 +256,77 @@ def attack(
     Each photo gives NAME.adv.png (.webp, .jpg) and NAME.map.png, the magnified perturbation, in the photo's subfolder;
     all photos together give report.json. The colour profile, alpha and a single channel of grey are kept.
     """
-    source = find_sources(checkpoint, arch, labels, thresholds, preprocess, activation, readers=reader or ())
-
     from mlperturb.photos.images import describe_left_out, find_photos
     from mlperturb.run.jobs import plan_outputs
     from mlperturb.run.outputs import Outputs, is_own
-    from mlperturb.run.settings import Words, read_settings
 
-    settings = read_settings(
-        Words(flip or [], keep or [], add or [], remove or [], survive or [], reader or [], region),
-        source.labels,
-        method=method,
-        budget=budget,
-        limits=Limits(passes, max_rmsd, max_linf),
-        batch_size=parse_batch_size(batch_size),
-        margin=margin,
-        readers=source.readers,
-        format=format,
-        keep_metadata=keep_metadata,
-        categories=source.categories,
-        options={"between": between, "solver": solver, "rounding": rounding, "space": space}
-        | {"aim": "strongest" if strongest else None, "diversity": diversity},
-        networks=len(source.parts) if isinstance(source, Sources) else 1,
+    options: dict[str, Any] = {
+        "flip": flip, "keep": keep, "add": add, "remove": remove, "survive": survive, "reader": reader,
+        "region": region, "method": method, "budget": budget, "passes": passes, "max_rmsd": max_rmsd,
+        "max_linf": max_linf, "margin": margin, "between": between, "solver": solver, "rounding": rounding,
+        "space": space, "strongest": strongest, "diversity": diversity, "format": format,
+        "keep_metadata": keep_metadata, "batch_size": batch_size, "seed": seed,
+    }  # fmt: skip
+    source = None
+    if earlier is not None:
+        options, source = recall(earlier, options, context)
+    source = source or find_sources(
+        checkpoint, arch, labels, thresholds, preprocess, activation, readers=options["reader"] or ()
     )
+    settings = _read(options, source)
     left_out: list[Path] = []
     photos = find_photos(paths, recursive=recursive, own=is_own, left_out=left_out)
     notes = [*source.notes, *([describe_left_out(left_out)] if left_out else [])]
     outputs = Outputs(out, report or out / "report.json", html)
     jobs = plan_outputs(photos, paths, settings.format)
     settings.check_files(job.adversarial for job in jobs)
-    raise typer.Exit(
-        run(
-            source, jobs, settings, outputs,
-            overwrite=overwrite, device=device, seed=seed, json=json, quiet=quiet, notes=notes,
-        )
+    if dry_run:
+        raise typer.Exit(show_plan(source, jobs, settings, notes, device=device, json=json))
+    code = run(
+        source, jobs, settings, outputs,
+        overwrite=overwrite, device=device, seed=options["seed"], json=json, quiet=quiet, strict=strict, notes=notes,
     )  # fmt: skip
+    raise typer.Exit(code)
+
+
+def _read(options: dict[str, Any], source: Source | Sources) -> Settings:
+    """Read the settings from the options."""
+    from mlperturb.run.settings import Words, read_settings
+
+    names = ("flip", "keep", "add", "remove", "survive", "reader")
+    return read_settings(
+        Words(**{name: options[name] or [] for name in names}, region=options["region"]),
+        source.labels,
+        method=options["method"],
+        budget=options["budget"],
+        limits=Limits(options["passes"], options["max_rmsd"], options["max_linf"]),
+        batch_size=parse_batch_size(options["batch_size"]),
+        margin=options["margin"],
+        readers=source.readers,
+        format=options["format"],
+        keep_metadata=options["keep_metadata"],
+        categories=source.categories,
+        options={name: options[name] for name in ("between", "solver", "rounding", "space", "diversity")}
+        | {"aim": "strongest" if options["strongest"] else None},
+        networks=len(source.parts) if isinstance(source, Sources) else 1,
+    )
+
+
+def show_plan(
+    source: Source | Sources, jobs: list[Job], settings: Settings, notes: Sequence[str], *, device: str, json: bool
+) -> int:
+    """Print what an attack would do, in the first process alone; return the exit code."""
+    from mlperturb.cli.console import print_note
+    from mlperturb.cli.dry_run import dry_run
+    from mlperturb.system.processes import join
+
+    if isinstance(source, Sources):
+        raise UsageError("expected --dry-run with a single --checkpoint")
+    if not join().first:
+        return 0
+    for note in notes:
+        print_note(note)
+    return dry_run(source, jobs, settings, device=device, json=json)
 
 
 def run(
@@ -277,6 +340,7 @@ def run(
     seed: int = 0,
     json: bool = False,
     quiet: bool = False,
+    strict: bool = False,
     notes: Sequence[str] = (),
 ) -> int:
     """Attack photos, and print notes on how they were found; return the exit code."""
@@ -289,7 +353,8 @@ def run(
     planned = fingerprint([settings.batch_size, *((str(job.source), job.adversarial) for job in jobs)])
     place = long.prepare(device, seed)
     described = settings.describe(seed=seed, device=long.device)
-    task = AttackRun(long, source, settings, jobs, outputs, described, json, overwrite=long.starts_again(overwrite))
+    again = long.starts_again(overwrite)
+    task = AttackRun(long, source, settings, jobs, outputs, described, json, strict, overwrite=again)
     if long.share.first:
         for note in notes:
             long.note(note)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlperturb.cli.advice import SHOWN, Told
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.console import print_note
 from mlperturb.cli.longrun import LongRun
 from mlperturb.cli.options import Source, classifier_key
 from mlperturb.cli.sources import Sources
@@ -47,6 +46,7 @@ class AttackRun:
     outputs: Outputs
     described: dict[str, Any]
     json: bool
+    strict: bool = False  # a photo on which the attack fell short is an error too
     silent: bool = False  # print nothing on stdout
     overwrite: bool = False  # replace what is there, unless it is of this very run, which was stopped
     loaded: tuple[Classifier, dict[str, Any]] | None = None  # and its description
@@ -86,15 +86,16 @@ class AttackRun:
         """
         started = time.perf_counter()
         self.anchor = Anchor(self.outputs.folder, self.outputs.report.parent)
-        self.load(device)
+        with self.long.bar("done", len(self.jobs), "loading the network"):
+            self.load(device)
         assert self.loaded is not None
         (classifier, description), long = self.loaded, self.long
         with self._ledger(description, photos, existing) as interrupts:
-            with long.bar("done", len(self.jobs), "loading"), long.stoppable():
+            with long.bar("done", len(self.jobs), "reading photos"), long.stoppable():
                 run_attack(
                     classifier, self.jobs, self.outputs.folder, self.settings, self._done, finished=self._finished,
                     claims=lambda count: long.share.claims("attack", count), hold=interrupts.hold, warn=long.note,
-                    check=self.anchor.check, filled=self.filled,
+                    check=self.anchor.check, watch=long.watch, filled=self.filled,
                 )  # fmt: skip
                 long.gather()
             if long.stopped is not None:
@@ -198,7 +199,8 @@ class AttackRun:
         elif not self.long.quiet and not self.silent:
             self._print_tables(told, seconds)
         told.print_errors()
-        return self.long.exit_code(told.summary.exit_code)
+        short = self.strict and told.summary.attacked > told.summary.counts["success"]
+        return self.long.exit_code(max(told.summary.exit_code, int(short)))
 
     def _folder_from_report(self) -> str:
         """Return the output folder as the report names it: relative to the report's folder, or a URL as given."""
@@ -222,7 +224,7 @@ class AttackRun:
                 stdout.print(line, soft_wrap=True)
         else:
             stdout.print(summary_table(summary))
-        told.notes.print(print_note)
+        told.print_notes()
         page = f", page {printable(str(self.outputs.page))}" if self.outputs.page else ""
         folder, report = printable(str(self.outputs.folder)), printable(str(self.outputs.report))
         stdout.print(f"files in {folder}, report {report}{page}", soft_wrap=True)

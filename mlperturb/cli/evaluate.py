@@ -344,6 +344,7 @@ class _Run:
                 scanned=long.advance,
                 planned=self._planned,
                 done=lambda part, count: long.advance(count, f"{part.case}, {part.method}"),
+                watch=long.watch,
                 hold=interrupts.hold,
             )
             return rows, read_curves(journal, self.protocol) if rows else [], failures(journal)

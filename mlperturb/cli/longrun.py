@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from mlperturb import __version__
@@ -16,6 +17,8 @@ from mlperturb.system.processes import Share, local_device
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from mlperturb.attacks.problem import Meter
 
 
 class LongRun:
@@ -40,6 +43,8 @@ class LongRun:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._phase, self._had = "", 0
+        self._text, self._watched, self._shown = "", None, 0.0
+        self._done = 0
 
     def note(self, message: str) -> None:
         """Print a line on stderr, unless the run is quiet."""
@@ -90,8 +95,53 @@ class LongRun:
         """Show a progress bar in the first process; for the arguments see `begin`."""
         with make_bar(quiet=self.quiet or not self.share.first) as self._bar:
             self._task = self._bar.add_task(text, total=total)
-            self._phase, self._had = phase, 0
+            self._phase, self._had, self._done, self._text, self._watched, self._shown = phase, 0, 0, text, None, 0.0
+            with self._pulse():
+                yield
+
+    @contextmanager
+    def _pulse(self) -> Iterator[None]:
+        """Show the passes of the batch that is being attacked, a few times a second, if there is a bar to see."""
+        assert self._bar is not None
+        if self._bar.disable:
             yield
+            return
+        ended = Event()
+
+        def beat() -> None:
+            while not ended.wait(0.25):
+                self._show()
+
+        thread = Thread(target=beat, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def watch(self, meter: Meter, most: int) -> None:
+        """Follow a batch whose search begins.
+
+        Args:
+            meter: counts the passes of the batch.
+            most: about the most passes for a photo.
+        """
+        self._watched = meter, most
+
+    def _show(self) -> None:
+        """Show what is done, and a share of each photo of the batch being attacked, so that time can be told."""
+        assert self._bar is not None
+        assert self._task is not None
+        words, begun = [self._text] if self._text else [], 0.0
+        if self._watched is not None:
+            meter, most = self._watched
+            spent = meter.spent.tolist()
+            begun = sum(min(count / most, 1.0) for count in spent) * 0.99
+            words.append(f"searching, pass {max(spent)} of at most {max(most, *spent)}")
+        self._shown = max(self._shown, self._done + begun)
+        total = self._bar.tasks[0].total
+        self._bar.update(self._task, completed=min(self._shown, total or self._shown), description="; ".join(words))
 
     def begin(self, phase: str, total: int, had: int, text: str) -> None:
         """Restart the bar.
@@ -104,14 +154,15 @@ class LongRun:
         """
         assert self._bar is not None
         assert self._task is not None
-        self._phase, self._had = phase, had
+        self._phase, self._had, self._done, self._text, self._watched, self._shown = phase, had, had, text, None, had
         self._bar.reset(self._task, total=total, completed=had, description=text)
 
     def advance(self, count: int, text: str | None = None) -> None:
         """Add `count` items of this process; the bar shows the sum over all processes."""
-        done = self._had + self.share.count(self._phase, count)
+        self._done = self._had + self.share.count(self._phase, count)
+        self._text = self._text if text is None else text
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, description=text)
+            self._show()
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:

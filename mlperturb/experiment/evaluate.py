@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlperturb.attacks.problem import Meter
 from mlperturb.errors import CheckpointError, ImageError, StorageError, UsageError
 from mlperturb.experiment.cases import Protocol, Variant, choose
 from mlperturb.experiment.records import slug
@@ -83,6 +84,7 @@ def run(
     scanned: Callable[[int], None] | None = None,
     planned: Callable[[int, int], None] | None = None,
     done: Callable[[Part, int], None] | None = None,
+    watch: Callable[[Meter, int], None] = lambda *_: None,
     hold: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[dict[str, Any]]:
     """Attack every case with every method, resume from the journal, and return the rows of the tables.
@@ -97,6 +99,7 @@ def run(
         scanned: called while X is being found, with the number of photos that have just been classified.
         planned: called with the number of attacks, and the number of attacks that the journal has already.
         done: called after every finished batch, with its part and its number of photos, in a thread of its own.
+        watch: see `run_attack`.
         hold: a context entered while the last batches are written.
 
     Returns:
@@ -126,6 +129,7 @@ def run(
             finished=partial(_size_of_finished, ledger, part),
             claims=partial(share.claims, f"{part.case}/{part.method}"),
             hold=hold,
+            watch=watch,
         )
     share.gather()
     if not share.first:

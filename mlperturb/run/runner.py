@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+from mlperturb.attacks.problem import Meter
 from mlperturb.errors import ImageError, OutputError
 from mlperturb.model.ensemble import Victim, alpha_of, check_size
 from mlperturb.model.preprocess import Size
 from mlperturb.photos.formats import open_photo
 from mlperturb.photos.images import Photo, Pixels
 from mlperturb.photos.kinds import FileFormat
+from mlperturb.run.forecast import most_passes
 from mlperturb.run.jobs import Job
 from mlperturb.run.record import NOT_FINITE, Failure, Record
 from mlperturb.run.search import Found, Searcher, fits
@@ -57,6 +59,7 @@ def run_attack(
     hold: Callable[[], AbstractContextManager[None]] = nullcontext,
     warn: Callable[[str], None] = lambda _: None,
     check: Callable[[], None] = lambda: None,
+    watch: Callable[[Meter, int], None] = lambda *_: None,
     filled: bool = True,
 ) -> Waits:
     """Attack every photo, write its files to `out`, and hand the records of each batch to `done` once they are final.
@@ -79,6 +82,8 @@ def run_attack(
         hold: a context entered at the end, or on an interruption, while the last batches are written.
         warn: called once if the device runs out of memory and the run goes on with smaller batches.
         check: called before each file is written; an error that it raises stops the run.
+        watch: called when the search of a batch begins, with its meter, which counts on, and about the most passes
+            for a photo.
         filled: whether the photos that are done fill the batches of the others.
 
     Returns:
@@ -88,8 +93,9 @@ def run_attack(
         StorageError: if nothing can be written to `out` any more.
     """
     waits, started = Waits(), time.perf_counter()
-    searcher = Searcher(classifier, settings, warn)
-    read = partial(_read, settings=settings, classifier=classifier)
+    most = most_passes(settings, len(classifier.labels), jobs[0].request if jobs else None)
+    searcher = Searcher(classifier, settings, warn, lambda meter: watch(meter, most))
+    read = partial(read_job, settings=settings, classifier=classifier)
     units = [jobs[start : start + searcher.together] for start in range(0, len(jobs), searcher.together)]
     writer = _Writer(classifier, out, settings, done, check, waits)
     try:
@@ -231,7 +237,7 @@ def _batches(
         batch.members.append((job, photo if isinstance(photo, Photo) else None))
 
 
-def _read(job: Job, room: Callable[[int], None], *, settings: Settings, classifier: Victim) -> Photo | Record:
+def read_job(job: Job, room: Callable[[int], None], *, settings: Settings, classifier: Victim) -> Photo | Record:
     """Decode a photo; return a record with the error if it cannot be decoded or resized, or the region misses it."""
     try:
         photo = open_photo(job.source, job.adversarial, settings.format, alpha_of(classifier), room)

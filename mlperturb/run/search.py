@@ -74,7 +74,11 @@ class Found:
 
 
 def search(
-    classifier: Victim, photos: Sequence[Photo], requests: Sequence[Request], settings: Settings
+    classifier: Victim,
+    photos: Sequence[Photo],
+    requests: Sequence[Request],
+    settings: Settings,
+    watch: Callable[[Meter], None] = lambda _: None,
 ) -> list[Found | None]:
     """Attack a batch; return None in place of a photo on which the network's outputs are not finite.
 
@@ -83,6 +87,7 @@ def search(
         photos: N photos of any sizes.
         requests: N requests.
         settings: method, budget and limits.
+        watch: called with the meter of the batch, which counts on, before the attack begins.
     """
     started = time.perf_counter()
     images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
@@ -90,6 +95,7 @@ def search(
     before, meter, opening = observe(model, images, opening=find_method(settings.method).opens)
     images, clean, opening = _encoded(model, images, (before, meter, opening), photos)
     meter.owed.add_(settings.looks)
+    watch(meter)
     rows = before.isfinite().all(2).all(1).nonzero().flatten()
     found: list[Found | None] = [None] * len(photos)
     if not len(rows):
@@ -141,12 +147,14 @@ class Searcher:
         classifier: to attack, or several.
         settings: what to do.
         warn: called once if the device runs out of memory and the search goes on with smaller batches.
+        watch: called with the meter of each batch, see `search`.
         most: largest number of photos for which the memory is enough; None while it was enough for every batch.
     """
 
     classifier: Victim
     settings: Settings
     warn: Callable[[str], None] = lambda _: None
+    watch: Callable[[Meter], None] = lambda _: None
     most: int | None = None
 
     @property
@@ -196,7 +204,7 @@ class Searcher:
         if free is not None and len(photos) * max(heights) * max(widths) * needed > free:
             return None  # on the CPU, Linux would kill the process
         try:
-            return search(self.classifier, photos, requests, self.settings)
+            return search(self.classifier, photos, requests, self.settings, self.watch)
         except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a plain RuntimeError
             if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
                 raise

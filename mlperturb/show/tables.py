@@ -16,7 +16,7 @@ from rich.text import Text
 
 from mlperturb.labels import present_labels
 from mlperturb.run.record import MANY, REST, Record
-from mlperturb.system.text import counted, printable
+from mlperturb.system.text import counted, listed, printable
 
 _ROWS = 30  # labels of a photo that are shown
 _MOVED = 5  # labels to keep that changed most, of many labels
@@ -145,6 +145,14 @@ def _reader_shares(summary: dict[str, Any]) -> dict[str, str]:
     """Return the share of the attacked photos that holds in each reader; empty for a single reader or no such photo."""
     shares: dict[str, float | None] = summary["readers"]
     return {name: f"{share:.0%}" for name, share in shares.items() if share is not None and len(shares) > 1}
+
+
+def plan_line(image: dict[str, Any]) -> Text:
+    """Return one line on what an attack would do to a photo: the labels that it has, those to flip and to keep."""
+    flip = "the nearest label" if image["any"] else listed(image["flip"], 5)
+    what = f"would flip {flip}, keep {len(image['keep'])}" if flip else "is as asked already"
+    size = f"{image['width']} x {image['height']} pixels"
+    return clean(f"{image['source']}: {size}; has {listed(image['labels'], 5) or 'no label'}; {what}")
 
 
 def prediction_table(probabilities: dict[str, float], thresholds: dict[str, float]) -> Table:
