@@ -16,7 +16,7 @@ from mlperturb.cli.options import (
     Quiet,
 )
 from mlperturb.errors import UsageError
-from mlperturb.run.outputs import folder_of, make_folder, refuse_existing
+from mlperturb.run.outputs import folder_of, make_folder, page_paths, refuse_existing
 from mlperturb.system.text import printable
 
 
@@ -30,7 +30,7 @@ def gallery(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a report as one self-contained page: photos, adversarial photos, maps, probabilities."""
+    """Write a report as one self-contained page, or pages of 200 photos: photos, maps, probabilities, reasons."""
     from mlperturb.run.report import read_report, reading
     from mlperturb.show.gallery import write_gallery
 
@@ -38,7 +38,9 @@ def gallery(
     path = out or folder_of(report) / "index.html"
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise UsageError(f"expected --out to be a file that ends in .html, got {path}")
-    refuse_existing([path], overwrite=overwrite)
+    with reading(report):
+        pages = page_paths(path, len(result["images"]))
+    refuse_existing(pages, overwrite=overwrite)
     make_folder(path.parent)
     missing = []
     with reading(report), make_bar(quiet=quiet) as bar:
@@ -53,5 +55,6 @@ def gallery(
     for problem in missing:
         print_error(problem)
     if not quiet:
-        stdout.print(f"page {printable(str(path))}", soft_wrap=True)
+        more = f" to {pages[-1].name}" if len(pages) > 1 else ""
+        stdout.print(f"page {printable(str(path))}{printable(more)}", soft_wrap=True)
     raise typer.Exit(int(bool(missing)))

@@ -31,7 +31,6 @@ from mlperturb.system.files import parse_local
 
 if TYPE_CHECKING:
     from mlperturb.photos.datasets import Dataset
-    from mlperturb.training.fitter import Progress
 
 _LOSS: dict[str, Any] = {"rich_help_panel": "Loss"}
 _CROPS: dict[str, Any] = {"rich_help_panel": "Crops"}
@@ -265,6 +264,7 @@ def train(
         raise UsageError(f"expected --out to end in .safetensors, got {out}")
     files = [parse_local(name) for name in init or () if name != "torchvision"]
 
+    from mlperturb.cli.epochs import Printer
     from mlperturb.system.devices import prepare
     from mlperturb.system.processes import join as join_run
     from mlperturb.system.processes import local_device
@@ -336,7 +336,7 @@ def train(
         device=prepare(local_device(device), seed),
         resume=resume,
         provenance=provenance,
-        report=_Printer() if share.first else None,
+        report=Printer() if share.first else None,
         share=share,
     )
     if metadata is None:
@@ -378,45 +378,3 @@ def _hold_out(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
     order = np.random.default_rng(seed).permutation(len(dataset))
     cut = max(1, len(dataset) // 10)
     return dataset.subset(np.sort(order[cut:])), dataset.subset(np.sort(order[:cut]))
-
-
-class _Printer:
-    """A progress bar on a terminal; elsewhere, four lines an epoch for a log."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        from mlperturb.cli.console import err
-
-        self.terminal = err.is_terminal
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=err, disable=not self.terminal)
-        self.task = self.bar.add_task("training")
-        self.bar.start()
-
-    def __call__(self, progress: Progress) -> None:
-        text = f"epoch {progress.epoch}/{progress.epochs}"
-        done = (progress.epoch - 1) * progress.steps + progress.step
-        if progress.validation is not None:
-            figures = ", ".join(
-                f"{name} {_figure(progress.validation[name])}" for name in ("hamming", "micro_f1", "map")
-            )
-            if self.terminal:
-                self.bar.print(f"{text}: validation {figures}")
-            else:
-                typer.echo(f"{text}: validation {figures}", err=True)
-        else:
-            self.bar.update(
-                self.task,
-                completed=done,
-                total=progress.epochs * progress.steps,
-                description=f"{text}, loss {progress.loss:.4f}",
-            )
-            if not self.terminal and progress.step % max(1, progress.steps // 4) == 0:
-                typer.echo(f"{text} step {progress.step}/{progress.steps}: loss {progress.loss:.4f}", err=True)
-        if done == progress.epochs * progress.steps and progress.validation is None:
-            self.bar.stop()
-
-
-def _figure(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -22,6 +22,7 @@ CURVES = "curves.json"  # of `evaluate`
 CURVE = "curve-"  # how the names of its pictures begin, beside CURVES
 FIGURES = "figures"  # the folder of `figures`, beside the first report
 FIGURE_OF = "mlperturb figures"  # in the PNGs of `figures` and `jpeg-defend`, as their software
+PHOTOS = 200  # on a page of results
 _DRAWN = ("case-", "histogram-", "jpeg-")  # how the names of figures begin
 
 
@@ -66,6 +67,12 @@ class Anchor:
                 raise StorageError(f"the folder {folder} was replaced while the run was going on")
 
 
+def page_paths(first: Path, photos: int) -> list[Path]:
+    """Return the files of the pages of so many photos: index.html, index-2.html and so on."""
+    count = max(1, -(-photos // PHOTOS))
+    return [first, *(first.with_name(f"{first.stem}-{number}{first.suffix}") for number in range(2, count + 1))]
+
+
 def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> frozenset[str]:
     """Make the output folder; refuse existing outputs, unless a run is resumed there or `overwrite` is given.
 
@@ -83,7 +90,8 @@ def prepare_folder(outputs: Outputs, jobs: list[Job], *, overwrite: bool) -> fro
         if report.exists() and not report.is_file():
             raise UsageError(f"expected a file for `report`, got {report}, which is not a file")
         taken_report = report.is_symlink() or report.exists()
-    targets = {name for job in jobs for name in (job.adversarial, job.map)} | ({page.name} if page else set())
+    targets = {name for job in jobs for name in (job.adversarial, job.map)}
+    targets |= {one.name for one in page_paths(page, len(jobs))} if page else set()
     folders = subfolders(targets)
     for folder in sorted(folders - {""}):
         make_folder(out / folder)

@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from mlperturb.errors import UsageError
@@ -23,20 +25,20 @@ from mlperturb.photos.images import Pixels, read_photo
 from mlperturb.run.outputs import FIGURE_OF
 from mlperturb.run.pictures import find_output, find_photo
 from mlperturb.run.report import thresholds_of
-from mlperturb.show.shown import choose_labels
+from mlperturb.show.shown import Shown, choose_labels
 from mlperturb.system.files import write_file
-from mlperturb.system.text import printable, shorten
+from mlperturb.system.text import counted, printable, shorten
 
 Format = Literal["png", "pdf", "svg"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's colours, which the colour-blind can tell apart; red in place of their vermilion, which looks orange.
 _GREY, _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY = (
     "#999999",
     "#0072B2",
     "#E69F00",
     "#009E73",
-    "#D55E00",
+    "#C8102E",
     "#CC79A7",
     "#56B4E9",
 )
@@ -75,46 +77,72 @@ def draw_case(report: dict[str, Any], image: dict[str, Any], folder: Path) -> Fi
     """
     thresholds = thresholds_of(report["classifier"])
     after = image["probabilities"]["after"]
-    pictures: list[tuple[str, Pixels]] = []
     present = [label for label, there in image["truth"].items() if there]
     photo = find_photo(image, folder, report["settings"])
-    if photo is not None:
-        pictures.append((f"photo: {_listed(present)}", read_photo(photo).rgb))
-    now = present_labels(after, thresholds)
-    largest = f"perturbation, largest {image['distortion']['linf']:.0f} of 255"
-    title = f"{printable(report['settings']['method'])}, {image['status']}: {_listed(now)}"
-    for kind, words in (("adversarial", title), ("map", largest)):
+    pictures: list[tuple[str, Pixels | None]] = [
+        (f"photo: {_listed(present)}", None if photo is None else read_photo(photo).rgb)
+    ]
+    rmsd, largest = image["distortion"]["rmsd"], image["distortion"]["linf"]
+    now = _listed(present_labels(after, thresholds))
+    title = f"{printable(report['settings']['method'])}, {image['status']}: {now}"
+    for kind, words in (
+        ("adversarial", title),
+        ("map", f"change: RMSD {rmsd:.2f}, largest {largest:.0f} of 255"),
+    ):
         path = find_output(image, kind, folder, report["settings"])
         assert path is not None
         pictures.append((words, read_photo(path).rgb))
+    shown = choose_labels(image, thresholds, _BARS)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(PAGE, 2.3), layout="constrained")
-        widths = [1.0] * len(pictures) + [1.1]
-        axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-        for panel, (title, pixels) in zip(axes, pictures, strict=False):
+        return _lay_out(pictures, shown, len(thresholds) - len(shown))
+
+
+def _lay_out(pictures: Sequence[tuple[str, Pixels | None]], shown: list[Shown], hidden: int) -> Figure:
+    """Draw pictures side by side, their titles in a row above, the probabilities below; sizes are in inches."""
+    gap, line = 0.1, 0.125
+    wide = (PAGE - gap * (len(pictures) + 1)) / len(pictures)
+    titles = [_wrap(title, int(wide / 0.0585)) for title, _ in pictures]
+    ratio = max(pixels.shape[0] / pixels.shape[1] for _, pixels in pictures if pixels is not None)
+    high, top = wide * min(max(ratio, 0.3), 1.6), line * max(title.count("\n") + 1 for title in titles) + gap
+    below = 0.17 * len(shown) + 0.5
+    whole = top + high + below + gap
+    figure = Figure(figsize=(PAGE, whole))
+    for number, (title, (_, pixels)) in enumerate(zip(titles, pictures, strict=True)):
+        left = gap + number * (wide + gap)
+        figure.text(left / PAGE, 1 - (top - 0.4 * gap) / whole, title, fontsize=7, va="bottom", linespacing=1.15)
+        panel = figure.add_axes((left / PAGE, 1 - (top + high) / whole, wide / PAGE, high / whole))
+        panel.set_axis_off()
+        panel.set_anchor("NW")  # under its title
+        if pixels is None:
+            panel.text(0, 1, "the photo is gone", fontsize=7, va="top", color=_GREY)
+        else:
             panel.imshow(pixels)
-            panel.set_axis_off()
-            panel.set_title(_wrap(title, 27), fontsize=7)
-        _draw_bars(axes[-1], image, thresholds)
+    axes = figure.add_axes((1.35 / PAGE, 0.4 / whole, 3.75 / PAGE, (below - 0.4 - gap / 2) / whole))
+    _draw_bars(axes, shown, hidden)
     return figure
 
 
-def _draw_bars(axes: Axes, image: dict[str, Any], thresholds: dict[str, float]) -> None:
-    """Draw the probabilities before and after of the labels that matter most."""
-    shown = choose_labels(image, thresholds, _BARS)
+def _draw_bars(axes: Axes, shown: list[Shown], hidden: int) -> None:
+    """Draw the probabilities before and after of some labels, and say how many labels are left out."""
+    colours = {"flip": _RED, "keep": _BLUE, "free": _GREY}
     places = np.arange(len(shown))
-    colours = [{"flip": _RED, "keep": _BLUE, "free": _GREY}[one.group] for one in shown]
-    axes.barh(places - 0.2, [one.before for one in shown], 0.36, color=colours, alpha=0.4)
-    axes.barh(places + 0.2, [one.after or 0.0 for one in shown], 0.36, color=colours)
+    painted = [colours[one.group] for one in shown]
+    axes.barh(places - 0.2, [one.before for one in shown], 0.36, color=painted, alpha=0.4)
+    axes.barh(places + 0.2, [one.after or 0.0 for one in shown], 0.36, color=painted)
     for place, one in zip(places, shown, strict=True):
         axes.plot([one.threshold] * 2, [place - 0.45, place + 0.45], color="black", linewidth=0.8)
-    axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="before (pale), after")
-    axes.set_yticks(places, [shorten(printable(one.label), 16) for one in shown])
-    for tick, colour in zip(axes.get_yticklabels(), colours, strict=True):
+    axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="probability before (pale) and after")
+    axes.set_yticks(places, [shorten(printable(one.label), 20) for one in shown])
+    axes.tick_params("y", length=0)
+    for tick, colour in zip(axes.get_yticklabels(), painted, strict=True):
         tick.set_color(colour)
-    hidden = len(thresholds) - len(shown)
-    more = f"; {hidden} more" if hidden else ""
-    axes.set_title(f"A red, B blue, threshold black{more}", fontsize=7)
+    words = {"flip": "A: to flip", "keep": "B: to keep", "free": "neither"}
+    groups = {one.group for one in shown}
+    handles: list[Any] = [Patch(color=colours[name], label=text) for name, text in words.items() if name in groups]
+    handles.append(Line2D([], [], color="black", linewidth=0.8, label="threshold"))
+    title = f"{counted(hidden, 'more label')} not shown" if hidden else None
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, title=title,
+                title_fontsize=7, alignment="left")  # fmt: skip
 
 
 def attacked_labels(reports: Sequence[dict[str, Any]], most: int = 4) -> list[str]:

@@ -75,7 +75,7 @@ def test_an_attack_of_one_batch_shows_passes_on_a_terminal_and_nothing_elsewhere
     assert (code, err) == (0, "")
     assert "loading the network" in terminal.getvalue()
     assert "reading photos" in terminal.getvalue()
-    assert seen == [32]  # 13 iterations, and three readers before and after
+    assert seen == [41]
 
 
 watch = LongRun.watch
@@ -93,6 +93,7 @@ def test_the_forecast_is_an_upper_bound_that_is_not_far_off(tiny, tmp_path, meth
     spent = found[0].cost["forward"] + found[0].cost["backward"]
     most = most_passes(settings, len(TINY_LABELS))
     assert spent <= most
-    assert most <= 30 or spent > 0.2 * most
+    if method in ("ml-ddn", "fgs", "fg"):  # which never end early
+        assert most <= 1.6 * spent
     limited = read_settings(words, TINY_LABELS, method=method, budget=budget, limits=Limits(24))
     assert most_passes(limited, len(TINY_LABELS)) == min(24, most)

@@ -1,4 +1,4 @@
-"""Write a report as one self-contained page, `index.html`, without network and framework.
+"""Write a report as a self-contained page, `index.html`, or pages of 200 photos, without network and framework.
 
 File and label names are untrusted text: the template escapes everything, and the page's Content-Security-Policy allows
 only the page's own script, by its hash.
@@ -21,50 +21,60 @@ from PIL import Image, ImageFilter
 
 from mlperturb.errors import ImageError
 from mlperturb.photos.images import read_photo
+from mlperturb.run.outputs import PHOTOS, page_paths
 from mlperturb.run.pictures import find_output, find_photo
 from mlperturb.run.report import thresholds_of
 from mlperturb.show.shown import choose_labels
 from mlperturb.system.files import is_remote, write_file
-from mlperturb.system.text import printable
+from mlperturb.system.text import counted, listed, printable
 
 _SIDE = 360  # pixels of a thumbnail's longer side
+_FLIPS = 16  # labels of A that a card shows
 _BARS = 8  # labels of B, or of neither set, that a card shows beside those of A
 
 
 def write_gallery(
     report: dict[str, Any], folder: Path, path: Path, done: Callable[[str | None], None] = lambda _: None
 ) -> None:
-    """Write the page of a report whose files lie in `folder`.
+    """Write the pages of a report whose files lie in `folder`: `PHOTOS` photos a page, see `page_paths`.
 
     Args:
         report: a report of `attack`.
         folder: the folder of its PNGs.
-        path: the file of the page.
+        path: the file of the first page.
         done: called after each image, with the error if a picture of it cannot be read, else with None.
 
     Raises:
-        OutputError: if the page cannot be written.
+        OutputError: if a page cannot be written.
         ValueError, LookupError, TypeError: if the report does not follow its schema.
     """
     environment = Environment(
         loader=PackageLoader("mlperturb.show", "gallery"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     script = _asset(environment, "gallery.js")
-    labels = sorted({label for image in report["images"] for label in image["flip"]})
-    stream = environment.get_template("index.html.j2").stream(
-        report=report,
-        counts=Counter(image["status"] for image in report["images"]),
-        cards=_cards(report, folder, path.parent, done),
-        labels=labels,
-        script=script,
-        style=_asset(environment, "gallery.css"),
-        hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
-    )
-    try:
-        text = "".join(stream)
-    except UndefinedError as error:
-        raise ValueError(str(error)) from error
-    write_file(path, text.encode("utf-8", "backslashreplace"))
+    images = report["images"]
+    pages = page_paths(path, len(images))
+    for number, page in enumerate(pages):
+        start = number * PHOTOS
+        part = images[start : start + PHOTOS]
+        stream = environment.get_template("index.html.j2").stream(
+            report=report,
+            counts=Counter(image["status"] for image in images),
+            here=Counter(image["status"] for image in part),
+            cards=_cards(report, start, folder, path.parent, done),
+            labels=sorted({label for image in part for label in image["flip"]}),
+            first=start + 1,
+            last=start + len(part),
+            pages=[None if other == page else _address(other.name) for other in pages],
+            script=script,
+            style=_asset(environment, "gallery.css"),
+            hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
+        )
+        try:
+            text = "".join(stream)
+        except UndefinedError as error:
+            raise ValueError(str(error)) from error
+        write_file(page, text.encode("utf-8", "backslashreplace"))
 
 
 def _asset(environment: Environment, name: str) -> Any:
@@ -75,11 +85,11 @@ def _asset(environment: Environment, name: str) -> Any:
 
 
 def _cards(
-    report: dict[str, Any], folder: Path, page: Path, done: Callable[[str | None], None]
+    report: dict[str, Any], start: int, folder: Path, page: Path, done: Callable[[str | None], None]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the values of each image for the template."""
+    """Yield the values of each image of a page for the template."""
     thresholds = thresholds_of(report["classifier"])
-    for number, image in enumerate(report["images"]):
+    for number, image in enumerate(report["images"][start : start + PHOTOS], start):
         pictures = {"photo": find_photo(image, folder, report["settings"])}
         missing = None
         for kind in ("adversarial", "map"):
@@ -104,10 +114,33 @@ def _cards(
                 for kind in ("adversarial", "map")
                 if kind in thumbnails
             },
-            "bars": choose_labels(image, thresholds, len(image["flip"]) + _BARS),
+            "reason": _reason(image),
+            "bars": choose_labels(image, thresholds, min(len(image["flip"]), _FLIPS) + _BARS),
+            "hidden": len(thresholds) - min(len(thresholds), min(len(image["flip"]), _FLIPS) + _BARS),
             "rmsd": image["distortion"]["rmsd"] if image["distortion"] else None,
         }
         done(missing)
+
+
+def _reason(image: dict[str, Any]) -> str:
+    """Return why an attack failed or reached only a part; empty for a success, and where there is an error."""
+    constraints = image["constraints"]
+    if image["status"] not in ("failed", "partial") or image["error"] or not constraints:
+        return ""
+    violated = constraints["violated"]
+    missing = constraints["total"] - constraints["held"]
+    lost = [
+        name for part in ("readers", "survival") for name, one in (image.get(part) or {}).items() if one["violated"]
+    ]
+    parts = []
+    if missing:
+        parts.append(f"{missing} of {counted(constraints['total'], 'constraint')} not met: {listed(violated, 5)}")
+    if lost:
+        parts.append(f"not met in {listed(lost, 5)}")
+    if image["files"]["adversarial"] is None:
+        parts.append("no label flipped, so no file was written")
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:] + ("" if text.endswith("...") else ".")
 
 
 def _name(image: dict[str, Any]) -> str:
@@ -135,5 +168,8 @@ def _thumbnail(path: Path, *, sparse: bool) -> str:
 def _link(path: Path | None, page: Path, name: str) -> str:
     """Return a file's address relative to the page; the leading `./` keeps a name from being read as a scheme."""
     assert path is not None
-    name = name if is_remote(path) else os.path.relpath(path.resolve(), page.resolve())
+    return _address(name if is_remote(path) else os.path.relpath(path.resolve(), page.resolve()))
+
+
+def _address(name: str) -> str:
     return "./" + quote(name.encode("utf-8", "surrogateescape"))
