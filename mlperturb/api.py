@@ -254,10 +254,12 @@ def _victim(given: Classifier | Sequence[Classifier] | Mapping[str, Classifier],
     """
     if isinstance(given, list | tuple) and given:
         given = {str(number): one for number, one in enumerate(given, 1)}
-    members = given if isinstance(given, Mapping) and given else {"": given}
-    for one in members.values():
+    members: dict[str, Classifier] = {}
+    for name, one in (given if isinstance(given, Mapping) and given else {"": given}).items():
         _check_classifier(one)
+        assert isinstance(one, Classifier)
         try_network(one)
+        members[name] = one
     return Ensemble(members, readers) if len(members) > 1 else next(iter(members.values()))
 
 

@@ -267,10 +267,10 @@ def attack(
         "space": space, "strongest": strongest, "diversity": diversity, "format": format,
         "keep_metadata": keep_metadata, "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
-    source = None
+    recalled = None
     if earlier is not None:
-        options, source = recall(earlier, options, context)
-    source = source or find_sources(
+        options, recalled = recall(earlier, options, context)
+    source = recalled or find_sources(
         checkpoint, arch, labels, thresholds, preprocess, activation, readers=options["reader"] or ()
     )
     settings = _read(options, source)

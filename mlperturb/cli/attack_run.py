@@ -31,7 +31,7 @@ from mlperturb.system.journal import find_journal
 from mlperturb.system.text import printable, share_of
 
 if TYPE_CHECKING:
-    from mlperturb.model.classifier import Classifier
+    from mlperturb.model.ensemble import Victim
     from mlperturb.model.preprocess import Size
 
 
@@ -49,7 +49,7 @@ class AttackRun:
     strict: bool = False  # a photo on which the attack fell short is an error too
     silent: bool = False  # print nothing on stdout
     overwrite: bool = False  # replace what is there, unless it is of this very run, which was stopped
-    loaded: tuple[Classifier, dict[str, Any]] | None = None  # and its description
+    loaded: tuple[Victim, dict[str, Any]] | None = None  # and its description
     summary: Summary = field(default_factory=Summary)  # of the photos of this process
     lock: Lock = field(default_factory=Lock)  # guards the summary: threads count the photos that are done already
 

@@ -43,7 +43,8 @@ class LongRun:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._phase, self._had = "", 0
-        self._text, self._watched, self._shown = "", None, 0.0
+        self._text, self._shown = "", 0.0
+        self._watched: tuple[Meter, int] | None = None
         self._done = 0
 
     def note(self, message: str) -> None:

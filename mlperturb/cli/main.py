@@ -118,7 +118,8 @@ def run() -> None:
         exec("")
     if are_busy():
         with suppress(OSError):
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         os._exit(code if isinstance(code, int) else 1)
     sys.exit(0 if code is None else code)  # type: ignore[arg-type]
 

@@ -137,7 +137,7 @@ def run(
     if not protocol.keep_images:
         _remove_empty_folders(journal.path.parent / "images")
     rows = {str(path): row for row, path in enumerate(dataset.paths)}
-    wanted = {part.case: {rows[str(job.source)] for job in part.jobs} for _, part in parts}
+    wanted = {str(part.case): {rows[str(job.source)] for job in part.jobs} for _, part in parts}
     return tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu(), wanted)
 
 

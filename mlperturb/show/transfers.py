@@ -32,7 +32,8 @@ def label_grid(rows: Sequence[dict[str, Any]]) -> Grid:
     cells = []
     for row in rows:
         shown = [name for name, one in row["labels"].items() if one["flips"]["total"] or one["broken"]["labels"]]
-        shown.sort(key=lambda name, row=row: -sum(row["labels"][name][key]["labels"] for key in ("flips", "broken")))
+        often = {name: sum(row["labels"][name][key]["labels"] for key in ("flips", "broken")) for name in shown}
+        shown.sort(key=often.__getitem__, reverse=True)
         for name in shown[:_MOST]:
             one = row["labels"][name]
             shares = [_share(one[key]["labels"], one[key]["total"]) for key in ("flips", "broken")]

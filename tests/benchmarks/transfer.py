@@ -66,8 +66,11 @@ def make(
     for number, (path, request) in enumerate(photos):
         if (folder / f"{number}.json").exists():
             continue
-        names = {part: [net.labels[label] for label in getattr(request, part)] for part in ("flip", "keep")}
-        result = mlperturb.attack(net, [path], **names, budget=budget, limits=Limits(rmsd=rmsd), **WAYS[way])
+        names: dict[str, Any] = {
+            part: [net.labels[label] for label in getattr(request, part)] for part in ("flip", "keep")
+        }
+        more: dict[str, Any] = {**names, **WAYS[way], "budget": budget}
+        result = mlperturb.attack(net, [path], limits=Limits(rmsd=rmsd), **more)
         image = result.images[0]
         assert isinstance(image, Image.Image)
         image.save(folder / f"{number}.png")
