@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mlperturb.errors import CheckpointError, UsageError
+from mlperturb.errors import UsageError
 from mlperturb.labels import list_names
 from mlperturb.limits import MARGIN, Limits
 from mlperturb.metrics import distortion
-from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
+from mlperturb.model.checkpoints import find_checkpoint, load_checkpoint
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.ensemble import Ensemble, Victim, alpha_of, check_size, members_of, places_of
 from mlperturb.model.preprocess import Preprocess
@@ -118,8 +118,9 @@ def load(
     Args:
         checkpoint: a `.safetensors` file that `mlperturb train` wrote, or plain weights (`.pt`, `.pth`, `.safetensors`)
             with `arch` and `labels`; the folder of a timm or a transformers model (config.json, model.safetensors,
-            and often selected_tags.csv or preprocessor_config.json); or a program, `.pt2` of torch.export or `.onnx`,
-            with a JSON file beside it; by default the bundled classifier of the 20 labels of PASCAL VOC.
+            and often selected_tags.csv or preprocessor_config.json); a program, `.pt2` of torch.export or `.onnx`, with
+            a JSON file beside it; or the name of a bundled classifier of the 20 labels of PASCAL VOC (`mobilenet-v2`,
+            the default, `efficientnet-lite2` or `robust`).
         arch: the torchvision architecture of plain weights, such as `resnet50`.
         labels: the label names of plain weights, or of a folder without names, in the order of the network's outputs;
             or a file of them, a name a line or a CSV table with the columns `name` and, if you like, `category`.
@@ -140,9 +141,7 @@ def load(
     """
     if not isinstance(checkpoint, str | Path | None):
         raise UsageError(f"expected a path for `checkpoint`, got a {form_of(checkpoint)}")
-    path = bundled_checkpoint() if checkpoint is None else Path(checkpoint)
-    if not path.exists():
-        raise CheckpointError(f"no such checkpoint: {path}")
+    path = find_checkpoint(checkpoint)
     place = device if device == "cpu" else prepare(device, 0)
     return load_checkpoint(
         path,

@@ -53,8 +53,8 @@ Checkpoint = Annotated[
         **HERE,
         **CLASSIFIER,
         help="A .safetensors checkpoint of mlperturb, the folder of a timm or a transformers model (config.json, "
-        "model.safetensors), a program with NAME.json beside it (.pt2 of torch.export, .onnx), or plain weights with "
-        "--arch and --labels.",
+        "model.safetensors), a program with NAME.json beside it (.pt2 of torch.export, .onnx), plain weights with "
+        "--arch and --labels, or a bundled one: mobilenet-v2, efficientnet-lite2, robust.",
     ),
 ]
 Arch = Annotated[
@@ -275,7 +275,7 @@ def _find_named(
     checkpoint: Path | None, arch: str | None, labels: Path | None, thresholds: str | None, activation: str | None
 ) -> Source:
     """Find the checkpoint, and read its label names and thresholds."""
-    from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
+    from mlperturb.model.checkpoints import find_checkpoint, read_metadata
     from mlperturb.model.given import read_label_file, read_thresholds
 
     if checkpoint is not None and checkpoint.is_dir():
@@ -290,9 +290,7 @@ def _find_named(
             "expected --checkpoint, --arch and --labels together for plain weights, "
             f"got no {' and no '.join(missing)}{needless}"
         )
-    path = checkpoint or bundled_checkpoint()
-    if not path.is_file():
-        raise CheckpointError(f"no such checkpoint: {path}")
+    path = find_checkpoint(checkpoint)
     if labels is None:
         if path.suffix != ".safetensors":
             raise UsageError(

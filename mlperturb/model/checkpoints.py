@@ -35,21 +35,45 @@ if TYPE_CHECKING:
     from mlperturb.model.classifier import Classifier
     from mlperturb.model.preprocess import Preprocess
 
-BUNDLED = "voc-mobilenet-v2.safetensors"
+BUNDLED = {  # the files of weights/ by the names that stand for them; the first is the default
+    "mobilenet-v2": "voc-mobilenet-v2.safetensors",
+    "efficientnet-lite2": "voc-efficientnet-lite2.safetensors",
+    "robust": "voc-mobilenet-v2-robust.safetensors",
+}
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception v3 and GoogLeNet that only training uses
 
 
-def bundled_checkpoint() -> Path:
-    """Return the path of the checkpoint that comes with mlperturb, in a wheel or an editable install.
+def bundled_checkpoint(name: str = "mobilenet-v2") -> Path:
+    """Return the path of a checkpoint that comes with mlperturb, in a wheel or an editable install.
+
+    Args:
+        name: a key of `BUNDLED`.
 
     Raises:
         CheckpointError: if the file is missing.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "weights", package.parent / "weights"):
-        if (folder / BUNDLED).is_file():
-            return folder / BUNDLED
-    raise CheckpointError(f"the bundled checkpoint {BUNDLED} is missing from this installation")
+        if (folder / BUNDLED[name]).is_file():
+            return folder / BUNDLED[name]
+    raise CheckpointError(f"the bundled checkpoint {BUNDLED[name]} is missing from this installation")
+
+
+def find_checkpoint(checkpoint: str | Path | None) -> Path:
+    """Return the path of a checkpoint: the bundled one by default, or by its name, unless a file has that name.
+
+    Raises:
+        CheckpointError: if there is no such file or folder.
+    """
+    if checkpoint is None:
+        return bundled_checkpoint()
+    path = Path(checkpoint)
+    if path.exists():
+        return path
+    if str(checkpoint) in BUNDLED:
+        return bundled_checkpoint(str(checkpoint))
+    known = "" if path.suffix or path.name != str(checkpoint) else f"; bundled are {', '.join(BUNDLED)}"
+    raise CheckpointError(f"no such checkpoint: {path}{known}")
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata, *, base: Path | None = None) -> None:

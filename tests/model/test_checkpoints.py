@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import struct
+import tomllib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mlperturb.model.checkpoints import (
     build_network,
     bundled_checkpoint,
     default_preprocess,
+    find_checkpoint,
     load_checkpoint,
     read_metadata,
     read_tensors,
@@ -26,6 +28,7 @@ from mlperturb.model.checkpoints import (
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import Preprocess
 
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = "shufflenet_v2_x0_5"
 LABELS = ("cat", "dog", "pérson, or people")
 PREPROCESS = json.loads(json.dumps(Preprocess((32, 32)).to_dict()))
@@ -354,8 +357,29 @@ def test_a_missing_bundled_checkpoint_is_a_checkpoint_error(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("folder", ["weights", "mlperturb/weights"])
-def test_the_bundled_checkpoint_lies_in_the_wheel_or_the_source_tree(monkeypatch, tmp_path, folder):
+@pytest.mark.parametrize("name", checkpoints.BUNDLED)
+def test_a_bundled_checkpoint_lies_in_the_wheel_or_the_source_tree(monkeypatch, tmp_path, folder, name):
     monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "mlperturb" / "model" / "checkpoints.py"))
     (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / folder / checkpoints.BUNDLED).write_bytes(b"")
-    assert bundled_checkpoint() == tmp_path / folder / checkpoints.BUNDLED
+    file = tmp_path / folder / checkpoints.BUNDLED[name]
+    file.write_bytes(b"")
+    assert bundled_checkpoint(name) == find_checkpoint(name) == file
+
+
+def test_each_bundled_checkpoint_is_there_and_goes_into_the_wheel():
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included = named["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    for name, file in checkpoints.BUNDLED.items():
+        assert read_metadata(find_checkpoint(name)).labels[0] == "aeroplane"
+        assert included[f"weights/{file}"] == f"mlperturb/weights/{file}"
+
+
+def test_a_file_comes_before_the_bundled_checkpoint_of_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "robust").write_bytes(b"")
+    assert find_checkpoint("robust") == Path("robust")
+    assert find_checkpoint(None) == bundled_checkpoint("mobilenet-v2")
+    with pytest.raises(CheckpointError, match=r"no such checkpoint: rubost; bundled are mobilenet-v2, .*robust"):
+        find_checkpoint("rubost")
+    with pytest.raises(CheckpointError, match=r"no such checkpoint: rubost.safetensors$"):
+        find_checkpoint("./rubost.safetensors")
