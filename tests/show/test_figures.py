@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from support.models import TINY_PIXELS
 
@@ -142,3 +143,31 @@ def test_a_photo_that_was_as_asked_has_no_case_study(cli, tiny, tmp_path):
     assert statuses == ["success", "unchanged"]
     assert cli("figures", tmp_path / "out", "--kind", "case")[0] == 0
     assert [path.name for path in (tmp_path / "out" / "figures").iterdir()] == ["case-cat.png"]
+
+
+def test_a_case_study_keeps_every_word_inside_and_its_titles_in_a_row(report):
+    read = json.loads((report / "report.json").read_text())
+    image = next(image for image in read["images"] if image["source"].endswith("a.png"))
+    labels = [f"a label of a long name {number}" for number in range(30)]
+    read["classifier"] |= {"labels": labels, "thresholds": [0.5] * 30}
+    values = dict.fromkeys(labels, 0.9)
+    image |= {"truth": dict.fromkeys(labels, True), "flip": labels[:12], "keep": labels[12:],
+              "probabilities": {"before": values, "after": values, "float": None}}  # fmt: skip
+    figure = draw_case(read, image, report)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page = figure.bbox
+    bars = figure.axes[-1]
+    words = [*figure.texts, *bars.get_yticklabels(), bars.xaxis.label, bars.get_legend()]
+    for word in words:
+        box = word.get_window_extent(canvas.get_renderer())
+        assert page.x0 <= box.x0 <= box.x1 <= page.x1
+        assert page.y0 <= box.y0 <= box.y1 <= page.y1
+    lows = {round(title.get_window_extent(canvas.get_renderer()).y0) for title in figure.texts}
+    assert max(lows) - min(lows) <= 3
+    assert f"RMSD {image['distortion']['rmsd']:.2f}" in figure.texts[2].get_text()
+    assert bars.get_legend().get_title().get_text() == "21 more labels not shown"
+    red, green, blue, _ = bars.patches[-1].get_facecolor()  # of a label of A
+    assert red > 0.7 > 0.3 > max(green, blue)
+    widths = [axes.get_window_extent().width / figure.dpi for axes in figure.axes[:3]]
+    assert min(widths) > 2  # inches, of a page of 7

@@ -114,6 +114,39 @@ def test_a_damaged_report_is_refused_in_a_line(cli, page, damage):
         assert err.count("\n") == 1
 
 
+def test_a_card_says_why_an_attack_fell_short(cli, page):
+    path = page.parent / "report.json"
+    report = json.loads(path.read_text())
+    image = report["images"][0]
+    image |= {"status": "failed", "files": {"adversarial": None, "map": None}, "distortion": None,
+              "constraints": {"held": 2, "total": 4, "violated": ["cat", "hen"]}, "readers": None}  # fmt: skip
+    path.write_text(json.dumps(report))
+    assert cli("gallery", page.parent, "--overwrite", "--quiet")[0] == 0
+    reason = "2 of 4 constraints not met: cat, hen; no label flipped, so no file was written."
+    assert page.read_text().count(reason) == 1
+
+
+def test_a_long_report_has_pages_that_lead_to_each_other(cli, page, monkeypatch):
+    import mlperturb.run.outputs
+    import mlperturb.show.gallery
+
+    for module in (mlperturb.run.outputs, mlperturb.show.gallery):
+        monkeypatch.setattr(module, "PHOTOS", 3)
+    code, text, _ = cli("gallery", page.parent, "--out", page.parent / "all.html")
+    assert (code, text) == (0, f"page {page.parent / 'all.html'} to all-2.html\n")
+    first, second = (page.with_name(name).read_text() for name in ("all.html", "all-2.html"))
+    assert (first.count("<article"), second.count("<article")) == (3, 1)
+    assert "Photos 1 to 3 of 4; page" in first
+    assert "Photos 4 to 4 of 4; page" in second
+    assert next(dict(tag)["href"] for name, tag in Tags(second).tags if name == "a") == "./all.html"
+    assert '<a href="./all-2.html">2</a>' in first
+    assert "<option>unreadable" not in first.replace("\n", "") or "<option>unreadable" not in second.replace("\n", "")
+    code, _, err = cli("gallery", page.parent, "--out", page.parent / "all.html")
+    assert (code, "all.html exists already" in err) == (2, True)
+    page.with_name("all.html").unlink()
+    assert "all-2.html exists already" in cli("gallery", page.parent, "--out", page.parent / "all.html")[2]
+
+
 @pytest.fixture
 def browser():
     """Start a headless Chromium."""
