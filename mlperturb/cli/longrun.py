@@ -129,6 +129,8 @@ class LongRun:
             most: about the most passes for a photo.
         """
         self._watched = meter, most
+        if self._done == self._had:
+            self._text = ""  # what came before the first search
 
     def _show(self) -> None:
         """Show what is done, and a share of each photo of the batch being attacked, so that time can be told."""

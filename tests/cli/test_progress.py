@@ -40,7 +40,7 @@ def test_a_batch_that_has_just_begun_shows_its_passes_and_the_time_left(terminal
             meter.forward.fill_(passes)
             long._show()
         task = long._bar.tasks[0]
-        assert task.description == "reading photos; searching, pass 12 of at most 40"
+        assert task.description == "searching, pass 12 of at most 40"
         assert 0.5 < task.completed < 0.7  # 2 photos, 30% of each
         assert task.time_remaining is not None
         long.advance(2, "success 100%")
