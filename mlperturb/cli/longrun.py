@@ -88,7 +88,9 @@ class LongRun:
         share = self.share
         with Interrupts() as interrupts, Journal(path, key, rank=share.rank, size=share.size) as journal:
             if journal.torn:
-                self.note(f"the last line of {path} is incomplete and is dropped: its photos are attacked again")
+                self.note(
+                    f"the last line of {path} is incomplete or damaged and is dropped: its photos are attacked again"
+                )
             yield journal, interrupts
 
     @contextmanager

@@ -108,7 +108,7 @@ def test_a_torn_last_line_is_dropped_and_said(cli, command, tmp_path):
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1])[:-40])  # the last has no photo
     code, _, err = cli(*command(out))
     assert code == 1
-    assert "journal.jsonl is incomplete" in err
+    assert "journal.jsonl is incomplete or damaged" in err
     assert "going on: 6 of 10" in err
     assert contents(out) == before
 
@@ -117,8 +117,9 @@ def test_a_torn_last_line_is_dropped_and_said(cli, command, tmp_path):
 def test_a_damaged_journal_stops_with_a_line(cli, command, tmp_path, line):
     out = tmp_path / "out"
     cli(*command(out))
-    with (out / "journal.jsonl").open("a") as stream:
-        stream.write(line + "\n")
+    journal = out / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([*lines[:-1], line + "\n", lines[-1]]))  # at the end it would be a torn line
     code, _, err = cli(*command(out))
     assert code in (2, 3)
     assert "damaged" in err
