@@ -213,13 +213,13 @@ import sys
 import mlperturb.cli.attack
 from mlperturb.cli.main import run
 
-def find_source(*_):
+def find_sources(*_, **__):
     try:
         import library
     finally:
         print("the library went on")
 
-mlperturb.cli.attack.find_source = find_source
+mlperturb.cli.attack.find_sources = find_sources
 sys.argv = ["mlperturb", *{command(tmp_path / "out")!r}]
 run()
 """
