@@ -20,6 +20,7 @@ from mlperturb.metrics import distortion
 from mlperturb.model.checkpoints import find_checkpoint, load_checkpoint
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.ensemble import Ensemble, Victim, alpha_of, check_size, members_of, places_of
+from mlperturb.model.hub import fetch, is_hub
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.model.readers import parse_reader
 from mlperturb.model.trial import try_network
@@ -118,9 +119,10 @@ def load(
     Args:
         checkpoint: a `.safetensors` file that `mlperturb train` wrote, or plain weights (`.pt`, `.pth`, `.safetensors`)
             with `arch` and `labels`; the folder of a timm or a transformers model (config.json, model.safetensors,
-            and often selected_tags.csv or preprocessor_config.json); a program, `.pt2` of torch.export or `.onnx`, with
-            a JSON file beside it; or the name of a bundled classifier of the 20 labels of PASCAL VOC (`mobilenet-v2`,
-            the default, `efficientnet-lite2` or `robust`).
+            and often selected_tags.csv or preprocessor_config.json), or `hf:OWNER/NAME`, with or without `@REVISION`,
+            of the Hugging Face Hub; a program, `.pt2` of torch.export or `.onnx`, with a JSON file beside it; or the
+            name of a bundled classifier of the 20 labels of PASCAL VOC (`mobilenet-v2`, the default,
+            `efficientnet-lite2` or `robust`).
         arch: the torchvision architecture of plain weights, such as `resnet50`.
         labels: the label names of plain weights, or of a folder without names, in the order of the network's outputs;
             or a file of them, a name a line or a CSV table with the columns `name` and, if you like, `category`.
@@ -141,7 +143,7 @@ def load(
     """
     if not isinstance(checkpoint, str | Path | None):
         raise UsageError(f"expected a path for `checkpoint`, got a {form_of(checkpoint)}")
-    path = find_checkpoint(checkpoint)
+    path = fetch(str(checkpoint)).folder if is_hub(checkpoint) else find_checkpoint(checkpoint)
     place = device if device == "cpu" else prepare(device, 0)
     return load_checkpoint(
         path,

@@ -352,7 +352,7 @@ def run(
     long, existing = LongRun(join(), quiet=quiet), frozenset[str]()
     planned = fingerprint([settings.batch_size, *((str(job.source), job.adversarial) for job in jobs)])
     place = long.prepare(device, seed)
-    described = settings.describe(seed=seed, device=long.device)
+    described = {**settings.describe(seed=seed, device=long.device), **source.origin}
     again = long.starts_again(overwrite)
     task = AttackRun(long, source, settings, jobs, outputs, described, json, strict, overwrite=again)
     if long.share.first:

@@ -56,9 +56,12 @@ def complete_words(words: Iterable[str], *, many: bool = False) -> Callable[[str
 def _labels_of(context: typer.Context) -> tuple[tuple[str, ...], Categories]:
     """Return the labels of the checkpoint that the line names, or of the bundled one; none if it cannot be read."""
     from mlperturb.cli.options import find_source
+    from mlperturb.model.hub import is_hub
 
     given: dict[str, Any] = {name: context.params.get(name) for name in ("checkpoint", "arch", "labels")}
     paths = {name: None if value is None else Path(str(value)) for name, value in given.items() if name != "arch"}
+    if is_hub(paths["checkpoint"]):  # a completion fetches nothing
+        return (), Categories()
     try:
         source = find_source(paths["checkpoint"], given["arch"], paths["labels"])
     except (MlperturbError, OSError):

@@ -79,7 +79,7 @@ def _describe(source: Source, metadata: Metadata, chosen: Sequence[int], *, narr
     """Return the JSON of these labels, by number, and of all that is understood."""
     names = [metadata.labels[number] for number in chosen]
     described: dict[str, Any] = {
-        "checkpoint": str(source.path),
+        "checkpoint": source.name,
         "thresholds": {name: metadata.thresholds[number] for name, number in zip(names, chosen, strict=True)},
     }
     if metadata.categories.of:
@@ -140,7 +140,7 @@ def _print_understood(source: Source, metadata: Metadata) -> None:
             out.print(f"{name}:")
             for key, inner in value.items():
                 out.print(f"  {printable(str(key))}: {printable(_line(inner))}", soft_wrap=True)
-    out.print(f"checkpoint: {printable(str(source.path))}", soft_wrap=True)
+    out.print(f"checkpoint: {printable(source.name)}", soft_wrap=True)
 
 
 def _line(value: object) -> str:

@@ -14,6 +14,7 @@ from mlperturb.errors import CheckpointError, UsageError
 from mlperturb.labels import Categories
 from mlperturb.model.beside import is_program, read_beside
 from mlperturb.model.given import DEFAULT_THRESHOLD
+from mlperturb.model.hub import Fetched, fetch, is_hub
 from mlperturb.model.readers import DEFAULT_READERS, TRANSFORMERS_READERS
 from mlperturb.system.files import parse_local, parse_path
 
@@ -53,8 +54,9 @@ Checkpoint = Annotated[
         **HERE,
         **CLASSIFIER,
         help="A .safetensors checkpoint of mlperturb, the folder of a timm or a transformers model (config.json, "
-        "model.safetensors), a program with NAME.json beside it (.pt2 of torch.export, .onnx), plain weights with "
-        "--arch and --labels, or a bundled one: mobilenet-v2, efficientnet-lite2, robust.",
+        "model.safetensors), hf:OWNER/NAME[@REVISION] of the Hugging Face Hub, a program with NAME.json beside it "
+        "(.pt2 of torch.export, .onnx), plain weights with --arch and --labels, or a bundled one: mobilenet-v2, "
+        "efficientnet-lite2, robust.",
     ),
 ]
 Arch = Annotated[
@@ -181,6 +183,7 @@ class Source:
         preprocess: the fields that the user gives.
         notes: what is assumed for want of a record, a line each.
         activation: what makes probabilities of the scores, as the user gives it.
+        fetched: the folder of the hub that `path` is, if it is.
     """
 
     path: Path
@@ -193,6 +196,17 @@ class Source:
     preprocess: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     activation: str | None = None
+    fetched: Fetched | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the checkpoint, of the hub with its commit."""
+        return str(self.path) if self.fetched is None else self.fetched.name
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What a report's settings say of the checkpoint: the commit of the hub."""
+        return {} if self.fetched is None else {"commit": self.fetched.commit}
 
     @property
     def said(self) -> dict[str, Any]:
@@ -218,7 +232,7 @@ class Source:
 
         classifier, metadata = load_checkpoint(self.path, device=device, **self.said)
         return classifier, {
-            "checkpoint": str(self.path),
+            "checkpoint": self.name,
             "sha256": self.sha256,
             "architecture": metadata.architecture,
             "labels": list(metadata.labels),
@@ -263,7 +277,9 @@ def find_source(
     from mlperturb.model.given import check_activation, read_preprocess
 
     chosen = None if activation is None else check_activation(activation)
-    source = _find_named(checkpoint, arch, labels, thresholds, chosen)
+    fetched = fetch(str(checkpoint)) if is_hub(checkpoint) else None
+    checkpoint = checkpoint if fetched is None else fetched.folder
+    source = replace(_find_named(checkpoint, arch, labels, thresholds, chosen), fetched=fetched)
     if preprocess is not None:
         fields = read_preprocess(preprocess)
         readers = _readers_of(fields) if "readers" in fields else source.readers
@@ -387,7 +403,7 @@ def classifier_key(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def named_source(described: dict[str, Any]) -> Source:
-    """Find the checkpoint that a report describes; only a file with the recorded SHA-256 is opened.
+    """Find the checkpoint that a report describes; only a file with the recorded SHA-256 is opened, nothing is fetched.
 
     Raises:
         UsageError: if the checkpoint is not found, or is another.
@@ -395,8 +411,9 @@ def named_source(described: dict[str, Any]) -> Source:
     from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
     from mlperturb.system.files import is_file_of
 
-    names = tuple(described["labels"])
-    path = Path(described["checkpoint"])
+    names, named = tuple(described["labels"]), described["checkpoint"]
+    fetched = fetch(named, fetched_before=True) if is_hub(named) else None
+    path = Path(named) if fetched is None else fetched.folder
     if not path.exists():
         path = bundled_checkpoint()
         if not is_file_of(path, described["sha256"], None):
@@ -405,7 +422,7 @@ def named_source(described: dict[str, Any]) -> Source:
     said = {"thresholds": described["thresholds"], "preprocess": described.get("preprocess")}
     said["activation"] = described.get("activation")
     if path.is_dir() or is_program(path):
-        return Source(path, None, names, names, **said)
+        return Source(path, None, names, names, **said, fetched=fetched)
     try:
         metadata = read_metadata(path)
         return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess), metadata.categories, **said)

@@ -60,6 +60,12 @@ class Sources:
         """What is assumed for want of a record, a line each."""
         return tuple(note for one in self.parts.values() for note in one.notes)
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a report's settings say of the checkpoints: the commits of the hub, by name."""
+        commits = {name: one.fetched.commit for name, one in self.parts.items() if one.fetched is not None}
+        return {"commit": commits} if commits else {}
+
     def load(self, device: str) -> tuple[Victim, dict[str, Any]]:
         """Load the classifiers; return them with their description for a report."""
         from mlperturb.model.ensemble import Ensemble

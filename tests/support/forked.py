@@ -1,12 +1,14 @@
 """Run many commands, each in its own process with its own limits, and load the libraries only once.
 
-`python tests/support/forked.py COMMANDS RESULTS`: read a JSON list of argument lists, write a JSON line for each.
+`python tests/support/forked.py COMMANDS RESULTS [MODULE...]`: read a JSON list of argument lists, write a JSON line for
+each. The modules are loaded once, before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import json
 import os
@@ -69,7 +71,9 @@ if __name__ == "__main__":
     import mlperturb.run.runner  # noqa: F401
 
     torch.set_num_threads(1)
-    commands, results = map(Path, sys.argv[1:])
+    commands, results = map(Path, sys.argv[1:3])
+    for module in sys.argv[3:]:
+        importlib.import_module(module)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         sys.argv = ["mlperturb", "labels"]  # loads the modules that load late
         main()
