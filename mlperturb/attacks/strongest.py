@@ -38,7 +38,8 @@ def climb(
     4. r <- P(r - a R p / ||p||_2), where P projects onto the ball ||r||_2 <= R and the box, and a falls to 0. Without
        R, r <- P(r - a B sign(p)).
     5. s is the largest scale with which ||round(x + s r) - x||_2 <= R: rounding stays within the limit.
-    6. Steps 2 to 5 are repeated. At half way, images of which no iterate met its goal are given up.
+    6. Steps 2 to 5 are repeated. Where passes are limited, images whose iterates have not met their goal at half way
+       are given up, for their passes serve the gentler search better.
     7. The iterate of the largest margin in the first view is computed in all, and kept if it holds there.
 
     Sources: momentum, Dong et al. 2018 (MI-FGSM); copies, Xie et al. 2019 (DI-FGSM). There one loss is raised under a
@@ -102,7 +103,7 @@ class _Path:
     def begin(cls, problem: Problem, iterations: int) -> _Path:
         """Step 1: r = 0, p = 0; K leaves the passes of the last looks."""
         latent = problem.lattice.zeros(problem.images)
-        looks = 0 if problem.limit is None else (problem.views + 2) // 2
+        looks = 0 if problem.limit is None else (problem.views + 3) // 2
         allowed = (problem.iterations_left(iterations + looks) - looks).clamp(1, max(iterations, 1))
         no = torch.zeros_like(allowed, dtype=torch.bool)
         return cls(latent, torch.zeros_like(latent), torch.ones_like(allowed), allowed, no)
@@ -126,19 +127,18 @@ def _leave(problem: Problem, path: _Path, seen: Best, step: int, ready: list[Ten
         step: the number of the iteration.
         ready: gets the rows of the images that are to be computed in every view.
     """
-    ended = step >= path.allowed
-    given_up = ~ended & ~path.met & (step >= (path.allowed / 2).ceil()) & (step > 0)
-    if not bool((ended | given_up).any()):
+    ended, half = step >= path.allowed, step == (path.allowed / 2).ceil()
+    doubted = half & ~ended & ~path.met if problem.limit is not None else torch.zeros_like(ended)
+    last = (ended | doubted).nonzero().flatten()
+    if not len(last):
         return problem, path
-    last = ended.nonzero().flatten()
-    if len(last):
-        part, state = problem.select(last), path.select(last)
-        points = state.points(part)
-        with torch.no_grad():
-            met = seen.update(part, points, part.logits(points)) | state.met
-        ready.append(part.rows[met.cpu()])
-    rows = (~ended & ~given_up).nonzero().flatten()
-    return problem.select(rows), path.select(rows)
+    part, state = problem.select(last), path.select(last)
+    points, met = state.points(part), path.met.clone()
+    with torch.no_grad():
+        met[last] |= seen.update(part, points, part.logits(points))
+    ready.append(problem.rows[(ended & met).cpu()])
+    rows = (~ended & (met | ~doubted)).nonzero().flatten()
+    return problem.select(rows), replace(path, met=met).select(rows)
 
 
 def _look(
