@@ -100,6 +100,10 @@ def advice(record: Record, settings: Settings) -> str:
     lost = [
         f"{name} ({listed(one['violated'], 3)})" for name, one in (record.survival or {}).items() if one["violated"]
     ]
+    spared = [name for name, one in (record.classifiers or {}).items() if one["violated"]]
+    if 0 < len(spared) < len(record.classifiers or {}):
+        hint = "more --passes" if settings.limits.passes else "--budget paper"
+        return f"the file fools some classifiers, but not {', '.join(spared)}; try {hint}"
     elsewhere = [name for name, reader in (record.readers or {}).items() if reader["violated"]]
     if 0 < len(elsewhere) < len(record.readers or {}):
         hint = "more --passes" if settings.limits.passes else "--margin 0.3"

@@ -13,9 +13,12 @@ from PIL import Image
 from support.models import TINY_LABELS, TINY_PIXELS
 
 from mlperturb import load, predict
+from mlperturb.cli.advice import advice
 from mlperturb.experiment.transfer import read_schema as read_transfer_schema
 from mlperturb.model.checkpoints import Metadata, read_metadata, read_tensors, save_checkpoint
+from mlperturb.run.record import Record
 from mlperturb.run.report import read_schema
+from mlperturb.run.settings import Words, read_settings
 
 OTHER_LABELS = ("dog", "cat", "cow", "hen")
 
@@ -88,6 +91,15 @@ def test_the_run_goes_on_only_with_the_same_checkpoints(cli, both):
     code, _, err = cli(*command[:10], *command[12:])
     assert code == 2
     assert "--overwrite" in err
+
+
+def test_advice_names_the_classifiers_that_are_not_fooled():
+    settings = read_settings(Words(flip=["a"]), ["a", "b"], networks=2)
+    record = Record(
+        "photo.png", status="partial", constraints={"held": 1, "total": 2, "violated": ["a"]},
+        classifiers={"first": {"violated": []}, "second": {"violated": ["a"]}},
+    )  # fmt: skip
+    assert advice(record, settings) == "the file fools some classifiers, but not second; try --budget paper"
 
 
 def test_a_report_on_several_is_shown_by_every_command_but_jpeg_defend(cli, both):
