@@ -54,19 +54,29 @@ def complete_words(words: Iterable[str], *, many: bool = False) -> Callable[[str
 
 
 def _labels_of(context: typer.Context) -> tuple[tuple[str, ...], Categories]:
-    """Return the labels of the checkpoint that the line names, or of the bundled one; none if it cannot be read."""
+    """Return the labels of the checkpoints that the line names, or of the bundled one; none of one that is unreadable.
+
+    The categories are those of the first checkpoint.
+    """
     from mlperturb.cli.options import find_source
     from mlperturb.model.hub import is_hub
 
-    given: dict[str, Any] = {name: context.params.get(name) for name in ("checkpoint", "arch", "labels")}
-    paths = {name: None if value is None else Path(str(value)) for name, value in given.items() if name != "arch"}
-    if is_hub(paths["checkpoint"]):  # a completion fetches nothing
-        return (), Categories()
-    try:
-        source = find_source(paths["checkpoint"], given["arch"], paths["labels"])
-    except (MlperturbError, OSError):
-        return (), Categories()
-    return source.labels, source.categories
+    given = {name: context.params.get(name) for name in ("checkpoint", "arch", "labels")}
+    named: Any = given["checkpoint"]
+    several = list(named) if isinstance(named, list | tuple) else [named]
+    labels: dict[str, None] = {}
+    categories = Categories()
+    for number, checkpoint in enumerate(several or [None]):
+        paths = [None if value is None else Path(str(value)) for value in (checkpoint, given["labels"])]
+        if is_hub(paths[0]):  # a completion fetches nothing
+            continue
+        try:
+            source = find_source(paths[0], given["arch"], paths[1])
+        except (MlperturbError, OSError):
+            continue
+        labels |= dict.fromkeys(source.labels)
+        categories = categories if number else source.categories
+    return tuple(labels), categories
 
 
 def _names_of(categories: Categories) -> list[str]:

@@ -78,6 +78,11 @@ def test_labels_of_a_folder_are_read_without_torch(ask, tagger):
     assert ask("labels", "--checkpoint", str(tagger), "--category", "") == ["0", "4"]
 
 
+def test_labels_of_several_checkpoints_are_offered(ask, tagger):
+    given = ("attack", "--checkpoint", str(tagger), "--checkpoint", str(tagger.parent / "none"))
+    assert ask(*given, "--flip", "dog,do") == ["dog,do\\ it"]
+
+
 def test_readers_are_offered_after_the_colon_of_bash(ask):
     assert ask("attack", "--reader", "pillow", ":", "bic") == ["bicubic"]
     kernels = ("", ":linear", ":cubic", ":area")
