@@ -408,15 +408,16 @@ def named_source(described: dict[str, Any]) -> Source:
     Raises:
         UsageError: if the checkpoint is not found, or is another.
     """
-    from mlperturb.model.checkpoints import bundled_checkpoint, read_metadata
+    from mlperturb.model.checkpoints import BUNDLED, bundled_checkpoint, read_metadata
     from mlperturb.system.files import is_file_of
 
     names, named = tuple(described["labels"]), described["checkpoint"]
     fetched = fetch(named, fetched_before=True) if is_hub(named) else None
     path = Path(named) if fetched is None else fetched.folder
     if not path.exists():
-        path = bundled_checkpoint()
-        if not is_file_of(path, described["sha256"], None):
+        found = [path for path in map(bundled_checkpoint, BUNDLED) if is_file_of(path, described["sha256"], None)]
+        path = found[0] if found else path
+        if not found:
             raise UsageError(f"the report's checkpoint {described['checkpoint']} does not exist: give --checkpoint")
     check_attacked(path, described["sha256"])
     said = {"thresholds": described["thresholds"], "preprocess": described.get("preprocess")}
@@ -425,6 +426,8 @@ def named_source(described: dict[str, Any]) -> Source:
         return Source(path, None, names, names, **said, fetched=fetched)
     try:
         metadata = read_metadata(path)
+        recorded = {**metadata.__dict__, "thresholds": list(metadata.thresholds)}
+        said = {name: None if value == recorded[name] else value for name, value in said.items()}
         return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess), metadata.categories, **said)
     except CheckpointError:  # plain weights
         return Source(path, described["architecture"], names, names, **said)

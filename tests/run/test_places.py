@@ -126,9 +126,9 @@ def test_a_tree_of_200_photos_with_repeated_names_runs_grows_shrinks_and_goes_on
     folder, out = tmp_path / "in", tmp_path / "out"
     search, batches = mlperturb.run.search.search, []
 
-    def counted(classifier, photos, requests, settings):
+    def counted(classifier, photos, *more):
         batches.append(len(photos))
-        return search(classifier, photos, requests, settings)
+        return search(classifier, photos, *more)
 
     monkeypatch.setattr(mlperturb.run.search, "search", counted)
     write_tree(folder, range(180))

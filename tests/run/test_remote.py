@@ -90,9 +90,9 @@ def test_a_run_at_a_url_goes_on_and_refuses_other_settings(cli, command, monkeyp
     MEMORY.rm_file("/bucket/out/2 x.adv.png")
     attacked, search = [], mlperturb.run.search.search
 
-    def watch(classifier, photos, requests, settings):
+    def watch(classifier, photos, *more):
         attacked.append(len(photos))
-        return search(classifier, photos, requests, settings)
+        return search(classifier, photos, *more)
 
     monkeypatch.setattr(mlperturb.run.search, "search", watch)
     code, _, err = cli(*command(out))
