@@ -48,17 +48,13 @@ Paths = Annotated[
     list[Path], typer.Argument(**ANYWHERE, help="Photos or folders of photos; paths or URLs.", show_default=False)
 ]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", metavar="", help="Search subfolders too.", **WHAT)]
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        **HERE,
-        **CLASSIFIER,
-        help="A .safetensors checkpoint of mlperturb, the folder of a timm or a transformers model (config.json, "
-        "model.safetensors), hf:OWNER/NAME[@REVISION] of the Hugging Face Hub, a program with NAME.json beside it "
-        "(.pt2 of torch.export, .onnx), plain weights with --arch and --labels, or a bundled one: mobilenet-v2, "
-        "efficientnet-lite2, robust.",
-    ),
-]
+CHECKPOINT_HELP = (
+    "A .safetensors checkpoint of mlperturb, the folder of a timm or a transformers model (config.json, "
+    "model.safetensors), hf:OWNER/NAME[@REVISION] of the Hugging Face Hub, a program with NAME.json beside it "
+    "(.pt2 of torch.export, .onnx), plain weights with --arch and --labels, or a bundled one: mobilenet-v2, "
+    "efficientnet-lite2, robust."
+)
+Checkpoint = Annotated[Path | None, typer.Option(**HERE, **CLASSIFIER, help=CHECKPOINT_HELP)]
 Arch = Annotated[
     str | None,
     typer.Option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlperturb.cli.options import HERE, Source, find_source
+from mlperturb.cli.options import CHECKPOINT_HELP, CLASSIFIER, HERE, Source, find_source
 from mlperturb.errors import UsageError
 from mlperturb.labels import Categories, join_categories
 
@@ -22,8 +22,8 @@ Checkpoints = Annotated[
     typer.Option(
         "--checkpoint",
         **HERE,
-        help="A .safetensors checkpoint of mlperturb, the folder of a timm model (config.json, model.safetensors), "
-        "or plain weights with --arch and --labels. Repeatable: then a file must fool all of them.",
+        **CLASSIFIER,
+        help=f"{CHECKPOINT_HELP} Repeatable: then a file must fool all of them.",
     ),
 ]
 
