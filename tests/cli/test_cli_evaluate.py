@@ -252,7 +252,8 @@ def test_an_evaluation_may_lie_at_a_url(cli, evaluate, table, tiny):
     assert "8 of 8 attacks are done already" in err
     store = fsspec.filesystem("memory")
     assert store.cat_file("/bucket/out/tables.json") == (table.parent / "out" / "tables.json").read_bytes()
-    assert not [name for name in store.find("/bucket/out") if name.endswith(".png")]
+    pictures = [name for name in store.find("/bucket/out") if name.endswith(".png")]
+    assert pictures == ["/bucket/out/curve-extreme.png", "/bucket/out/curve-random.png"]
     code, _, err = cli("evaluate", *data, *QUICK, "--out", "memory://bucket/out", "--overwrite", "--seed", 4)
     assert code == 0
     assert "already" not in err

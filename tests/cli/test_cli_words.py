@@ -108,7 +108,7 @@ def test_a_run_is_refused_another_threshold_or_preprocessing(folder, cli, save_p
     fields.write_text(json.dumps({"chanels": "bgr"}))
     code, _, said = cli(*run, "--thresholds", ".4", "--preprocess", fields, "--overwrite")
     assert code == 2
-    assert "unknown fields of --preprocess: chanels: expected some of alpha, channels, crop" in said
+    assert "unknown fields of --preprocess: chanels: expected some of alpha, channels, corner, crop" in said
 
 
 def test_present_and_categories_at_the_command_line(folder, cli, save_photo, tmp_path):

@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.main import get_command
 
 from mlperturb.attacks.methods import METHODS
+from mlperturb.cli.console import OPTIONS
 from mlperturb.cli.main import app
 from mlperturb.show.tables import Grid, show
 
@@ -78,10 +79,10 @@ def test_methods_is_readable_at_80_columns(cli):
     lines = [line.rstrip() for line in text.splitlines()]
     for name, method in METHODS.items():
         (start,) = [number for number, line in enumerate(lines) if line.split()[:1] == [name]]
-        entry = lines[start : start + 3]
+        entry = lines[start : start + 4]
         assert entry[0][8:] in method.summary  # never less than a line of it
         assert any(method.equation in line for line in entry)
-        assert all(any(f"--{option}" in line for line in entry) for option in method.options)
+        assert all(any(OPTIONS[option] in line for line in entry) for option in method.options)
 
 
 def test_the_table_of_an_evaluation_keeps_its_columns_at_80():

@@ -268,11 +268,11 @@ def test_out_of_memory_halves_the_batch_is_said_once_and_every_photo_comes_out(c
     cli(*command(tmp_path / "whole", "--batch-size", 8))
     search, sizes = mlperturb.run.search.search, []
 
-    def short_of_memory(classifier, photos, requests, settings):
+    def short_of_memory(classifier, photos, *more):
         sizes.append(len(photos))
         if len(photos) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return search(classifier, photos, requests, settings)
+        return search(classifier, photos, *more)
 
     monkeypatch.setattr(mlperturb.run.search, "search", short_of_memory)
     code, _, err = cli(*command(tmp_path / "out", "--batch-size", 8))
@@ -286,10 +286,10 @@ def test_out_of_memory_halves_the_batch_is_said_once_and_every_photo_comes_out(c
 def test_a_photo_too_large_by_itself_fails_and_the_rest_goes_on(cli, command, photos, tmp_path, monkeypatch):
     search, large = mlperturb.run.search.search, file_sha256(photos / "4.png")
 
-    def short_of_memory(classifier, photos, requests, settings):
+    def short_of_memory(classifier, photos, *more):
         if any(photo.sha256 == large for photo in photos):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return search(classifier, photos, requests, settings)
+        return search(classifier, photos, *more)
 
     monkeypatch.setattr(mlperturb.run.search, "search", short_of_memory)
     code, _, err = cli(*command(tmp_path / "out"))
@@ -370,10 +370,10 @@ def test_a_photo_for_which_there_is_no_memory_is_an_error_of_its_own(cli, comman
     else:
         search = mlperturb.run.search.search
 
-        def fail(classifier, photos, requests, settings):
+        def fail(classifier, photos, *more):
             if max(photo.rgb.shape[0] * photo.rgb.shape[1] for photo in photos) == 36 * 30:
                 raise error
-            return search(classifier, photos, requests, settings)
+            return search(classifier, photos, *more)
 
         monkeypatch.setattr(mlperturb.run.search, "search", fail)
     code, _, err = cli(*command(tmp_path / "out"))
