@@ -22,7 +22,7 @@ def counted(number: int, noun: str) -> str:
 
 def share_of(number: int, total: int, noun: str) -> str:
     """Return a part of a total as the subject of a sentence, with its verb: `1 of 3 photos is`, `2 of 3 photos are`."""
-    return f"{number} of {counted(total, noun)} {'is' if number == 1 else 'are'}"
+    return f"{number} of {counted(total, noun)} {'is' if 1 in (number, total) else 'are'}"
 
 
 def listed(names: Sequence[str], most: int) -> str:

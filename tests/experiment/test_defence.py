@@ -278,7 +278,7 @@ def test_without_the_photos_there_is_no_control_and_that_is_said(cli, attacked, 
         path.unlink()
     code, _, err = cli("jpeg-defend", attacked, "--device", "cpu")
     assert code == 0
-    assert "3 of 3 PNGs" in err
+    assert "3 of 3 clean photos" in err
     assert json.loads((attacked / "jpeg-defence.json").read_text())["qualities"][0]["clean_images"] == 0
 
 

@@ -118,7 +118,7 @@ def test_json_values_give_the_same_preprocessing(case):
     [
         ({"fit": "squeeze"}, "expected fit stretch, cover, contain"),
         ({"fit": "cover"}, "expected a height and width to resize to, and a crop"),
-        ({"channels": "gbr"}, "expected channels rgb or bgr, got 'gbr'"),
+        ({"channels": "gbr"}, "expected channels rgb, bgr, grey, got 'gbr'"),
         ({"fill": [0, 0, 256]}, "expected 3 values from 0 to 255"),
         ({"square": 1}, "expected preprocessing fields of the right types"),
         ({"fill": [0.5, 1, 1]}, "expected preprocessing fields of the right types"),

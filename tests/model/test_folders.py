@@ -114,7 +114,10 @@ def test_labels_come_from_config_or_are_asked_for(folder):
         ({"auto_map": {"AutoModel": "code.Model"}}, "does not run code of a checkpoint"),
         ({"architecture": None}, "expected `architecture`, the name of a timm model, or `model_type`"),
         ({"architecture": "test_vit", "model_args": {"img_size": 32}}, "does not fit the architecture"),
-        ({"pretrained_cfg": {"input_size": [3, 96, 96]}}, "cannot look at photos of 96 x 96 pixels"),
+        (
+            {"pretrained_cfg": {"input_size": [3, 96, 96]}, "model_args": {"dynamic_img_size": False}},
+            "cannot look at photos of 96 x 96 pixels",
+        ),
         ({"model_args": {"depth": 1_000_000}}, "expected a network of at most 50000 parameters and modules"),
         ({"model_args": {"depth": 10**9}}, "expected numbers up to 10000000"),
         ({"model_args": {"drop_rate": float("nan")}}, "expected numbers up to 10000000"),

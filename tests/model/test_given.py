@@ -122,7 +122,7 @@ def test_a_checkpoint_of_ours_takes_thresholds_and_some_fields(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"chanels": "bgr"}, "unknown fields of `preprocess`: chanels: expected some of alpha, channels, crop"),
+        ({"chanels": "bgr"}, "unknown fields of `preprocess`: chanels: expected some of alpha, channels, corner"),
         ({"channels": "hsv"}, "expected channels rgb, bgr, grey, got 'hsv'"),
         ({"alpha": [0, 0, 256]}, "expected 3 values from 0 to 255 for alpha"),
         ({"alpha": "white"}, "expected preprocessing fields of the right types"),

@@ -145,7 +145,7 @@ def test_fields_of_the_wrong_type_or_range_are_refused(change):
 
 @pytest.mark.parametrize("values", [None, [], {}, {"resize": 224}, {**STRETCH.to_dict(), "extra": 1}])
 def test_missing_and_unknown_fields_are_refused(values):
-    with pytest.raises(CheckpointError, match="with the fields"):
+    with pytest.raises(CheckpointError, match=r"the fields|unknown fields"):
         Preprocess.from_dict(values)
 
 

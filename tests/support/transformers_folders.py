@@ -70,6 +70,10 @@ def make_network(kind: str, *, multi: bool = True) -> torch.nn.Module:
         if norms:
             network.train()
             network(pixel_values=torch.rand(8, 3, SIDE, SIDE))
+        head = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
+        with torch.no_grad():
+            spread = network.eval()(pixel_values=torch.rand(8, 3, SIDE, SIDE)).logits.std()
+            head.weight.mul_((0.1 / spread).clamp(min=1))
     evaluated: torch.nn.Module = network.eval()
     return evaluated
 

@@ -49,7 +49,7 @@ def test_a_signal_ends_a_run_that_waits_for_a_decoder(tmp_path, tiny, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "interrupted: 0 of 1 photos are done and reported" in err
+    assert "interrupted: 0 of 1 photo is done and reported" in err
 
 
 def test_a_second_signal_ends_a_command_whose_main_thread_is_in_a_decoder(tmp_path, tiny):
