@@ -50,6 +50,12 @@ def text(name: str, content: str | bytes) -> Damage:
     return lambda folder: (folder / name).write_bytes(data)
 
 
+def _made_a_folder(folder: Path) -> None:
+    """Put a folder in place of config.json."""
+    lost("config.json")(folder)
+    (folder / "config.json").mkdir()
+
+
 def lost(name: str) -> Damage:
     """Return the damage that removes a file."""
     return lambda folder: (folder / name).unlink()
@@ -124,7 +130,7 @@ def _both(victim: Path) -> dict[str, Damage]:
         "config-pipe": pipe("config.json"),
         "config-loop": link("config.json", "config.json"),
         "config-device": link("config.json", "/dev/zero"),
-        "config-folder": lambda folder: (lost("config.json")(folder), (folder / "config.json").mkdir()),
+        "config-folder": _made_a_folder,
         "code": fields(auto_map={"AutoModelForImageClassification": "code.Net", "AutoConfig": "code.Config"}),
         "code-inside": fields(extra={"auto_map": {"AutoConfig": "code.Config"}}),
         "number-huge": fields(hidden_size=10**30),
