@@ -101,7 +101,8 @@ def test_every_bad_checkpoint_is_refused_in_a_line_or_does_what_it_says_and_runs
     ]
     for number, (name, one) in enumerate(bad.items()):
         source = ["--checkpoint", folder / name]
-        source += ["--arch", "shufflenet_v2_x0_5", "--labels", tmp_path / "names.txt"] if one.plain else []
+        plain = ["--arch", "shufflenet_v2_x0_5", "--labels", tmp_path / "names.txt", "--thresholds", 0.5]
+        source += plain if one.plain else []
         runs.append((name, one, [*attack, *source, "--out", out / str(number)]))
         if not one.plain and (one.fate != "refused" or "metadata" in one.kind or "preprocessing" in one.kind):
             runs.append((name, one, ["labels", "--json", *source]))

@@ -52,7 +52,7 @@ def look(monkeypatch) -> Callable[..., verdict.Seen]:
     """Judge a file whose logits in each reader are given."""
 
     def judge(logits: dict[str, tuple[float, ...]], found: Found, settings: Settings = SETTINGS) -> verdict.Seen:
-        monkeypatch.setattr(verdict, "read_logits", lambda _, __, reader: torch.tensor([logits[reader.name]]))
+        monkeypatch.setattr(verdict, "read_columns", lambda _, __, reader: torch.tensor([logits[reader.name]]))
         return verdict.look(cast(Classifier, None), found.pixels, BLACK, found, settings)
 
     return judge
@@ -97,7 +97,7 @@ def test_each_compression_counts_in_every_reader(monkeypatch):
         compressed = len(calls) > 3
         return torch.tensor([STILL if compressed and reader.name == "torchvision" else GONE])
 
-    monkeypatch.setattr(verdict, "read_logits", read)
+    monkeypatch.setattr(verdict, "read_columns", read)
     seen = verdict.look(cast(Classifier, None), GREY, BLACK, make_found(), settings)
     assert calls == [*READERS, *READERS]
     assert seen.passes == 6
@@ -219,7 +219,7 @@ def test_a_file_made_for_floats_alone_is_judged_in_all_readers_by_their_real_cod
         Image.fromarray(rgb).save(path)
         (job,) = plan_outputs([path])
         (found,) = search(classifier, [photo], [every.request], floats)
-        clean = torch.cat([verdict.read_logits(classifier, rgb, reader) for reader in every.readers])
+        clean = torch.cat([verdict.read_columns(classifier, rgb, reader) for reader in every.readers])
         found = replace(found, before=clean, after=None)
         saved = verdict.save(job, photo, found, tmp_path, every)
         record = verdict.judge(classifier, job, photo, found, saved, tmp_path, every)
@@ -297,7 +297,7 @@ def test_the_pixels_that_the_search_found_cost_no_pass_and_other_pixels_a_pass_a
     assert found.after is not None
     seen = verdict.look(classifier, found.pixels.copy(), photo.rgb, found, settings)
     assert seen.passes == 0
-    fresh = torch.cat([verdict.read_logits(classifier, found.pixels, reader) for reader in settings.readers])
+    fresh = torch.cat([verdict.read_columns(classifier, found.pixels, reader) for reader in settings.readers])
     torch.testing.assert_close(seen.logits, fresh, atol=1e-4, rtol=1e-4)
     other = found.pixels.copy()
     other[0, 0, 0] ^= 1
