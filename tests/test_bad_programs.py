@@ -49,12 +49,15 @@ def good_program(tmp_path_factory) -> Path:
         return export_program(tmp_path_factory.mktemp("good") / "good.pt2", Gated())
 
 
-def test_every_bad_program_is_refused_in_a_line_and_runs_no_code(tmp_path, good_program):
+@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_bad_program_is_refused_in_a_line_and_runs_no_code(tmp_path, good_program, all_of_them):
     """Pickles in every place, text that torch would evaluate, unknown operators, bombs, wrong JSON files."""
     folder, victim = tmp_path / "bad", tmp_path / "victim"
     folder.mkdir()
     bad = bad_programs.build_programs(folder, good_program, victim) | bad_programs.build_beside(folder, good_program)
     assert len(bad) >= 80
+    if not all_of_them:
+        bad = dict(list(bad.items())[::3])
     assert attack_each(tmp_path, folder, bad, good_program) == []
     assert not victim.exists()
     pickle.loads(pickle.dumps(hostile.Payload(victim)))
@@ -78,7 +81,8 @@ def test_torch_itself_runs_the_code_of_a_file_of_the_corpus(tmp_path, good_progr
         victim.unlink()
 
 
-def test_every_bad_onnx_file_is_refused_in_a_line(tmp_path):
+@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_bad_onnx_file_is_refused_in_a_line(tmp_path, all_of_them):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx2pytorch")
     from support.bad_onnx import build_onnx
@@ -94,4 +98,6 @@ def test_every_bad_onnx_file_is_refused_in_a_line(tmp_path):
     (folder / "labels.onnx").write_bytes(good.read_bytes())
     bad |= {"no-json.onnx": hostile.Bad("no JSON"), "labels.onnx": hostile.Bad("wrong JSON")}
     assert len(bad) >= 50
+    if not all_of_them:
+        bad = dict(list(bad.items())[::3])
     assert attack_each(tmp_path, folder, bad, good) == []

@@ -77,9 +77,12 @@ def test_a_folder_of_bad_files_gives_a_record_each_and_nothing_outside_the_outpu
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
 
 
+PLAIN = ["--arch", "shufflenet_v2_x0_5", "--thresholds", 0.5]  # without thresholds there is a note, a second line
+
+
 @pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_bad_checkpoint_is_refused_in_a_line_or_does_what_it_says_and_runs_no_code(tmp_path, tiny, all_of_them):
-    """Each, or two of each kind, in a process of its own, in bounded time and memory; no file but in --out."""
+    """Each, or one of each kind, in a process of its own, in bounded time and memory; no file but in --out."""
     folder, out, cwd = (tmp_path / name for name in ("bad", "out", "cwd"))
     folder.mkdir()
     cwd.mkdir()
@@ -90,7 +93,7 @@ def test_every_bad_checkpoint_is_refused_in_a_line_or_does_what_it_says_and_runs
         seen = Counter[str]()
         for name, one in list(bad.items()):
             seen[one.kind] += 1
-            if seen[one.kind] > 2:
+            if seen[one.kind] > 1:
                 del bad[name]
     Image.fromarray(TINY_PIXELS).save(tmp_path / "photo.png")
     (tmp_path / "names.txt").write_text("\n".join(TINY_LABELS))
@@ -101,8 +104,7 @@ def test_every_bad_checkpoint_is_refused_in_a_line_or_does_what_it_says_and_runs
     ]
     for number, (name, one) in enumerate(bad.items()):
         source = ["--checkpoint", folder / name]
-        plain = ["--arch", "shufflenet_v2_x0_5", "--labels", tmp_path / "names.txt", "--thresholds", 0.5]
-        source += plain if one.plain else []
+        source += [*PLAIN, "--labels", tmp_path / "names.txt"] if one.plain else []
         runs.append((name, one, [*attack, *source, "--out", out / str(number)]))
         if not one.plain and (one.fate != "refused" or "metadata" in one.kind or "preprocessing" in one.kind):
             runs.append((name, one, ["labels", "--json", *source]))

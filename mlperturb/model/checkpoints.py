@@ -68,7 +68,7 @@ def find_checkpoint(checkpoint: str | Path | None) -> Path:
     if checkpoint is None:
         return bundled_checkpoint()
     path = Path(checkpoint)
-    if path.exists():
+    if path.is_file() or path.is_dir():  # not a pipe, which would block
         return path
     if str(checkpoint) in BUNDLED:
         return bundled_checkpoint(str(checkpoint))
