@@ -34,15 +34,12 @@ def most_passes(settings: Settings, labels: int, request: Request | None = None)
     tuning = method.tuning(settings.budget, **settings.options)
     named = [*request.flip, *request.keep, *request.add, *request.remove]
     constraints = labels if request.keep_rest else len(named) + request.any_label
-    calls, near = _search_calls(tuning, constraints), 0
-    if method.writes_lattice(tuning):
-        near = calls  # the passes of a search among files, which also looks at them in the other readers
-    else:
+    calls = _search_calls(tuning, constraints)
+    if not method.writes_lattice(tuning):
         scales, iterations = LATTICE[settings.budget]
-        near = scales + 2 * iterations
-        calls += near + 1
+        calls += scales + 2 * iterations + 1
     readers, cost = len(settings.readers), 1 + len(settings.survive[0])
-    looks = readers + near // 4 if readers > 1 else 0
+    looks = readers + calls // 4 if readers > 1 else 0  # a fifth of all passes may go to the other readers
     most = (calls + looks + readers) * cost + settings.looks
     if request.any_label:
         most += labels + 1  # the gradient of every label, to find the nearest

@@ -57,7 +57,7 @@ class Anchor:
         self._known = {folder: identity(folder) for folder in folders}
 
     def check(self) -> None:
-        """Refuse to go on in another folder of the same name; a folder that is gone is no other folder.
+        """Refuse to go on in another folder of the same name; a folder that is gone is not another folder.
 
         Raises:
             StorageError: if a folder is another.

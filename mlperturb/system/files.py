@@ -279,7 +279,7 @@ def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk: a renamed file has its new name after a power cut too.
 
     Raises:
-        OSError: if the disk fails or is full; a file system that cannot flush folders is no error.
+        OSError: if the disk fails or is full; that a file system cannot flush folders is not an error.
     """
     with contextlib.suppress(PermissionError):
         opened = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))

@@ -83,7 +83,7 @@ watch = LongRun.watch
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("budget", BUDGETS[:2])
-def test_the_forecast_is_about_the_most_and_not_far_off(tiny, tmp_path, method, budget):
+def test_the_forecast_is_an_upper_bound_that_is_not_far_off(tiny, tmp_path, method, budget):
     classifier, _ = load_checkpoint(tiny, device="cpu")
     Image.fromarray(TINY_PIXELS).save(tmp_path / "photo.png")
     words = Words(flip=["cat"], keep=["rest"])
@@ -92,7 +92,7 @@ def test_the_forecast_is_about_the_most_and_not_far_off(tiny, tmp_path, method, 
     run_attack(classifier, plan_outputs([tmp_path / "photo.png"]), tmp_path, settings, found.extend)
     spent = found[0].cost["forward"] + found[0].cost["backward"]
     most = most_passes(settings, len(TINY_LABELS))
-    assert spent <= 1.2 * most  # about the most: searches for 8 bits look into other readers as often as they succeed
+    assert spent <= most
     if method in ("ml-ddn", "fgs", "fg"):  # which never end early
         assert most <= 1.6 * spent
     limited = read_settings(words, TINY_LABELS, method=method, budget=budget, limits=Limits(24))
