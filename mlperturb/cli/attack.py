@@ -31,11 +31,11 @@ from mlperturb.cli.options import (
     Readers,
     Recursive,
     Seed,
-    Source,
     Thresholds,
     parse_batch_size,
 )
 from mlperturb.cli.recall import recall
+from mlperturb.cli.source import Source
 from mlperturb.cli.sources import Checkpoints, Sources, find_sources
 from mlperturb.errors import UsageError
 from mlperturb.limits import MARGIN, Limits

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlperturb.cli.advice import SHOWN, Told
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.longrun import LongRun
-from mlperturb.cli.options import Source, classifier_key
+from mlperturb.cli.source import Source, classifier_key
 from mlperturb.cli.sources import Sources
 from mlperturb.errors import StorageError
 from mlperturb.run.jobs import Job

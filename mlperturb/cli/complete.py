@@ -58,7 +58,7 @@ def _labels_of(context: typer.Context) -> tuple[tuple[str, ...], Categories]:
 
     The categories are those of the first checkpoint.
     """
-    from mlperturb.cli.options import find_source
+    from mlperturb.cli.source import find_source
     from mlperturb.model.hub import is_hub
 
     given = {name: context.params.get(name) for name in ("checkpoint", "arch", "labels")}

@@ -17,8 +17,8 @@ from mlperturb.cli.options import (
     PreprocessFile,
     Quiet,
     Thresholds,
-    find_source,
 )
+from mlperturb.cli.source import find_source
 from mlperturb.errors import UsageError
 from mlperturb.system.text import printable
 

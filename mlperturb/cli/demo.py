@@ -8,12 +8,8 @@ from typing import Annotated
 import typer
 
 from mlperturb.cli import attack, predict
-from mlperturb.cli.options import (
-    HERE,
-    OUTPUT,
-    Device,
-    find_source,
-)
+from mlperturb.cli.options import HERE, OUTPUT, Device
+from mlperturb.cli.source import find_source
 from mlperturb.errors import UsageError
 
 

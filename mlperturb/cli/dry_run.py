@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlperturb.cli.advice import SHOWN
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error
-from mlperturb.cli.options import Source
+from mlperturb.cli.source import Source
 from mlperturb.run.jobs import Job
 from mlperturb.run.settings import Settings
 from mlperturb.system.text import counted

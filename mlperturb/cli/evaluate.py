@@ -36,14 +36,13 @@ from mlperturb.cli.options import (
     Quiet,
     Readers,
     Seed,
-    Source,
     Thresholds,
     Voc,
     Year,
     check_data,
-    classifier_key,
     parse_batch_size,
 )
+from mlperturb.cli.source import Source, classifier_key
 from mlperturb.cli.sources import Checkpoints, find_sources
 from mlperturb.errors import UsageError
 from mlperturb.limits import MARGIN, Limits

@@ -11,12 +11,7 @@ import typer
 
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error, print_note
-from mlperturb.cli.options import (
-    ANYWHERE,
-    OUTPUT,
-    WHAT,
-    Overwrite,
-)
+from mlperturb.cli.options import ANYWHERE, OUTPUT, WHAT, Overwrite
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.labels import split_names
 from mlperturb.run.outputs import DEFENCE, FIGURES, folder_of, make_folder, refuse_existing

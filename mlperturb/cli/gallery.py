@@ -9,12 +9,7 @@ import typer
 
 from mlperturb.cli.console import make_bar, print_error
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.options import (
-    ANYWHERE,
-    OUTPUT,
-    Overwrite,
-    Quiet,
-)
+from mlperturb.cli.options import ANYWHERE, OUTPUT, Overwrite, Quiet
 from mlperturb.errors import UsageError
 from mlperturb.run.outputs import folder_of, make_folder, page_paths, refuse_existing
 from mlperturb.system.text import printable

@@ -12,17 +12,8 @@ from rich.text import Text
 from mlperturb.attacks.methods import METHODS
 from mlperturb.cli.complete import complete_categories, complete_labels
 from mlperturb.cli.console import OPTIONS, out, print_note
-from mlperturb.cli.options import (
-    Activation,
-    Arch,
-    Checkpoint,
-    Json,
-    Labels,
-    PreprocessFile,
-    Source,
-    Thresholds,
-    find_source,
-)
+from mlperturb.cli.options import Activation, Arch, Checkpoint, Json, Labels, PreprocessFile, Thresholds
+from mlperturb.cli.source import Source, find_source
 from mlperturb.labels import Categories, find_like
 from mlperturb.model.given import DEFAULT_FIELDS
 from mlperturb.model.readers import DEFAULT_READERS

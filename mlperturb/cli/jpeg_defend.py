@@ -27,12 +27,9 @@ from mlperturb.cli.options import (
     Overwrite,
     PreprocessFile,
     Quiet,
-    Source,
     Thresholds,
-    check_attacked,
-    find_source,
-    named_source,
 )
+from mlperturb.cli.source import Source, check_attacked, find_source, named_source
 from mlperturb.errors import UsageError
 from mlperturb.labels import parse_request
 from mlperturb.run.outputs import CHARTS, DEFENCE, folder_of, make_folder, refuse_existing

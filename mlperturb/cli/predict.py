@@ -21,10 +21,9 @@ from mlperturb.cli.options import (
     PreprocessFile,
     Readers,
     Recursive,
-    Source,
     Thresholds,
-    find_source,
 )
+from mlperturb.cli.source import Source, find_source
 from mlperturb.errors import ImageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from mlperturb.cli.options import Source, named_source
+from mlperturb.cli.source import Source, named_source
 from mlperturb.errors import UsageError
 
 _WORDS = ("flip", "keep", "add", "remove", "survive")

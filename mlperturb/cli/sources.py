@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlperturb.cli.options import CHECKPOINT_HELP, CLASSIFIER, HERE, Source, find_source
+from mlperturb.cli.options import CHECKPOINT_HELP, CLASSIFIER, HERE
+from mlperturb.cli.source import Source, find_source
 from mlperturb.errors import UsageError
 from mlperturb.labels import Categories, join_categories
 

@@ -10,7 +10,8 @@ import typer
 
 from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.options import ANYWHERE, HERE, Device, Json, Overwrite, Quiet, Source, find_source
+from mlperturb.cli.options import ANYWHERE, HERE, Device, Json, Overwrite, Quiet
+from mlperturb.cli.source import Source, find_source
 from mlperturb.cli.sources import name_sources
 from mlperturb.errors import UsageError
 from mlperturb.run.outputs import TRANSFER, folder_of, make_folder, refuse_existing

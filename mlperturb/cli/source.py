@@ -1,0 +1,295 @@
+"""A checkpoint named on the command line, or by a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlperturb.errors import CheckpointError, UsageError
+from mlperturb.labels import Categories
+from mlperturb.model.beside import is_program, read_beside
+from mlperturb.model.given import DEFAULT_THRESHOLD
+from mlperturb.model.hub import Fetched, fetch, is_hub
+from mlperturb.model.readers import DEFAULT_READERS, TRANSFORMERS_READERS
+
+if TYPE_CHECKING:
+    from mlperturb.model.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint named on the command line; its labels are known before torch is loaded.
+
+    Attributes:
+        path: of the file or folder.
+        architecture: of plain weights.
+        names: the label names that the user gives, or their file.
+        labels: the L label names.
+        readers: the names of the readers that the checkpoint or --preprocess names.
+        categories: of the labels, if they have any.
+        thresholds: as the user gives them, see `given.read_thresholds`.
+        preprocess: the fields that the user gives.
+        notes: what is assumed for want of a record, a line each.
+        activation: what makes probabilities of the scores, as the user gives it.
+        fetched: the folder of the hub that `path` is, if it is.
+    """
+
+    path: Path
+    architecture: str | None
+    names: tuple[str, ...] | Path | None
+    labels: tuple[str, ...]
+    readers: tuple[str, ...] = DEFAULT_READERS
+    categories: Categories = Categories()
+    thresholds: object = None
+    preprocess: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    activation: str | None = None
+    fetched: Fetched | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the checkpoint, of the hub with its commit."""
+        return str(self.path) if self.fetched is None else self.fetched.name
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What a report's settings say of the checkpoint: the commit of the hub."""
+        return {} if self.fetched is None else {"commit": self.fetched.commit}
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the user says of the checkpoint, as `load_checkpoint` and `describe_checkpoint` take it."""
+        return {
+            "architecture": self.architecture,
+            "labels": self.names,
+            "thresholds": self.thresholds,
+            "preprocess": self.preprocess,
+            "activation": self.activation,
+        }
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the file of the weights."""
+        from mlperturb.system.files import file_sha256
+
+        return file_sha256(_weights(self.path))
+
+    def load(self, device: str) -> tuple[Classifier, dict[str, Any]]:
+        """Load the classifier; return it with its description for a report."""
+        from mlperturb.model.checkpoints import load_checkpoint
+
+        classifier, metadata = load_checkpoint(self.path, device=device, **self.said)
+        return classifier, {
+            "checkpoint": self.name,
+            "sha256": self.sha256,
+            "architecture": metadata.architecture,
+            "labels": list(metadata.labels),
+            "thresholds": list(metadata.thresholds),
+            "preprocess": metadata.preprocess,
+            "origin": metadata.origin,
+            "activation": metadata.activation,
+        }
+
+
+def _weights(checkpoint: Path) -> Path:
+    """Return the file of the weights of a checkpoint, a file or a folder."""
+    from mlperturb.model.folders import find_weights
+
+    return find_weights(checkpoint) if checkpoint.is_dir() else checkpoint
+
+
+def _readers_of(preprocess: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of a checkpoint's readers; what is wrong with them is said when it is loaded."""
+    names = preprocess.get("readers")
+    known = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    return tuple(names) if known and names else DEFAULT_READERS
+
+
+_NEEDLESS = "; a .safetensors checkpoint that `mlperturb train` wrote needs neither"
+
+
+def find_source(
+    checkpoint: Path | None,
+    arch: str | None = None,
+    labels: Path | None = None,
+    thresholds: str | None = None,
+    preprocess: Path | None = None,
+    activation: str | None = None,
+) -> Source:
+    """Find the checkpoint, the bundled one by default, and read its label names and what the user says of it.
+
+    Raises:
+        CheckpointError: if the file is missing or is not a checkpoint.
+        UsageError: if only one of --arch and --labels is given, or a file or a value cannot be read.
+    """
+    from mlperturb.model.given import check_activation, read_preprocess
+
+    chosen = None if activation is None else check_activation(activation)
+    fetched = fetch(str(checkpoint)) if is_hub(checkpoint) else None
+    checkpoint = checkpoint if fetched is None else fetched.folder
+    source = replace(_find_named(checkpoint, arch, labels, thresholds, chosen), fetched=fetched)
+    if preprocess is not None:
+        fields = read_preprocess(preprocess)
+        readers = _readers_of(fields) if "readers" in fields else source.readers
+        source = replace(source, preprocess=fields, readers=readers)
+    return source
+
+
+def _find_named(
+    checkpoint: Path | None, arch: str | None, labels: Path | None, thresholds: str | None, activation: str | None
+) -> Source:
+    """Find the checkpoint, and read its label names and thresholds."""
+    from mlperturb.model.checkpoints import find_checkpoint, read_metadata
+    from mlperturb.model.given import read_label_file, read_thresholds
+
+    if checkpoint is not None and checkpoint.is_dir():
+        return _find_folder(checkpoint, arch, labels, thresholds, activation)
+    if checkpoint is not None and is_program(checkpoint):
+        return _find_program(checkpoint, arch, labels, thresholds, activation)
+    given = {"--arch": arch, "--labels": labels, "--checkpoint": checkpoint}
+    missing = [option for option, value in given.items() if value is None]
+    if missing and (arch is not None or labels is not None):
+        needless = "" if checkpoint is None or checkpoint.suffix != ".safetensors" else _NEEDLESS
+        raise UsageError(
+            "expected --checkpoint, --arch and --labels together for plain weights, "
+            f"got no {' and no '.join(missing)}{needless}"
+        )
+    path = find_checkpoint(checkpoint)
+    if labels is None:
+        if path.suffix != ".safetensors":
+            raise UsageError(
+                f"expected a .safetensors checkpoint, got {path}: for plain weights give --arch and --labels"
+            )
+        metadata = read_metadata(path)
+        names, categories, readers = metadata.labels, metadata.categories, _readers_of(metadata.preprocess)
+        notes = _softmax_notes(path, activation or metadata.activation)
+        source = Source(path, None, None, names, readers, categories, thresholds, notes=notes, activation=activation)
+    else:
+        names, categories = read_label_file(labels)
+        notes = _softmax_notes(path, activation or "sigmoid")
+        notes = notes or (() if thresholds is not None else (_no_thresholds(path),))
+        source = Source(
+            path, arch, labels, names, DEFAULT_READERS, categories, thresholds, notes=notes, activation=activation
+        )
+    if thresholds is not None:
+        read_thresholds(thresholds).of(source.labels, source.categories)  # a wrong value is reported at once
+    return source
+
+
+def _find_folder(
+    folder: Path, arch: str | None, labels: Path | None, thresholds: str | None, activation: str | None
+) -> Source:
+    """Return the folder of a timm or a transformers model, with its label names or those of a file.
+
+    Raises:
+        CheckpointError: if it is not such a folder, or names no labels.
+        UsageError: if --arch is given, or the file of label names or the thresholds cannot be read.
+    """
+    from mlperturb.model.folders import is_transformers, read_activation, read_config, read_names
+    from mlperturb.model.given import Given
+
+    if arch is not None:
+        raise UsageError(f"expected no --arch for a folder, whose config.json names it: {folder}")
+    given = Given.of(labels, thresholds, None)
+    config = read_config(folder)
+    found = read_names(folder, config, given.labels, given.thresholds, given.categories)
+    notes = _softmax_notes(folder, activation or read_activation(config)[0])
+    notes = notes or ((_no_thresholds(folder),) if found.assumed else ())
+    readers = TRANSFORMERS_READERS if is_transformers(config) else DEFAULT_READERS
+    return Source(
+        folder, None, labels, found.labels, readers, found.categories, thresholds, notes=notes, activation=activation
+    )
+
+
+def _find_program(
+    path: Path, arch: str | None, labels: Path | None, thresholds: str | None, activation: str | None
+) -> Source:
+    """Return a program, with the label names of the JSON file beside it or those of a file.
+
+    Raises:
+        CheckpointError: if the program or its JSON file is missing or damaged.
+        UsageError: if --arch is given, or the file of label names or the thresholds cannot be read.
+    """
+    from mlperturb.model.given import Given
+
+    if arch is not None:
+        raise UsageError(f"expected no --arch for a program: {path}")
+    if not path.is_file():
+        raise CheckpointError(f"no such checkpoint: {path}")
+    given = Given.of(labels, thresholds, None)
+    found = given.complete(read_beside(path, given))
+    readers = _readers_of(found.preprocess)
+    assumed = found.origin["thresholds"].startswith(f"{DEFAULT_THRESHOLD}:")
+    notes = _softmax_notes(path, activation or found.activation)
+    notes = notes or ((_no_thresholds(path),) if assumed else ())
+    return Source(
+        path, None, labels, found.labels, readers, found.categories, thresholds, notes=notes, activation=activation
+    )
+
+
+def _no_thresholds(path: Path) -> str:
+    return f"{path} records no thresholds: {DEFAULT_THRESHOLD} is used for every label; --thresholds sets others"
+
+
+def _softmax_notes(path: Path, activation: str) -> tuple[str, ...]:
+    """Return a line on a softmax network."""
+    if activation == "sigmoid":
+        return ()
+    return (
+        f"{path} is a softmax network: the probabilities of its labels sum to 1, and at a threshold of 0.5 a photo has "
+        "at most one label",
+    )
+
+
+def classifier_key(described: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides results beside the weights, of a classifier's description, for the key of a journal."""
+    from mlperturb.run.outputs import fingerprint
+
+    values = {name: fingerprint([str(one) for one in described[name]]) for name in ("labels", "thresholds")}
+    softmax = {"activation": "softmax"} if described.get("activation") == "softmax" else {}
+    return {**values, "preprocess": described["preprocess"], **softmax}
+
+
+def named_source(described: dict[str, Any]) -> Source:
+    """Find the checkpoint that a report describes; only a file with the recorded SHA-256 is opened, nothing is fetched.
+
+    Raises:
+        UsageError: if the checkpoint is not found, or is another.
+    """
+    from mlperturb.model.checkpoints import BUNDLED, bundled_checkpoint, read_metadata
+    from mlperturb.system.files import is_file_of
+
+    names, named = tuple(described["labels"]), described["checkpoint"]
+    fetched = fetch(named, fetched_before=True) if is_hub(named) else None
+    path = Path(named) if fetched is None else fetched.folder
+    if not path.exists():
+        found = [path for path in map(bundled_checkpoint, BUNDLED) if is_file_of(path, described["sha256"], None)]
+        path = found[0] if found else path
+        if not found:
+            raise UsageError(f"the report's checkpoint {described['checkpoint']} does not exist: give --checkpoint")
+    check_attacked(path, described["sha256"])
+    said = {"thresholds": described["thresholds"], "preprocess": described.get("preprocess")}
+    said["activation"] = described.get("activation")
+    if path.is_dir() or is_program(path):
+        return Source(path, None, names, names, **said, fetched=fetched)
+    try:
+        metadata = read_metadata(path)
+        recorded = {**metadata.__dict__, "thresholds": list(metadata.thresholds)}
+        said = {name: None if value == recorded[name] else value for name, value in said.items()}
+        return Source(path, None, None, metadata.labels, _readers_of(metadata.preprocess), metadata.categories, **said)
+    except CheckpointError:  # plain weights
+        return Source(path, described["architecture"], names, names, **said)
+
+
+def check_attacked(checkpoint: Path, digest: object) -> None:
+    """Refuse a checkpoint that is not the one of a report, which has this SHA-256.
+
+    Raises:
+        UsageError: if it is another.
+    """
+    from mlperturb.system.files import is_file_of
+
+    if not (isinstance(digest, str) and is_file_of(_weights(checkpoint), digest, None)):
+        raise UsageError(f"{checkpoint} is not the checkpoint that was attacked ({digest!s:.12}...)")
