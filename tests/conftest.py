@@ -84,6 +84,15 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def photo(tmp_path) -> Path:
+    """Write the photo that `tiny` was made for, in a folder of its own."""
+    path = tmp_path / "in" / "photo.png"
+    path.parent.mkdir()
+    Image.fromarray(TINY_PIXELS).save(path)
+    return path
+
+
+@pytest.fixture
 def photos(tmp_path) -> Path:
     """Write nine photos of several sizes and a file that is none."""
     return write_photos(tmp_path / "photos", 9)

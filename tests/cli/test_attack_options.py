@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from PIL import Image
 from support.models import TINY_PIXELS
-
-
-@pytest.fixture
-def photo(tmp_path) -> Path:
-    path = tmp_path / "in" / "photo.png"
-    path.parent.mkdir()
-    Image.fromarray(TINY_PIXELS).save(path)
-    return path
 
 
 @pytest.fixture

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
-from support.models import TINY_PIXELS
 
 from mlperturb.cli.advice import advice
 from mlperturb.experiment.records import failures
@@ -21,14 +19,6 @@ from mlperturb.run.settings import Settings
 from mlperturb.show.tables import image_table, prediction_table
 
 MANY = [f"label {number}" for number in range(2000)]
-
-
-@pytest.fixture
-def photo(tmp_path) -> Path:
-    path = tmp_path / "in" / "photo.png"
-    path.parent.mkdir()
-    Image.fromarray(TINY_PIXELS).save(path)
-    return path
 
 
 @pytest.fixture
