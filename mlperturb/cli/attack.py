@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlperturb.attacks.methods import BUDGETS, DEFAULT_METHOD, METHODS
-from mlperturb.cli.complete import complete_budget, complete_choice, complete_labels, complete_method
+from mlperturb.attacks.methods import DEFAULT_METHOD, METHODS
+from mlperturb.cli.complete import complete_choice, complete_labels, complete_method
 from mlperturb.cli.options import (
     ANYWHERE,
     HOW,
@@ -19,6 +19,7 @@ from mlperturb.cli.options import (
     Activation,
     Arch,
     BatchSize,
+    Budget,
     Device,
     Json,
     Labels,
@@ -95,15 +96,7 @@ def attack(
             **HOW,
         ),
     ] = DEFAULT_METHOD,
-    budget: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=complete_budget,
-            help=f"How long to search: {', '.join(BUDGETS)}.",
-            **HOW,
-        ),
-    ] = "balanced",
+    budget: Budget = "balanced",
     earlier: Annotated[
         Path | None,
         typer.Option(

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlperturb.attacks.methods import BUDGETS
-from mlperturb.cli.complete import complete_budget, complete_labels, complete_variants, complete_words
+from mlperturb.cli.complete import complete_labels, complete_variants, complete_words
 from mlperturb.cli.console import out as stdout
 from mlperturb.cli.console import print_error
 from mlperturb.cli.options import (
@@ -23,6 +22,7 @@ from mlperturb.cli.options import (
     Activation,
     Arch,
     BatchSize,
+    Budget,
     Coco,
     Device,
     Json,
@@ -120,15 +120,7 @@ def evaluate(
             metavar="LEVELS", help="Largest change of a pixel, for all methods, in grey levels, 1 to 255.", **LIMITS
         ),
     ] = None,
-    budget: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=complete_budget,
-            help=f"How long to search: {', '.join(BUDGETS)}.",
-            **HOW,
-        ),
-    ] = "balanced",
+    budget: Budget = "balanced",
     passes: Passes = None,
     reader: Readers = None,
     margin: Margin = MARGIN,

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mlperturb.cli.complete import complete_device, complete_readers
+from mlperturb.attacks.methods import BUDGETS
+from mlperturb.cli.complete import complete_budget, complete_device, complete_readers
 from mlperturb.errors import UsageError
 from mlperturb.system.files import parse_local, parse_path
 
@@ -114,6 +115,15 @@ Margin = Annotated[
         metavar="X",
         **WHAT,
         help="By how much each logit must clear its threshold: safety in readers that are not named.",
+    ),
+]
+Budget = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        autocompletion=complete_budget,
+        help=f"How long to search: {', '.join(BUDGETS)}.",
+        **HOW,
     ),
 ]
 BatchSize = Annotated[str, typer.Option(metavar="N", help="Number of photos in a batch, or auto.", **MACHINE)]
