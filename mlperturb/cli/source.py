@@ -164,12 +164,11 @@ def _find_named(
             )
         metadata = read_metadata(path)
         names, categories, readers = metadata.labels, metadata.categories, _readers_of(metadata.preprocess)
-        notes = _softmax_notes(path, activation or metadata.activation)
+        notes = _notes(path, activation or metadata.activation)
         source = Source(path, None, None, names, readers, categories, thresholds, notes=notes, activation=activation)
     else:
         names, categories = read_label_file(labels)
-        notes = _softmax_notes(path, activation or "sigmoid")
-        notes = notes or (() if thresholds is not None else (_no_thresholds(path),))
+        notes = _notes(path, activation or "sigmoid", assumed=thresholds is None)
         source = Source(
             path, arch, labels, names, DEFAULT_READERS, categories, thresholds, notes=notes, activation=activation
         )
@@ -195,8 +194,7 @@ def _find_folder(
     given = Given.of(labels, thresholds, None)
     config = read_config(folder)
     found = read_names(folder, config, given.labels, given.thresholds, given.categories)
-    notes = _softmax_notes(folder, activation or read_activation(config)[0])
-    notes = notes or ((_no_thresholds(folder),) if found.assumed else ())
+    notes = _notes(folder, activation or read_activation(config)[0], assumed=found.assumed)
     readers = TRANSFORMERS_READERS if is_transformers(config) else DEFAULT_READERS
     return Source(
         folder, None, labels, found.labels, readers, found.categories, thresholds, notes=notes, activation=activation
@@ -212,35 +210,31 @@ def _find_program(
         CheckpointError: if the program or its JSON file is missing or damaged.
         UsageError: if --arch is given, or the file of label names or the thresholds cannot be read.
     """
+    from mlperturb.model.checkpoints import find_checkpoint
     from mlperturb.model.given import Given
 
     if arch is not None:
         raise UsageError(f"expected no --arch for a program: {path}")
-    if not path.is_file():
-        raise CheckpointError(f"no such checkpoint: {path}")
     given = Given.of(labels, thresholds, None)
-    found = given.complete(read_beside(path, given))
+    found = given.complete(read_beside(find_checkpoint(path), given))
     readers = _readers_of(found.preprocess)
     assumed = found.origin["thresholds"].startswith(f"{DEFAULT_THRESHOLD}:")
-    notes = _softmax_notes(path, activation or found.activation)
-    notes = notes or ((_no_thresholds(path),) if assumed else ())
+    notes = _notes(path, activation or found.activation, assumed=assumed)
     return Source(
         path, None, labels, found.labels, readers, found.categories, thresholds, notes=notes, activation=activation
     )
 
 
-def _no_thresholds(path: Path) -> str:
-    return f"{path} records no thresholds: {DEFAULT_THRESHOLD} is used for every label; --thresholds sets others"
-
-
-def _softmax_notes(path: Path, activation: str) -> tuple[str, ...]:
-    """Return a line on a softmax network."""
-    if activation == "sigmoid":
-        return ()
-    return (
-        f"{path} is a softmax network: the probabilities of its labels sum to 1, and at a threshold of 0.5 a photo has "
-        "at most one label",
-    )
+def _notes(path: Path, activation: str, *, assumed: bool = False) -> tuple[str, ...]:
+    """Return a line on a softmax network, or on thresholds that are `assumed` for want of a record."""
+    if activation != "sigmoid":
+        return (
+            f"{path} is a softmax network: the probabilities of its labels sum to 1, and at a threshold of 0.5 a photo "
+            "has at most one label",
+        )
+    if assumed:
+        return (f"{path} records no thresholds: {DEFAULT_THRESHOLD} is used for every label; --thresholds sets others",)
+    return ()
 
 
 def classifier_key(described: dict[str, Any]) -> dict[str, Any]:
