@@ -3,22 +3,22 @@
     python tests/benchmarks/scaling.py --labels 20,80,1000,10861 --photos 224x224,500x375,1920x1080,4000x3000
 
 Random photos and labels; a pair of labels is flipped and all others are kept. Labels grow on photos of the network's
-own size, in three readers; photos grow one at a time, with 20 labels, in one. `over 20` is the time of a pass over that
-with the first number of labels, measured in turns; `without head` leaves out what the larger head costs the bare
-network. `over bare` compares with passes of the same network on the same
-photo, `over 224` with those on a photo of 224 pixels: what resizing, its gradient and the full-size perturbation cost.
+own size, in three readers; photos grow one at a time, with 20 labels, in one. `20 over bare` keeps as many labels as
+the first number says, with the same network, and `over 20` is the ratio of the two, measured in turns: what constraints
+cost. `over bare` compares with passes of the same network on the same photo, `over 224` with those on a photo of 224
+pixels: what resizing, its gradient and the full-size perturbation cost.
 """
 
 from __future__ import annotations
 
 import argparse
-from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
 from batches import save_rows
-from overhead import added_memory, build, take_turns
+from overhead import added_memory, attack, bare, build, take_turns, wait
 
 from mlperturb.model.readers import parse_readers
 from mlperturb.model.views import ViewedModel
@@ -33,30 +33,41 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, float]:
 
 
 def measure_labels(arguments: argparse.Namespace, method: str, least: int) -> dict[str, float]:
-    """Attack with many labels and with `least` labels in turns, each beside bare passes, in the readers of `--readers`.
+    """Attack one network with every other label kept and with `least` labels constrained, in turns, in `--readers`.
 
-    A ratio is the median of those of the turns.
+    An attack's ratio is its time over that of the same passes of the bare network, counted for each photo, because
+    other constraints lead to other passes. The ratios are the medians of those of the turns.
     """
-    built = {}
-    for count in {least, arguments.labels}:
-        model, images, targets = build(Namespace(**{**vars(arguments), "labels": count}))
-        sizes = [arguments.photo] * arguments.batch
-        viewed = ViewedModel.bind(model.classifier, parse_readers(arguments.readers.split(",")), sizes)
-        built[count] = viewed, images, targets
-    one_turn = Namespace(**{**vars(arguments), "turns": 1})
-    turns = [
-        {count: take_turns(one_turn, one, method)[0][0] for count, one in built.items()} for _ in range(arguments.turns)
-    ]
-    spent, bare = ([turn[arguments.labels][which] for turn in turns] for which in (0, 1))
-    before, bare_before = ([turn[least][which] for turn in turns] for which in (0, 1))
-    without = [a - b + c for a, b, c in zip(spent, bare, bare_before, strict=True)]
+    model, images, targets = build(arguments)
+    sizes = [arguments.photo] * arguments.batch
+    viewed = ViewedModel.bind(model.classifier, parse_readers(arguments.readers.split(",")), sizes)
+    few = targets.constrained.clone()
+    few[:, least:] = False
+    ratios: dict[str, list[float]] = {"few": [], "all": []}
+    for _ in range(arguments.turns + 1):
+        for name, asked in (("few", replace(targets, keep=targets.keep & few)), ("all", targets)):
+            start = wait(arguments.device)
+            meter = attack(viewed, images, asked, method, arguments.passes).meter
+            spent = wait(arguments.device) - start
+            forward, backward = time_bare(viewed, images, arguments.device)
+            plain = float(meter.forward.sum()) * forward + float(meter.backward.sum()) * backward
+            ratios[name].append(spent / plain)
+    pairs = list(zip(ratios["all"], ratios["few"], strict=True))[1:]  # the first turn warms up
     return {
-        "seconds": min(spent),
-        "bare": min(bare),
-        "over_bare": median(a / b for a, b in zip(spent, bare, strict=True)),
-        "over_least": median(a / b for a, b in zip(spent, before, strict=True)),
-        "without_head": median(a / b for a, b in zip(without, before, strict=True)),
+        "over_bare": median(one for one, _ in pairs),
+        "few_over_bare": median(few for _, few in pairs),
+        "over_few": median(one / few for one, few in pairs),
     }
+
+
+def time_bare(model: ViewedModel, images: torch.Tensor, device: str, passes: int = 4) -> tuple[float, float]:
+    """Return the seconds of a forward and of a backward pass of the bare network for a photo."""
+    start = wait(device)
+    bare(model, images, passes, 0)
+    middle = wait(device)
+    bare(model, images, passes, passes)
+    forward, both = middle - start, wait(device) - middle
+    return forward / (passes * len(images)), (both - forward) / (passes * len(images))
 
 
 def main() -> None:
@@ -79,9 +90,7 @@ def main() -> None:
     methods = arguments.methods.split(",")
     print(f"{arguments.arch}, batch {arguments.batch}, {arguments.device}")
     counts = [int(count) for count in arguments.label_counts.split(",")]
-    print(
-        f"| method | labels | s a pass | over bare | over {counts[0]} | without head |\n|---|---:|---:|---:|---:|---:|"
-    )
+    print(f"| method | labels | over bare | {counts[0]} over bare | over {counts[0]} |\n|---|---:|---:|---:|---:|")
     arguments.photo = (arguments.size, arguments.size)
     for method in methods:
         for count in counts:
@@ -89,8 +98,8 @@ def main() -> None:
             row = {"method": method, "labels": arguments.labels, **measure_labels(arguments, method, counts[0])}
             rows.append(row)
             print(
-                f"| {method} | {row['labels']} | {row['seconds']:.4f} | {row['over_bare']:.2f} "
-                f"| {row['over_least']:.3f} | {row['without_head']:.3f} |",
+                f"| {method} | {row['labels']} | {row['over_bare']:.3f} | {row['few_over_bare']:.3f} "
+                f"| {row['over_few']:.3f} |",
                 flush=True,
             )
     if not arguments.photos:
