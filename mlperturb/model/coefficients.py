@@ -69,6 +69,11 @@ class JpegLattice:
                 self._steps[row, number, :tall, :wide] = file.steps(number)
                 self._may[row, number, :tall, :wide] = file.changeable(number, region)
 
+    @property
+    def steps(self) -> Tensor:
+        """The step of each coordinate, (n, 3, H', W')."""
+        return self._steps
+
     def zeros(self, images: Tensor) -> Tensor:
         """Return the coordinates of the photos, (n, 3, H', W')."""
         return images.new_zeros(self._steps.shape)

@@ -5,11 +5,11 @@
 
 `make` draws photos of VOC 2012's val that the bundled classifier gets right: for Person, photos with `person` and
 another label, `person` to be removed; for Random, a label to be removed and a label to be added, drawn at random; the
-rest is to be kept. It attacks each with `--format png` and `--format jpeg`. `judge` opens each file with Pillow's,
-torchvision's and OpenCV's decoder, reads each in the five ways of `judge_readers.py`, and asks torchvision's own
-network. The distortion is measured against the photo as Pillow decodes it. The exit code is 1 if the aim is missed: 98%
-of the JPEGs hold everywhere, their size is within 2% of their photos' on average, and their mean RMSD is at most twice
-the PNGs'.
+rest is to be kept. It attacks each with `--format png` and `--format jpeg`. With `--quality` the photos are encoded in
+that quality first, with 4:2:0 chroma. `judge` opens each file with Pillow's, torchvision's and OpenCV's decoder, reads
+each in the five ways of `judge_readers.py`, and asks torchvision's own network. The distortion is measured against the
+photo as Pillow decodes it. The exit code is 1 if the aim is missed: 98% of the JPEGs hold everywhere, their size is
+within 2% of their photos' on average, and their mean RMSD is at most twice the PNGs'.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import judge_readers
@@ -28,31 +28,28 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image, read_file
 
+if TYPE_CHECKING:
+    from mlperturb import Classifier
+    from mlperturb.labels import Request
+
 FORMATS = ("png", "jpeg")
 
 
-def make(arguments: argparse.Namespace) -> None:
-    """Attack the photos in every format; write records.json."""
-    from mlperturb import load
+def choose(arguments: argparse.Namespace, classifier: Classifier) -> dict[str, list[tuple[Path, Request]]]:
+    """Return the photos of each case that the classifier gets right, and what is asked of each."""
     from mlperturb.experiment.cases import Case
     from mlperturb.model.readers import DEFAULT_READERS, parse_reader
     from mlperturb.model.views import read_logits
     from mlperturb.photos.datasets import read_voc
     from mlperturb.photos.images import read_photo
-    from mlperturb.photos.kinds import parse_format
-    from mlperturb.run.jobs import plan_outputs
-    from mlperturb.run.record import Record
-    from mlperturb.run.runner import run_attack
-    from mlperturb.run.settings import Settings
 
-    classifier = load()
     dataset = read_voc(arguments.voc / "VOCdevkit", "2012", "val")
     order = [dataset.labels.index(label) for label in classifier.labels]
     truth = dataset.truth[:, order]
     generator = np.random.default_rng(arguments.seed)
     reader = parse_reader(DEFAULT_READERS[0])
     cases = {"Person": Case("person", "reduce", classifier.labels.index("person")), "Random": Case("random", "random")}
-    chosen: dict[str, list[tuple[Path, Any]]] = {name: [] for name in arguments.cases}
+    chosen: dict[str, list[tuple[Path, Request]]] = {name: [] for name in arguments.cases}
     for row in generator.permutation(len(dataset.paths)):
         wanting = [name for name, rows in chosen.items() if len(rows) < arguments.images]
         if not wanting:
@@ -63,9 +60,25 @@ def make(arguments: argparse.Namespace) -> None:
         logits = read_logits(classifier, read_photo(dataset.paths[row]).rgb, reader)[0]
         signs = np.where(logits.numpy() >= classifier.boundary.numpy(), 1, -1)
         if bool(((signs == truth[row]) | (truth[row] == 0)).all()):
-            chosen[name].append((dataset.paths[row], cases[name].request(truth[row], generator)))
+            path = dataset.paths[row]
+            if arguments.quality:
+                path = encode(path, arguments.out / name / "photos", arguments.quality)
+            chosen[name].append((path, cases[name].request(truth[row], generator)))
+    return chosen
+
+
+def make(arguments: argparse.Namespace) -> None:
+    """Attack the photos in every format; write records.json."""
+    from mlperturb import load
+    from mlperturb.photos.kinds import parse_format
+    from mlperturb.run.jobs import plan_outputs
+    from mlperturb.run.record import Record
+    from mlperturb.run.runner import run_attack
+    from mlperturb.run.settings import Settings
+
+    classifier = load()
     found: list[dict[str, Any]] = []
-    for name, photos in chosen.items():
+    for name, photos in choose(arguments, classifier).items():
         for form in FORMATS:
             out = arguments.out / name / form
             out.mkdir(parents=True)
@@ -84,6 +97,14 @@ def make(arguments: argparse.Namespace) -> None:
                 })  # fmt: skip
             print(name, form, len(records), flush=True)
             (arguments.out / "records.json").write_text(json.dumps(found))
+
+
+def encode(path: Path, folder: Path, quality: int) -> Path:
+    """Write the photo as a JPEG of another quality."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with Image.open(path) as photo:
+        photo.convert("RGB").save(folder / path.name, "JPEG", quality=quality, subsampling="4:2:0")
+    return folder / path.name
 
 
 def decoders(path: Path) -> dict[str, Image.Image]:
@@ -157,6 +178,7 @@ if __name__ == "__main__":
     making.add_argument("--cases", nargs="+", choices=("Person", "Random"), default=["Person", "Random"])
     making.add_argument("--seed", type=int, default=0)
     making.add_argument("--budget", default="balanced")
+    making.add_argument("--quality", type=int, help="Encode the photos in this quality first; default: as they are.")
     making.set_defaults(go=lambda arguments: make(arguments))
     judging = commands.add_parser("judge")
     judging.add_argument("folder", type=Path)
