@@ -15,7 +15,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlperturb.api import Result as Result
     from mlperturb.api import attack as attack
     from mlperturb.api import load as load
     from mlperturb.api import predict as predict
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from mlperturb.model.classifier import Classifier as Classifier
     from mlperturb.model.export import export as export
     from mlperturb.model.preprocess import Preprocess as Preprocess
+    from mlperturb.run.results import Result as Result
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _PLACES = {
     "Limits": "limits",
     "MlperturbError": "errors",
     "Preprocess": "model.preprocess",
-    "Result": "api",
+    "Result": "run.results",
     "attack": "api",
     "export": "model.export",
     "load": "api",

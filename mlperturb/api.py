@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mlperturb.errors import UsageError
 from mlperturb.labels import list_names
 from mlperturb.limits import MARGIN, Limits
-from mlperturb.metrics import distortion
 from mlperturb.model.checkpoints import find_checkpoint, load_checkpoint
 from mlperturb.model.classifier import Classifier
-from mlperturb.model.ensemble import Ensemble, Victim, alpha_of, check_size, members_of, places_of
+from mlperturb.model.ensemble import Ensemble, Victim, alpha_of, check_size, members_of
 from mlperturb.model.hub import fetch, is_hub
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.model.readers import parse_reader
@@ -27,81 +22,18 @@ from mlperturb.model.trial import try_network
 from mlperturb.model.views import read_logits
 from mlperturb.photos.forms import Images as Images
 from mlperturb.photos.forms import form_of, open_images
-from mlperturb.photos.images import Photo, Pixels
+from mlperturb.photos.images import Photo
 from mlperturb.photos.regions import name_region
-from mlperturb.run.record import Status
+from mlperturb.run.results import Result as Result
+from mlperturb.run.results import Row, build_result, judge_pixels
 from mlperturb.run.search import Found, Searcher
 from mlperturb.run.settings import Settings, Words, check_seed, read_settings
-from mlperturb.run.verdict import look
 from mlperturb.system.devices import prepare
 
 if TYPE_CHECKING:
     from mlperturb.labels import Request
 
 Names: TypeAlias = "str | Iterable[str]"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one of several classifiers says of N images.
-
-    Attributes:
-        success: whether every constraint on its labels holds in all of its readers, boolean, (N,).
-        before: its probabilities of the images, (N, L_c).
-        after: its probabilities of the adversarial images, (N, L_c).
-        flip: the labels that it had to reverse, boolean, (N, L_c).
-        keep: the labels that it had to keep, boolean, (N, L_c).
-        labels: its L_c names.
-    """
-
-    success: Tensor
-    before: Tensor
-    after: Tensor
-    flip: Tensor
-    keep: Tensor
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of an attack on N images.
-
-    Attributes:
-        images: the adversarial images, in the form of the input: a batch (N, 3, H, W), or a list of tensors, arrays
-            or PIL images (PIL images for paths too, with the colour profile). Floats are multiples of 1/255.
-        success: whether every constraint holds on these 8-bit pixels, in every reader and after the compressions,
-            boolean, (N,).
-        readers: for each reader's name, whether every constraint holds in this reader, boolean, (N,).
-        status: `success`; `unchanged`: the image was as asked already; `partial`: a label flipped, but some constraint
-            does not hold; `failed`: no label flipped.
-        before: probabilities of the images, (N, L).
-        after: probabilities of the adversarial images, (N, L).
-        rmsd: root mean square of the change of the 8-bit pixels, on the 0-255 scale, (N,).
-        linf: largest change of a pixel, in grey levels, (N,).
-        passes: all forward and backward passes of the network, (N,).
-        flip: the set A, boolean, (N, L).
-        keep: the set B, boolean, (N, L).
-        labels: the L names. Of several classifiers these are all of theirs, and the values above are those of the first
-            that has the label.
-        classifiers: for each of several classifiers, by its name, what it says; empty for one.
-    """
-
-    images: Tensor | list[Tensor | npt.NDArray[np.generic] | Image.Image]
-    success: Tensor
-    readers: dict[str, Tensor]
-    status: tuple[Status, ...]
-    before: Tensor
-    after: Tensor
-    rmsd: Tensor
-    linf: Tensor
-    passes: Tensor
-    flip: Tensor
-    keep: Tensor
-    labels: tuple[str, ...]
-    classifiers: dict[str, Verdict] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.status)
 
 
 def load(
@@ -198,13 +130,10 @@ def attack(
     """Find the smallest perturbation of each image that flips the labels of A and keeps the labels of B.
 
     Args:
-        classifier: the classifier to attack: see `load`, or a `Classifier` of your own. Several, in a list or by name:
-            an image must fool all of them, each in its own readers. Labels are matched by name; a label that one lacks
-            constrains only those that have it. A label is flipped toward the reverse of what the first that has it
-            says.
-        images: a float batch (N, 3, H, W) in [0, 1], or a list of any sizes of tensors (3, H, W) (float in [0, 1] or
-            uint8), NumPy arrays (H, W, 3) (float in [0, 1] or uint8), PIL images, or paths. Floats are rounded to 8
-            bits first.
+        classifier: the classifier to attack, from `load` or a `Classifier` of your own. Or several, in a list or by
+            name, see `mlperturb.model.ensemble.Ensemble`: an image must fool all of them, each in its own readers.
+        images: a float batch (N, 3, H, W) in [0, 1]; or a list of images of any sizes: tensors (3, H, W) and NumPy
+            arrays (H, W, 3), of floats in [0, 1] or uint8, PIL images, and paths. Floats are rounded to 8 bits first.
         flip: names of labels to reverse, present or not; or `all`; or `any`, the label nearest to its threshold. In
             all four sets labels are named, not numbered, and `category:NAME` stands for the labels of a category.
         keep: names of labels whose decision is to stay; or `rest`, every label not named elsewhere; or `present`, those
@@ -233,16 +162,10 @@ def attack(
         UsageError: if an argument is out of its range or does not fit the others.
         CheckpointError: if attacks cannot work on the classifier, see `mlperturb.model.trial.try_network`.
     """
-    if not (progress is None or callable(progress)):
-        raise UsageError(f"expected a function for `progress`, got a {form_of(progress)}")
     victim = _victim(classifier, list_names(reader, "reader"))
     given = {"flip": flip, "keep": keep, "add": add, "remove": remove, "survive": survive, "reader": reader}
     words = Words(**{name: list_names(names, name) for name, names in given.items()}, region=name_region(region))
-    settings = read_settings(
-        words, victim.labels, method=method, budget=budget, limits=limits, margin=margin,
-        readers=victim.preprocess.readers if isinstance(victim, Classifier) else victim.every_reader,
-        options=dict(options), categories=victim.categories, networks=len(members_of(victim)),
-    )  # fmt: skip
+    settings = _settings(victim, words, method, budget, limits, margin, options)
     return _run(victim, images, settings, check_seed(seed), progress)
 
 
@@ -264,6 +187,30 @@ def _victim(given: Classifier | Sequence[Classifier] | Mapping[str, Classifier],
     return Ensemble(members, readers) if len(members) > 1 else next(iter(members.values()))
 
 
+def _settings(
+    victim: Victim,
+    words: Words,
+    method: str,
+    budget: str,
+    limits: Limits | None,
+    margin: float,
+    options: Mapping[str, str],
+) -> Settings:
+    """Read the settings of `attack`, with the labels and the readers of the classifier, or of all of several."""
+    return read_settings(
+        words,
+        victim.labels,
+        method=method,
+        budget=budget,
+        limits=limits,
+        margin=margin,
+        readers=victim.preprocess.readers if isinstance(victim, Classifier) else victim.every_reader,
+        options=dict(options),
+        categories=victim.categories,
+        networks=len(members_of(victim)),
+    )
+
+
 def _run(
     classifier: Victim,
     images: Images,
@@ -271,7 +218,13 @@ def _run(
     seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> Result:
-    """Attack the images, and give the results the images' own form."""
+    """Attack the images, and give the results the images' own form.
+
+    Raises:
+        UsageError: if `progress` cannot be called.
+    """
+    if not (progress is None or callable(progress)):
+        raise UsageError(f"expected a function for `progress`, got a {form_of(progress)}")
     opened = open_images(images, alpha_of(classifier))
     photos = [photo for photo, _ in opened]
     with torch.random.fork_rng(enabled=bool(photos)):
@@ -279,24 +232,7 @@ def _run(
         rows = _attack_photos(classifier, photos, settings, progress)
     adversarial = [restore(row.pixels) for (_, restore), row in zip(opened, rows, strict=True)]
     names = [reader.name for reader in settings.readers]
-    return _result(classifier, adversarial, rows, readers=names, batch=isinstance(images, Tensor))
-
-
-@dataclass(frozen=True)
-class _Row:
-    """The result of one image."""
-
-    pixels: Pixels
-    status: Status
-    before: Tensor
-    after: Tensor
-    rmsd: float
-    linf: float
-    passes: int
-    flip: Tensor
-    keep: Tensor
-    held: dict[str, bool]
-    holds: Tensor
+    return build_result(classifier, adversarial, rows, readers=names, batch=isinstance(images, Tensor))
 
 
 def _attack_photos(
@@ -304,17 +240,17 @@ def _attack_photos(
     photos: Sequence[Photo],
     settings: Settings,
     progress: Callable[[int, int], None] | None,
-) -> list[_Row]:
+) -> list[Row]:
     """Attack the photos, and decide on each result."""
     for photo in photos:
         check_size(classifier, photo.rgb.shape[:2])
         if settings.region is not None:
             settings.region.inside(*photo.rgb.shape[:2])
-    rows: list[_Row] = []
+    rows: list[Row] = []
     for part in _parts(classifier, photos, settings.request, settings):
         for found in part:
             photo = photos[len(rows)]
-            rows.append(_judge(classifier, photo, found, settings))
+            rows.append(judge_pixels(classifier, photo, found, settings))
         if progress is not None:
             progress(len(rows), len(photos))
     return rows
@@ -332,79 +268,6 @@ def _parts(
                 raise UsageError(f"an image of {width} x {height} pixels is too large for the device's memory")
             assert last - first == len(found)
             yield found
-
-
-def _judge(classifier: Victim, photo: Photo, found: Found | None, settings: Settings) -> _Row:
-    """Judge the 8-bit pixels, as the command line judges the file."""
-    count = len(classifier.boundary)
-    if found is None:  # the network's outputs are not finite on the clean image
-        nowhere, unknown = torch.zeros(count, dtype=torch.bool), torch.full((count,), torch.nan)
-        held = {reader.name: False for reader in settings.readers}
-        passes = settings.networks * len(held)
-        return _Row(photo.rgb, "failed", unknown, unknown, 0.0, 0.0, passes, nowhere, nowhere, held, nowhere)
-    seen = look(classifier, found.pixels, photo.rgb, found, settings)
-    moved = distortion(torch.from_numpy(found.pixels.astype(np.int16) - photo.rgb))
-    return _Row(
-        found.pixels,
-        seen.status,
-        torch.sigmoid(found.before[0]),
-        torch.sigmoid(seen.logits[0]),
-        moved.rmsd,
-        moved.linf,
-        found.forward + found.backward + seen.passes,
-        found.targets.flip[0],
-        found.targets.keep[0],
-        {name: bool(held.all()) for name, held in seen.readers.items()},
-        torch.stack([seen.held[0], *(held[0] for held in seen.survival.values())]).all(0),
-    )
-
-
-def _result(
-    classifier: Victim,
-    adversarial: list[Tensor | npt.NDArray[np.generic] | Image.Image],
-    rows: Sequence[_Row],
-    *,
-    readers: Sequence[str],
-    batch: bool,
-) -> Result:
-    """Build the `Result` from the rows."""
-    first = [columns[0] for columns in places_of(classifier)]
-
-    def stack(tensors: list[Tensor], columns: slice | list[int] = first) -> Tensor:
-        return torch.stack(tensors)[:, columns] if tensors else torch.empty(0, len(classifier.boundary))[:, columns]
-
-    def verdict(one: Classifier, columns: slice) -> Verdict:
-        return Verdict(
-            success=stack([row.holds for row in rows], columns).bool().all(1),
-            before=stack([row.before for row in rows], columns),
-            after=stack([row.after for row in rows], columns),
-            flip=stack([row.flip for row in rows], columns).bool(),
-            keep=stack([row.keep for row in rows], columns).bool(),
-            labels=one.labels,
-        )
-
-    several = classifier if isinstance(classifier, Ensemble) else None
-    tensors = [image for image in adversarial if isinstance(image, Tensor)]
-    return Result(
-        images=torch.stack(tensors) if batch and tensors else adversarial,
-        success=torch.tensor([row.status in ("success", "unchanged") for row in rows], dtype=torch.bool),
-        readers={name: torch.tensor([row.held[name] for row in rows], dtype=torch.bool) for name in readers},
-        status=tuple(row.status for row in rows),
-        before=stack([row.before for row in rows]),
-        after=stack([row.after for row in rows]),
-        rmsd=torch.tensor([row.rmsd for row in rows]),
-        linf=torch.tensor([row.linf for row in rows]),
-        passes=torch.tensor([row.passes for row in rows], dtype=torch.long),
-        flip=stack([row.flip for row in rows]).bool(),
-        keep=stack([row.keep for row in rows]).bool(),
-        labels=classifier.labels,
-        classifiers={}
-        if several is None
-        else {
-            name: verdict(one, columns)
-            for (name, one), columns in zip(several.members.items(), several.columns(), strict=True)
-        },
-    )
 
 
 def _check_classifier(classifier: object) -> None:

@@ -1,7 +1,7 @@
 """Several classifiers that one file must fool: their logits lie side by side, and each has readers of its own.
 
-A column is a logit of one classifier. A label that two of them have, by name, has two columns; a label that one lacks
-constrains only those that have it. View v is a reader; the classifiers that do not have it read by their own first.
+A column is a logit of one classifier, so that a label that two classifiers have has two columns. View v is a reader; a
+classifier that does not have this reader reads by the first of its own.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ from mlperturb.photos.purify import Purification
 class Ensemble:
     """Several classifiers that one file must fool.
 
+    Labels are matched by name. A label that a member lacks constrains only the members that have it; a label of A is
+    flipped to the reverse of the decision of the first member that has it.
+
     Args:
         members: the classifiers by name; at least two, on one device.
-        readers: names of readers that all of them have; none for each one's own.
+        readers: names of readers, for all members; empty for each member's own.
 
     Attributes:
         members: as given.
         readers: for each member, the names of its readers.
-        labels: every label that a member has, L names: those of the first, then those that the next ones add.
+        labels: every label that a member has, L names: those of the first member, then those that each next one adds.
         thresholds: of each label, that of the first member that has it.
         categories: of the labels, those of the first member that has each; empty text where it has none.
         alpha: the colour that a transparent photo is laid over, see `Preprocess`.
