@@ -132,13 +132,7 @@ def run(
             watch=watch,
         )
     share.gather()
-    if not share.first:
-        return []
-    if not protocol.keep_images:
-        _remove_empty_folders(journal.path.parent / "images")
-    rows = {str(path): row for row, path in enumerate(dataset.paths)}
-    wanted = {str(part.case): {rows[str(job.source)] for job in part.jobs} for _, part in parts}
-    return tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu(), wanted)
+    return _finish(classifier, dataset, protocol, journal, parts) if share.first else []
 
 
 def _plan(dataset: Dataset, correct: Sequence[int], protocol: Protocol, images: Path) -> list[tuple[Variant, Part]]:
@@ -158,6 +152,21 @@ def _plan(dataset: Dataset, correct: Sequence[int], protocol: Protocol, images: 
         for case in protocol.cases
         for variant in protocol.variants
     ]
+
+
+def _finish(
+    classifier: Classifier,
+    dataset: Dataset,
+    protocol: Protocol,
+    journal: Journal,
+    parts: Sequence[tuple[Variant, Part]],
+) -> list[dict[str, Any]]:
+    """Remove the folders of images that are not kept; return the rows of the tables, from the journal's records."""
+    if not protocol.keep_images:
+        _remove_empty_folders(journal.path.parent / "images")
+    rows = {str(path): row for row, path in enumerate(dataset.paths)}
+    wanted = {str(part.case): {rows[str(job.source)] for job in part.jobs} for _, part in parts}
+    return tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu(), wanted)
 
 
 def _keep(

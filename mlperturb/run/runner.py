@@ -99,8 +99,7 @@ def run_attack(
     units = [jobs[start : start + searcher.together] for start in range(0, len(jobs), searcher.together)]
     writer = _Writer(classifier, out, settings, done, check, waits)
     try:
-        batches = _batches(units, claims, finished, read, searcher.pixels, filled=filled)
-        for batch in _timed(batches, waits):
+        for batch in _timed(_batches(units, claims, finished, read, searcher.pixels, filled=filled), waits):
             for pairs, found, lost in _attack(searcher, batch):
                 writer.submit(pairs, found, lost)
     finally:

@@ -11,24 +11,21 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.best import Outcome
-from mlperturb.attacks.goals import ClassificationGoal, Goal
-from mlperturb.attacks.lattice import PIXELS, Lattice
+from mlperturb.attacks.goals import Goal
 from mlperturb.attacks.methods import find_method
-from mlperturb.attacks.problem import Meter, Opening, Problem, each_view, is_all, observe
+from mlperturb.attacks.problem import Meter, Problem, each_view
 from mlperturb.attacks.quantise import quantise
-from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
 from mlperturb.labels import Request
 from mlperturb.metrics import Distortion, distortion
 from mlperturb.model.coefficients import JpegLattice
-from mlperturb.model.ensemble import SideBySide, Victim, bind, members_of, places_of, to_columns
-from mlperturb.model.preprocess import Size, pad_batch, to_tensor
-from mlperturb.model.views import ViewedModel, repeat_targets
+from mlperturb.model.ensemble import Victim, members_of
+from mlperturb.model.preprocess import Size
 from mlperturb.photos.images import Photo, Pixels
 from mlperturb.photos.jpeg import Plane
-from mlperturb.photos.regions import Region
+from mlperturb.run.pose import observe_photos, pose
 from mlperturb.run.settings import Settings
 from mlperturb.system.devices import free_memory
-from mlperturb.targets import Targets, decide, make_targets
+from mlperturb.targets import Targets
 
 _BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
 _NEEDED = 200  # bytes of memory for a padded pixel; on the CPU an attack takes 180
@@ -90,52 +87,21 @@ def search(
         watch: called with the meter of the batch, which counts on, before the attack begins.
     """
     started = time.perf_counter()
-    images, sizes = pad_batch([to_tensor(photo.rgb, classifier.device) for photo in photos])
-    model = bind(classifier, settings.readers, sizes, settings.survive[0])
-    before, meter, opening = observe(model, images, opening=find_method(settings.method).opens)
-    images, clean, opening = _encoded(model, images, (before, meter, opening), photos)
-    meter.owed.add_(settings.looks)
-    watch(meter)
-    rows = before.isfinite().all(2).all(1).nonzero().flatten()
+    seen = observe_photos(classifier, photos, settings)
+    seen.meter.owed.add_(settings.looks)
+    watch(seen.meter)
+    rows = seen.before.isfinite().all(2).all(1).nonzero().flatten()
     found: list[Found | None] = [None] * len(photos)
     if not len(rows):
         return found
-    usable = rows.tolist()
-    asked, sizes = [requests[row] for row in usable], [sizes[row] for row in usable]
-    chosen = [photos[row] for row in usable]
-    images = images if is_all(rows, len(photos)) else images[rows]
-    columns, places = len(classifier.boundary), places_of(classifier)
-    truth = decide(before[rows, 0, :columns], classifier.boundary)
-    limits = settings.limits
-    problem = Problem(
-        replace(model.select(rows), purifications=()),
-        images,
-        ClassificationGoal(_targets(asked, places, truth, classifier.boundary, settings.margin)),
-        limit=limits.passes,
-        cap=None if limits.rmsd is None else _norm_cap(limits.rmsd, sizes, images.device),
-        bound=None if limits.linf is None else limits.linf / 255,
-        region=_region_of(settings.region, chosen, images),
-        grey=_grey_of(chosen, images.device),
-        lattice=_lattice_of(settings.region, chosen, images),
-        meter=meter,
-        rows=rows.cpu(),
-        clean=clean[rows, :, :columns],
-    )
-    if any(request.any_label for request in asked):
-        asked = _resolve_any(problem, asked, places)
-        problem = problem.aim(ClassificationGoal(_targets(asked, places, truth, classifier.boundary, settings.margin)))
-    repeated = ClassificationGoal(repeat_targets(problem.targets, 1 + len(model.purifications)))
-    whole = replace(
-        problem,
-        model=model.select(rows),
-        goal=repeated,
-        clean=clean[rows],
-        opening=None if opening is None else opening.select(rows),
-    )
-    results = _search(problem, whole, sizes, settings)
+    seen, usable = seen.select(rows), rows.tolist()
+    chosen, asked = [photos[row] for row in usable], [requests[row] for row in usable]
+    problem, whole = pose(classifier, seen, chosen, asked, settings)
+    results = _search(problem, whole, seen.sizes, settings)
     share = (time.perf_counter() - started) / len(rows)
-    for row, result in zip(usable, results, strict=True):
-        found[row] = _finish(result, photos[row], before[row, :, :columns].cpu(), share)
+    before = seen.before[:, :, : len(classifier.boundary)].cpu()
+    for row, result, logits in zip(usable, results, before, strict=True):
+        found[row] = _finish(result, photos[row], logits, share)
     return found
 
 
@@ -228,63 +194,6 @@ def _finish(found: Found, photo: Photo, before: Tensor, seconds: float) -> Found
     return replace(found, distortion=distortion(moved))
 
 
-def _encoded(
-    model: ViewedModel | SideBySide,
-    images: Tensor,
-    observed: tuple[Tensor, Meter, Opening | None],
-    photos: Sequence[Photo],
-) -> tuple[Tensor, Tensor, Opening | None]:
-    """Return the photos as their files hold them before the attack, their logits and opening, counted by the meter."""
-    before, meter, opening = observed
-    if all(photo.encoded is None for photo in photos):
-        return images, before, opening
-    images = images.clone()
-    for row, photo in enumerate(photos):
-        if photo.encoded is not None:
-            height, width = photo.encoded.shape[:2]
-            images[row, :, :height, :width] = to_tensor(photo.encoded, images.device)
-    clean, again, opening = observe(model, images, opening=opening is not None)
-    meter.forward.add_(again.forward)
-    return images, clean, opening
-
-
-def _lattice_of(region: Region | None, photos: Sequence[Photo], images: Tensor) -> Lattice:
-    """Return the lattice of a padded batch, (N, 3, H, W): coefficients for the photos that become JPEGs."""
-    if all(photo.jpeg is None for photo in photos):
-        return PIXELS
-    regions = [None if region is None else region.inside(*photo.rgb.shape[:2]) for photo in photos]
-    size = int(images.shape[2]), int(images.shape[3])
-    return JpegLattice([photo.jpeg for photo in photos], size, images.device, regions)
-
-
-def _norm_cap(rmsd: float, sizes: Sequence[Size], device: torch.device) -> Tensor:
-    """Return the L2 norm, in [0, 1] units, that an RMSD on the 0-255 scale is at each size, (N,)."""
-    return torch.tensor([rmsd / 255 * (3 * height * width) ** 0.5 for height, width in sizes], device=device)
-
-
-def _region_of(region: Region | None, photos: Sequence[Photo], images: Tensor) -> Tensor | None:
-    """Return the pixels of a padded batch, (N, 3, H, W), that may change, (N, 1, H, W); None for all.
-
-    Pixels under full transparency never change.
-    """
-    if region is None and all(photo.changeable is None for photo in photos):
-        return None
-    allowed = torch.zeros_like(images[:, :1])
-    for row, photo in enumerate(photos):
-        height, width = photo.rgb.shape[:2]
-        inside = np.ones((height, width), dtype=np.bool_) if region is None else region.inside(height, width)
-        if photo.changeable is not None:
-            inside = inside & photo.changeable
-        allowed[row, 0, :height, :width] = torch.from_numpy(inside).to(allowed)
-    return allowed
-
-
-def _grey_of(photos: Sequence[Photo], device: torch.device) -> Tensor | None:
-    """Return which photos have a single channel of colour, boolean, (N,); None if no photo has."""
-    grey = torch.tensor([photo.grey for photo in photos], device=device)
-    return grey if bool(grey.any()) else None
-
-
 def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: Settings) -> list[Found]:
     """Attack the photos that are not as asked already; no image spends more than the limit of passes.
 
@@ -356,36 +265,3 @@ def _attack(problem: Problem, settings: Settings) -> tuple[Outcome, Outcome, Ten
     with torch.no_grad():
         logits = problem.logits(outcome.images)
     return outcome, quantise(problem, outcome, scales=scales, iterations=iterations), logits
-
-
-def _targets(
-    requests: Sequence[Request], places: Sequence[tuple[int, ...]], truth: Tensor, boundary: Tensor, margin: float
-) -> Targets:
-    """Apply requests for labels to the columns of a batch, see `to_columns`."""
-    if len(boundary) == len(places):  # a column for each label, in their order
-        return make_targets(requests, truth, boundary, margin=margin)
-    asked = [to_columns(request, places, row) for request, row in zip(requests, truth.cpu(), strict=True)]
-    return make_targets(asked, truth, boundary, margin=margin)
-
-
-def _resolve_any(problem: Problem, requests: Sequence[Request], places: Sequence[tuple[int, ...]]) -> list[Request]:
-    """Return the requests with the label nearest to its threshold in place of `any`.
-
-    Of several classifiers, it is a label that most of them have, and the first of these decides which is the nearest.
-    """
-    most = max(map(len, places))
-    labels = {columns[0]: label for label, columns in enumerate(places) if len(columns) == most}
-    candidates = torch.zeros_like(problem.targets.flip)
-    for row, request in enumerate(requests):
-        named = {*request.keep, *request.add, *request.remove}
-        candidates[row, [column for column, label in labels.items() if label not in named]] = request.any_label
-    candidates &= ~problem.targets.keep  # the labels that are present, where those are kept
-    spare = MAX_COMPARED if problem.limit is None else problem.limit // (3 * problem.cost)
-    nearest = nearest_label(problem, candidates, compared=min(spare, MAX_COMPARED))
-    resolved = []
-    for request, chosen in zip(requests, nearest.cpu(), strict=True):
-        flip = (*request.flip, *(labels[column] for column in chosen.nonzero().flatten().tolist()))
-        named = {*flip, *request.add, *request.remove}
-        keep = tuple(label for label in range(len(places)) if label not in named) if request.keep_rest else request.keep
-        resolved.append(replace(request, flip=flip, keep=keep, any_label=False))
-    return resolved

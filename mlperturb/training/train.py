@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,7 @@ def train(
         CheckpointError: if the initial weights or the resumed state do not fit, or the network has no linear layer.
         OutputError: if the checkpoint, or the state to resume from, cannot be written.
     """
-    for dataset in (validation, *tests.values()):
-        if dataset.labels != training.labels:
-            raise DatasetError(f"expected the labels {training.labels}, got {dataset.labels}")
+    _check_labels(training, (validation, *tests.values()))
     share = share or Share()
     network, given = _fill_network(recipe, len(training.labels), initial, pretrained, share)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -120,11 +118,18 @@ def train(
     with share.process_group(device):
         fitter = start.make_fitter(network, validation, teachers, given, output, resume)
         _run_epochs(fitter, validation, output, report)
-    if not share.first:
-        return None
-    metadata = _finish(fitter, validation, tests, provenance or {}, output, half, base)
-    resume_file(output).unlink(missing_ok=True)
-    return metadata
+    return _finish(fitter, validation, tests, provenance or {}, output, half, base) if share.first else None
+
+
+def _check_labels(training: Dataset, others: Iterable[Dataset]) -> None:
+    """Refuse data sets with other labels than the training set.
+
+    Raises:
+        DatasetError: if there is such a data set.
+    """
+    for dataset in others:
+        if dataset.labels != training.labels:
+            raise DatasetError(f"expected the labels {training.labels}, got {dataset.labels}")
 
 
 def _fill_network(
@@ -291,7 +296,10 @@ def _finish(
     half: bool,
     base: Path | None,
 ) -> Metadata:
-    """Blend, calibrate and measure the averaged network, and write the checkpoint; return its metadata."""
+    """Blend, calibrate and measure the averaged network, and write the checkpoint; return its metadata.
+
+    The state to resume from is deleted once the checkpoint is there.
+    """
     if fitter.recipe.blend:
         fitter.notes["blend"] = _blend(fitter, validation)
     if half:
@@ -302,6 +310,7 @@ def _finish(
     if half:
         tensors = {name: _halve(value) for name, value in tensors.items()}
     save_checkpoint(output, tensors, metadata, base=base)
+    resume_file(output).unlink(missing_ok=True)
     return metadata
 
 
