@@ -34,7 +34,8 @@ def write_matrix(
     from mlperturb.experiment.matrix import MATRIX, judge_each
     from mlperturb.run.report import to_json
     from mlperturb.show.figures import save_figure
-    from mlperturb.show.tables import show, to_latex, to_markdown
+    from mlperturb.show.grids import to_latex, to_markdown
+    from mlperturb.show.tables import show
     from mlperturb.show.transfers import draw_transfer, matrix_grid
     from mlperturb.system.files import write_file
 

@@ -343,7 +343,8 @@ def train(
         return
     if metadata.metrics:
         from mlperturb.cli.console import out as stdout
-        from mlperturb.show.tables import classifier_grid, show
+        from mlperturb.show.grids import classifier_grid
+        from mlperturb.show.tables import show
 
         stdout.print(show(classifier_grid(metadata.metrics)))
     typer.echo(f"wrote {out}")

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mlperturb.show.figures import PAGE, STYLE
-from mlperturb.show.tables import Grid
+from mlperturb.show.grids import Grid
 from mlperturb.system.text import printable, shorten
 
 _MOST = 8  # labels of a pair that are shown by name

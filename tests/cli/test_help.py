@@ -15,7 +15,8 @@ from typer.main import get_command
 from mlperturb.attacks.methods import METHODS
 from mlperturb.cli.console import OPTIONS
 from mlperturb.cli.main import app
-from mlperturb.show.tables import Grid, show
+from mlperturb.show.grids import Grid
+from mlperturb.show.tables import show
 
 COMMANDS = [command.callback.__name__.replace("_", "-") for command in app.registered_commands if command.callback]
 

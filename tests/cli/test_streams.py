@@ -13,7 +13,7 @@ from PIL import Image
 from support.models import TINY_PIXELS
 
 from mlperturb.cli.console import print_error
-from mlperturb.show.tables import _harmless
+from mlperturb.show.grids import _harmless
 
 
 def run(folder: Path, *words: object, **more: Any) -> subprocess.CompletedProcess[bytes]:

@@ -12,7 +12,7 @@ import pytest
 from mlperturb.experiment.cases import Case, Protocol, Variant
 from mlperturb.experiment.curves import by_case, read_curves, summarise, trace
 from mlperturb.show.curves import draw_curves
-from mlperturb.show.tables import curves_csv
+from mlperturb.show.grids import curves_csv
 from mlperturb.system.journal import Journal
 
 INF = math.inf

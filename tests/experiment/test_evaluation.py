@@ -26,7 +26,7 @@ from mlperturb.model.checkpoints import load_checkpoint
 from mlperturb.model.readers import parse_readers
 from mlperturb.photos.datasets import Dataset
 from mlperturb.photos.images import read_photo
-from mlperturb.show.tables import evaluation_grid, to_csv, to_latex, to_markdown
+from mlperturb.show.grids import evaluation_grid, to_csv, to_latex, to_markdown
 from mlperturb.system.journal import Journal
 
 LABELS = ("cat", "dog", "potted plant", "hen", "cow")
