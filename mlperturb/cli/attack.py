@@ -309,7 +309,6 @@ def show_plan(
     source: Source | Sources, jobs: list[Job], settings: Settings, notes: Sequence[str], *, device: str, json: bool
 ) -> int:
     """Print what an attack would do, in the first process alone; return the exit code."""
-    from mlperturb.cli.console import print_note
     from mlperturb.cli.dry_run import dry_run
     from mlperturb.system.processes import join
 
@@ -317,9 +316,7 @@ def show_plan(
         raise UsageError("expected --dry-run with a single --checkpoint")
     if not join().first:
         return 0
-    for note in notes:
-        print_note(note)
-    return dry_run(source, jobs, settings, device=device, json=json)
+    return dry_run(source, jobs, settings, notes, device=device, json=json)
 
 
 def run(
@@ -336,7 +333,7 @@ def run(
     strict: bool = False,
     notes: Sequence[str] = (),
 ) -> int:
-    """Attack photos, and print notes on how they were found; return the exit code."""
+    """Attack photos, and print notes on the checkpoint and on how the photos were found; return the exit code."""
     from mlperturb.cli.attack_run import AttackRun
     from mlperturb.cli.longrun import LongRun
     from mlperturb.run.outputs import fingerprint, prepare_folder
@@ -347,10 +344,8 @@ def run(
     place = long.prepare(device, seed)
     described = {**settings.describe(seed=seed, device=long.device), **source.origin}
     again = long.starts_again(overwrite)
-    task = AttackRun(long, source, settings, jobs, outputs, described, json, strict, overwrite=again)
+    task = AttackRun(long, source, settings, jobs, outputs, described, json, strict, overwrite=again, notes=notes)
     if long.share.first:
-        for note in notes:
-            long.note(note)
         existing = prepare_folder(outputs, jobs, overwrite=task.overwrite and not task.broke_off(place, planned))
     long.share.agree(planned, "photos")
     return task.go(place, planned, existing)

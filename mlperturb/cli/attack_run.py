@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -49,6 +49,7 @@ class AttackRun:
     strict: bool = False  # a photo on which the attack fell short is an error too
     silent: bool = False  # print nothing on stdout
     overwrite: bool = False  # replace what is there, unless it is of this very run, which was stopped
+    notes: Sequence[str] = ()  # to print once the classifier is loaded, so that an error of loading it is the only line
     loaded: tuple[Victim, dict[str, Any]] | None = None  # and its description
     summary: Summary = field(default_factory=Summary)  # of the photos of this process
     lock: Lock = field(default_factory=Lock)  # guards the summary: threads count the photos that are done already
@@ -90,6 +91,8 @@ class AttackRun:
             self.load(device)
         assert self.loaded is not None
         (classifier, description), long = self.loaded, self.long
+        for note in self.notes if long.share.first else ():
+            long.note(note)
         with self._ledger(description, photos, existing) as interrupts:
             with long.bar("done", len(self.jobs), "reading photos"), long.stoppable():
                 run_attack(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlperturb.cli.advice import SHOWN
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.console import print_error
+from mlperturb.cli.console import print_error, print_note
 from mlperturb.cli.source import Source
 from mlperturb.run.jobs import Job
 from mlperturb.run.settings import Settings
@@ -40,13 +40,20 @@ class Plan:
         return sum(image["status"] == status for image in self.images)
 
 
-def dry_run(source: Source, jobs: list[Job], settings: Settings, *, device: str, json: bool) -> int:
-    """Classify the photos and print what an attack would do; return the exit code."""
+def dry_run(
+    source: Source, jobs: list[Job], settings: Settings, notes: Sequence[str] = (), *, device: str, json: bool
+) -> int:
+    """Classify the photos and print what an attack would do; return the exit code.
+
+    The notes are printed once the classifier is loaded, so that an error of loading it is the only line.
+    """
     from mlperturb.run.forecast import most_passes, time_pass
     from mlperturb.run.report import to_json
     from mlperturb.system.devices import prepare
 
     classifier, description = source.load(prepare(device, 0))
+    for note in notes:
+        print_note(note)
     plan = Plan()
     for image in _classify(classifier, jobs, settings, plan):
         plan.images.append(image)

@@ -222,9 +222,9 @@ class _Task:
             hidden = several and self.json and not self.clean  # the matrix alone is printed
             long = LongRun(share, quiet=self.quiet or hidden)
             run = EvaluationRun(long, self.protocols[name], aligned[name], folder, self.json and not hidden)
-            for note in source.notes:
-                long.note(note)
             run.load(source, device)
+            for note in source.notes:  # after loading, so that an error is the only line
+                long.note(note)
             codes.append(run.clean() if self.clean else run.go(overwrite=overwrite))
             if long.stopped is not None:
                 return codes[-1]

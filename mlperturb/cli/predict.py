@@ -59,17 +59,23 @@ def predict(
         own=lambda path: is_own(path) and not is_adversarial(path),
         left_out=left_out,
     )
-    for note in source.notes:
-        print_note(note)
-    if left_out:
-        print_note(describe_left_out(left_out))
-    raise typer.Exit(run(source, photos, readers=reader or [], device=device, json=json))
+    notes = [*source.notes, *([describe_left_out(left_out)] if left_out else [])]
+    raise typer.Exit(run(source, photos, readers=reader or [], device=device, json=json, notes=notes))
 
 
 def run(
-    source: Source, photos: list[Path], *, readers: Sequence[str] = (), device: str = "auto", json: bool = False
+    source: Source,
+    photos: list[Path],
+    *,
+    readers: Sequence[str] = (),
+    device: str = "auto",
+    json: bool = False,
+    notes: Sequence[str] = (),
 ) -> int:
-    """Predict and print, in each of the readers named, or in the first of the checkpoint's; return the exit code."""
+    """Predict and print, in each of the readers named, or in the checkpoint's first reader; return the exit code.
+
+    The notes are printed once the classifier is loaded, so that an error of loading it is the only line.
+    """
     from mlperturb.cli.advice import describe_unclear
     from mlperturb.model.readers import parse_readers
     from mlperturb.run.record import NOT_FINITE
@@ -79,6 +85,8 @@ def run(
 
     chosen = parse_readers(readers or source.readers[:1])
     classifier, description = source.load(prepare(device, 0))
+    for note in notes:
+        print_note(note)
     images: list[dict[str, Any]] = []
     unclear: list[str] = []
     thresholds = dict(zip(classifier.labels, classifier.thresholds, strict=True))

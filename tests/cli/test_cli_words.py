@@ -38,6 +38,29 @@ def test_thresholds_that_are_assumed_are_said_once_and_calmly(folder, cli, save_
     assert cli("predict", save_photo())[2] == ""
 
 
+@pytest.mark.parametrize("command", ["predict", "attack", "attack --dry-run", "evaluate"])
+def test_a_network_that_cannot_be_loaded_is_one_line_without_notes(folder, cli, save_photo, tmp_path, command):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for path in folder.iterdir():
+        (bad / path.name).write_bytes(path.read_bytes())
+    config = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps({**config, "architecture": "resnet18", "model_args": {}}))
+    photo, out = save_photo(), ("--out", tmp_path / "out")
+    table = tmp_path / "table.csv"
+    table.write_text(",".join(["image", *(f'"{label}"' for label in LABELS)]) + f"\n{photo.name}" + ",1" * len(LABELS))
+    words = {
+        "predict": (photo,),
+        "attack": (photo, "--flip", "sky", *out),
+        "attack --dry-run": (photo, "--flip", "sky"),
+        "evaluate": ("--photos", photo.parent, "--csv", table, "--cases", "extreme", *out),
+    }[command]
+    code, _, said = cli(*command.split(), *words, "--checkpoint", bad)
+    assert code == 2
+    assert "does not fit the architecture" in said
+    assert said.count("\n") == 1, said
+
+
 def test_a_table_of_the_folder_gives_thresholds_and_names_of_categories(folder, cli, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
