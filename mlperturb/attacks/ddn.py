@@ -1,8 +1,10 @@
 """ML-DDN: decoupled direction and norm (DDN, Rony et al. 2019) with a multiplier for each of many constraints.
 
-Names of the loop: `latent` is r before any rounding, `radius` is the length ||r||_2 that step 5 sets, `met` says that
-every constraint of an image holds, `decay` is 1 - k / K in iteration k of K, v_j is the violation of constraint j,
-positive while the constraint is violated, and g is the gradient of the loss of step 2.
+Names of the loop: x is the clean photo; `latent` is the perturbation r before any rounding, in the lattice's
+coordinates; `radius` is the length ||r||_2 that step 5 sets; `met` says that every constraint of an image holds; K is
+the number of iterations that an image can afford, and `decay` is 1 - k / K in iteration k, see `_progress` for several
+views. v_j is the violation of constraint j, positive while the constraint is violated; w_j is the weight of v_j in the
+loss of step 2, mu_j or after a restart 0 or 1; g is the gradient of this loss.
 """
 
 from __future__ import annotations
@@ -21,16 +23,17 @@ from mlperturb.attacks.lattice import lattice_scale
 from mlperturb.attacks.panel import LATE, Panel, verify, verify_waiting
 from mlperturb.attacks.problem import Problem, each_view, norms, spread
 from mlperturb.attacks.strongest import climb
-from mlperturb.attacks.walk import Walk
+from mlperturb.attacks.walk import Seen, Walk
 from mlperturb.model.linear import strips
 from mlperturb.targets import Space
 
 Rounding = Literal["inside", "after"]
 Aim = Literal["least", "strongest"]
 
-# The constants of the rules below. Those of steps 3 to 7, and `Pace`, were measured at half and at twice their value
-# (`tests/benchmarks/constants.py`, docs/experiments.md); those of step 8 were chosen on a few photos of Extreme.
-_OVERSHOOT = 1.3  # step 3: factor on the linearised distance, because logits curve away from their linearisation
+# The constants of the rules below. Those of steps 3 to 7, and `SEARCH`, were measured at half and at twice their value
+# (`tests/benchmarks/constants.py`, docs/experiments.md), but `_REACH` was not, nor was `GENTLE`; those of step 8 were
+# chosen on a few photos of Extreme.
+_OVERSHOOT = 1.3  # step 3: in place of the slope of the softplus, 0.5 to 1, because logits curve away from linear
 _LEAST = 0.55 / 255  # step 5: the least max|r|, a little over half a step of the lattice, below which r rounds to 0
 _RISE, _FALL = 0.4, -0.1  # step 7: change of log mu_j while v_j > 0, and while v_j <= 0; times `decay`
 _SMALLEST = 1e-3  # step 7: the least multiplier; the largest multiplier of an image is 1
@@ -39,7 +42,7 @@ _ENOUGH = 40  # step 8: the least K for a restart
 _NEAR = 0.1  # step 8: a restart multiplies r by this
 _GROWTH = 5.0  # step 8: after a restart, the share by which a failure lengthens r is this / K, times `decay`
 _NEXT, _LAST = 2, 0.3  # step 8: violated constraints pushed after a restart; only 1 while decay <= 0.3, at the end
-_REACH = 1.1  # step 5: the most that ||r|| may be, as a share of the least ||r|| with which the goal was met
+_REACH = 1.1  # step 5: ||r|| is at most this times the least ||r|| with which the goal was met
 _TINY = 1e-30  # in place of a length of 0, against division by 0
 
 
@@ -66,7 +69,7 @@ class Pace:
 
 
 SEARCH = Pace()  # for a start at the clean photo
-GENTLE = Pace(rate=0.3, shrink=0.05, grow=0.05, need=0.0, sharpness=4.0, restarts=False)  # for a good start
+GENTLE = Pace(rate=0.3, shrink=0.05, grow=0.05, need=0.0, sharpness=4.0, restarts=False)  # for a start near the goal
 
 
 def ml_ddn(
@@ -82,20 +85,23 @@ def ml_ddn(
 
     1. r = 0, every multiplier mu_j = 1.
     2. g = gradient of sum_j mu_j softplus(v_j) at round(x + r): a forward and a backward pass.
-    3. In the first iteration, r = -s g. The step length s is the linearised distance to the constraints, times 1.3, and
-       then as much longer as rounding needs.
+    3. In the first iteration, r = -s g. ||r|| is the linearised distance to the constraints, with 1.3 in place of the
+       slope of the softplus, and then as much longer as rounding needs.
     4. In later iterations, r moves along -g by a share of ||r||, and the share decays to zero.
     5. ||r|| is set: shorter than before if all constraints hold; else longer, by a share of ||r|| or of the linearised
-       distance, whichever is more, but not beyond 1.1 times the least ||r|| with which they all held.
+       distance, whichever is more, but not beyond 1.1 times the least ||r|| with which they all held, nor beyond a cap
+       on the distortion. While they do not all hold, round(r) is not 0.
     6. x + r is clipped to the pixel range, and to the bound on ||r||_infinity if the problem has a bound.
-    7. mu_j grows while v_j > 0 and shrinks while v_j <= 0; then all are divided by the largest.
-    8. An image that has not met its goal after a quarter of the iterations restarts near the photo. From there, the
-       constraints that hold and the two nearest to holding (at the end, the nearest) have the weight 1 in place of
-       mu_j, and the other constraints the weight 0.
-    9. If the problem has several views of each photo (`mlperturb.model.views`), step 2 computes one of them. The logits
-       of the others are expected to differ from it by as much as they last did (`attacks.panel`), and v_j is the
-       largest of all views. An iterate that may be the first to hold everywhere, or late on the way the best so far,
-       is computed in every view, unless too many passes went to that; then it waits for the end.
+    7. mu_j grows while v_j > 0 and shrinks while v_j <= 0; then all are divided by the largest, and none is less than
+       0.001.
+    8. An image with K >= 40 that has not met its goal after K / 4 iterations restarts near the photo: r is multiplied
+       by 0.1, and from there step 5 lengthens ||r|| by the share 5 / K, which decays to zero. The constraints that hold
+       and the two nearest to holding (at the end, the nearest) then have the weight 1 in place of mu_j, and the other
+       constraints the weight 0.
+    9. If the problem has several views of each photo (`mlperturb.model.views`), step 2 computes one view. The logits of
+       the other views are expected to differ from it by a running mean of the differences seen (`attacks.panel`), and
+       v_j is the largest of all views. An iterate that may be the first to hold in every view, or late on the way the
+       best so far, is computed in every view, unless too many passes went to such checks; then it waits for the end.
     10. Steps 2 to 9 are repeated `iterations` times, and a last look follows. Of the points with the most
         constraints met in every view, the nearest is kept.
 
@@ -109,7 +115,7 @@ def ml_ddn(
 
     Args:
         problem: the batch.
-        space: measure violations on the logits or the probabilities, see `ClassificationGoal`.
+        space: the violations are measured on the logits or the probabilities, see `ClassificationGoal`.
         rounding: `inside` the loop, so that the result is a lattice point; or `after` the loop, by `quantise`, as for
             the other attacks. `after` gives a float result nearer to the photo, but a file further from it.
         aim: `strongest` first seeks the largest margin within the limits (`attacks.strongest`); the steps above are for
@@ -159,66 +165,40 @@ def descend(
         decay = 1 - (step / walk.allowed if panel is None else _progress(problem, walk, step / iterations))
         view = None if panel is None else panel.choose(problem, step, 1 - decay >= LATE)
         seen = _look(problem, walk, best, panel, view, decay, lattice=lattice)  # steps 2, 9
-        met = best.update(problem, seen.images, seen.logits, seen.computed)
-        walk = replace(walk, least=torch.where(met & (walk.radius > 0), walk.least.minimum(walk.radius), walk.least))
-        losses = (seen.weights * functional.softplus(seen.violations, beta=pace.sharpness)).sum(1)
-        gradient = problem.lattice.pull(problem.gradient(losses, seen.leaf, seen.rows), seen.images)
-        seen = replace(seen, violations=seen.violations.detach())
+        met = best.update(problem, seen.images, seen.logits, seen.computed)  # step 10
+        walk = replace(walk, least=_least(walk, met))  # for steps 5 and 8
+        losses = (seen.weights * functional.softplus(seen.violations, beta=pace.sharpness)).sum(1)  # step 2
+        gradient = problem.lattice.pull(problem.gradient(losses, seen.leaf, seen.rows), seen.images)  # step 2
+        seen = replace(seen, violations=seen.violations.detach())  # frees the graph
         gradient_norm = norms(gradient).clamp(min=_TINY)
         distance = _linearised_loss(walk, seen, pace) / gradient_norm
         latent = _step(walk.latent, gradient, _step_length(walk, decay, pace) / gradient_norm)  # steps 3, 4
         radius = _radius(problem, walk, met, distance, decay, pace)  # step 5
-        latent.mul_(spread(radius / norms(latent).clamp(min=_TINY)))
-        if lattice and walk.fresh:  # step 3
+        latent.mul_(spread(radius / norms(latent).clamp(min=_TINY)))  # step 5
+        if lattice and walk.fresh:  # step 3, as much longer as rounding needs
             scale = lattice_scale(problem.lattice, latent, gradient, distance * gradient_norm)
             latent, radius = _stretch(latent, radius, scale)
         if lattice:
-            latent, radius = _stretch(latent, radius, _lift(problem, latent, met))
+            latent, radius = _stretch(latent, radius, _lift(problem, latent, met))  # step 5, round(r) is not 0
         walk = replace(
             walk,
             latent=problem.lattice.clip(latent, problem.images, *problem.pixel_range),  # step 6
             radius=radius,
             multipliers=_multipliers(walk, seen, decay),  # step 7
-            done=met & (walk.radius == 0),
+            done=met & (walk.radius == 0),  # the clean photo meets the goal
             fresh=False,
         )
         if pace.restarts:
             walk = _restart(walk, step)  # step 8
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """The results of a forward pass.
-
-    Attributes:
-        images: x + r, rounded if the attack is on the lattice, (n, 3, H, W).
-        leaf: the images of the graph, (N, 3, H, W).
-        rows: the places of these images in `leaf`, (n,); None if they are the same.
-        logits: z, (n, L), or of every view, computed or expected, (n, V, L); without a graph.
-        computed: whether every view of the image is computed, boolean, (n,); None for all.
-        violations: v, the largest of all views, (n, J), 0 where the image does not have a constraint; with the graph of
-            the view computed.
-        present: which constraints the image has, boolean, (n, J).
-        weights: w_j of the loss: mu_j, or after a restart 0 or 1, (n, J).
-    """
-
-    images: Tensor
-    leaf: Tensor
-    rows: Tensor | None
-    logits: Tensor
-    computed: Tensor | None
-    violations: Tensor
-    present: Tensor
-    weights: Tensor
-
-
 def _dismiss(
     problem: Problem, walk: Walk, best: Best, panel: Panel | None, *, lattice: bool, all_: bool
 ) -> tuple[Problem, Walk]:
-    """Look a last time, without a gradient, at images that cannot afford another iteration; return the others.
+    """Step 10: look a last time, without a gradient, at images that cannot afford another iteration; return the others.
 
-    Another iteration is a forward pass, a backward pass, and a look in every view at what comes of it. Clean photos
-    that meet the goal leave without a look.
+    Another iteration is a forward pass, a backward pass, and a look at the iterate that they lead to, in every view if
+    the goal was met before. Clean photos that meet the goal leave without a look.
 
     Args:
         problem: the images.
@@ -228,14 +208,15 @@ def _dismiss(
         lattice: see `descend`.
         all_: dismiss all images.
     """
-    first = 0 if walk.fresh and problem.opening is not None else 1
+    forward = 0 if walk.fresh and problem.opening is not None else 1  # the opening is a forward pass made already
     leaving = bool(walk.done.any()) and not walk.fresh
-    if not (all_ or leaving or problem.runs_short(first + 1 + problem.views)):
+    if not (all_ or leaving or problem.runs_short(forward + 1 + problem.views)):
         return problem, walk
-    looks = torch.where(best.met[best.places(problem)], problem.views, 1)  # a file not found yet has its own looks owed
-    on = ~walk.done & problem.affordable(first + 1 + looks.cpu())
+    # The meter still owes the looks at the file, in every view, of an image that has not met its goal: one is enough.
+    looks = torch.where(best.met[best.places(problem)], problem.views, 1)
+    on = ~walk.done & problem.affordable(forward + 1 + looks.cpu())
     on = torch.zeros_like(on) if all_ else on
-    last = (~on & ~walk.done & problem.affordable(first)).nonzero().flatten()
+    last = (~on & ~walk.done & problem.affordable(forward)).nonzero().flatten()
     if len(last):
         part, state = problem.select(last), walk.select(last)
         end = torch.zeros_like(state.radius)
@@ -260,10 +241,11 @@ def _look(
     *,
     lattice: bool,
     last: bool = False,
-) -> _Seen:
-    """Step 2: v_j at round(x + r), and w_j = mu_j, or after a restart 0 or 1.
+) -> Seen:
+    """Step 2: v_j at round(x + r), and w_j = mu_j; step 8: after a restart w_j is 0 or 1.
 
-    Step 9: in several views, one view of each image is computed, and v_j is the largest of all views.
+    Step 9: in several views, one view of each image is computed, and v_j is the largest of all views. An image has v_j
+    = -inf for a constraint that it does not have; this becomes 0.
 
     Args:
         problem: the images.
@@ -271,7 +253,7 @@ def _look(
         best: the best iterates so far.
         panel: the known differences between views; None in a single view.
         view: the view to compute of each image, (n,); None in a single view.
-        decay: 1 - k / K, (n,).
+        decay: see the first lines of this file, (n,).
         lattice: see `descend`.
         last: this is the last look at the images; otherwise it leaves the passes that `_dismiss` asks for.
     """
@@ -294,9 +276,9 @@ def _look(
         computed = computed | standing
         largest = each_view(problem.goal.violations, known).amax(1).masked_fill(~present, 0.0)
         violations = violations + (largest - violations.detach())  # with the gradient of the view computed
-    counted = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))
+    counted = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))  # step 8
     weights = torch.where(walk.restarted.unsqueeze(1), counted & present, walk.multipliers * present)
-    return _Seen(images.detach(), leaf, rows, known, computed, violations, present, weights)
+    return Seen(images.detach(), leaf, rows, known, computed, violations, present, weights)
 
 
 def _perturbed(problem: Problem, walk: Walk, *, lattice: bool) -> Tensor:
@@ -307,9 +289,14 @@ def _perturbed(problem: Problem, walk: Walk, *, lattice: bool) -> Tensor:
 
 
 def _progress(problem: Problem, walk: Walk, share: float) -> Tensor:
-    """Return how far each image is on its way: its share of the iterations or of its passes, whichever is larger, (n,).
+    """Return 1 - `decay` for several views: the share of the iterations or of the passes, whichever is larger, (n,).
 
-    Views that are verified cost passes, so that fewer iterations may be left than step 1 counted.
+    Views that are verified cost passes, so that fewer iterations may be left than the K that step 1 counted.
+
+    Args:
+        problem: the images.
+        walk: their state.
+        share: the share of the iterations.
     """
     shares = torch.full((len(problem),), share)
     if problem.limit is not None:
@@ -317,17 +304,22 @@ def _progress(problem: Problem, walk: Walk, share: float) -> Tensor:
     return shares.to(problem.images)
 
 
-def _linearised_loss(walk: Walk, seen: _Seen, pace: Pace) -> Tensor:
+def _least(walk: Walk, met: Tensor) -> Tensor:
+    """Return the least ||r|| with which the goal was met so far, (n,); clean photos do not count."""
+    return torch.where(met & (walk.radius > 0), walk.least.minimum(walk.radius), walk.least)
+
+
+def _linearised_loss(walk: Walk, seen: Seen, pace: Pace) -> Tensor:
     """Return d ||g||: the wanted fall of the linearised loss, where d is the distance to go (steps 3 and 5), (n,).
 
-    By the chain rule g = sum_j w_j s_j grad v_j, where s_j = sigmoid(sharpness v_j) is the slope of the softplus. To
-    first order, a step of length d along -g lowers sum_j w_j s_j v_j by d ||g||. To bring every v_j > 0 to 0, that sum
-    must fall by sum_j w_j s_j max(v_j, 0), so d = sum_j w_j s_j max(v_j, 0) / ||g||, the linearised distance. A step
-    from the clean photo has 1.3 in place of s_j, which lies between 0.5 and 1; later steps have `need` s_j.
+    By the chain rule g = sum_j w_j c_j grad v_j, where c_j = sigmoid(sharpness v_j) is the slope of the softplus. To
+    first order, a step of length d along -g lowers sum_j w_j c_j v_j by d ||g||. To bring every v_j > 0 to 0, that sum
+    must fall by sum_j w_j c_j max(v_j, 0), so d = sum_j w_j c_j max(v_j, 0) / ||g||, the linearised distance. A step
+    from the clean photo has 1.3 in place of c_j, which lies between 0.5 and 1; later steps have `need` c_j.
     """
-    slope = pace.need * torch.sigmoid(pace.sharpness * seen.violations)
-    share = torch.where((walk.radius == 0).unsqueeze(1), _OVERSHOOT, slope)
-    return (share * seen.weights * seen.violations.clamp(min=0)).sum(1)
+    later = pace.need * torch.sigmoid(pace.sharpness * seen.violations)
+    slope = torch.where((walk.radius == 0).unsqueeze(1), _OVERSHOOT, later)
+    return (slope * seen.weights * seen.violations.clamp(min=0)).sum(1)
 
 
 def _step_length(walk: Walk, decay: Tensor, pace: Pace) -> Tensor:
@@ -336,7 +328,7 @@ def _step_length(walk: Walk, decay: Tensor, pace: Pace) -> Tensor:
 
 
 def _step(latent: Tensor, gradient: Tensor, scale: Tensor) -> Tensor:
-    """Steps 3 and 4: return r - scale g, with a scale for each image, (n,); r in place."""
+    """Steps 3 and 4: return r - scale g, with a scale for each image, (n,); r in place, in strips that fit a cache."""
     for rows in strips(latent):
         latent[:, :, rows].sub_(spread(scale) * gradient[:, :, rows])
     return latent
@@ -345,8 +337,8 @@ def _step(latent: Tensor, gradient: Tensor, scale: Tensor) -> Tensor:
 def _radius(problem: Problem, walk: Walk, met: Tensor, distance: Tensor, decay: Tensor, pace: Pace) -> Tensor:
     """Step 5: the new ||r||, (n,): shorter if all constraints hold, else longer by at least `distance`; capped.
 
-    Without a cap at the least ||r|| that sufficed, ||r|| may grow without end where the steps, which are shares of
-    ||r||, move past one constraint after another.
+    After a restart it grows as step 8 says. Without the cap at 1.1 times the least ||r|| that sufficed, ||r|| may grow
+    without end where the steps, which are shares of ||r||, move past one constraint after another.
     """
     growth = torch.where(walk.restarted, _GROWTH / walk.allowed, pace.grow) * decay
     larger = torch.maximum(walk.radius * (1 + growth), walk.radius + distance)
@@ -367,8 +359,8 @@ def _stretch(latent: Tensor, radius: Tensor, scale: Tensor) -> tuple[Tensor, Ten
     return latent.mul_(spread(scale)), scale * radius
 
 
-def _multipliers(walk: Walk, seen: _Seen, decay: Tensor) -> Tensor:
-    """Step 7: the new mu, (n, J): mu_j grows while v_j > 0 and shrinks while v_j <= 0; the largest is 1."""
+def _multipliers(walk: Walk, seen: Seen, decay: Tensor) -> Tensor:
+    """Step 7: the new mu, (n, J), 0.001 to 1: mu_j grows while v_j > 0 and shrinks while v_j <= 0; the largest is 1."""
     change = torch.exp(torch.where(seen.violations > 0, _RISE, _FALL) * decay.unsqueeze(1))
     multipliers = walk.multipliers * seen.present * change
     largest = multipliers.amax(1, keepdim=True).clamp(min=_TINY)

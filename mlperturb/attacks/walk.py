@@ -55,3 +55,29 @@ class Walk:
             return self
         names = ("latent", "radius", "multipliers", "allowed", "done", "least", "restarted")
         return replace(self, begun=self.begun[rows.cpu()], **{name: getattr(self, name)[rows] for name in names})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The results of a forward pass (steps 2 and 9), of n images with J constraints.
+
+    Attributes:
+        images: x + r, rounded if the attack is on the lattice, (n, 3, H, W).
+        leaf: the images at which the gradient is taken, (N, 3, H, W).
+        rows: the places of the n images in `leaf`, (n,); None if they are the same.
+        logits: z, (n, L), or of every view, computed or expected, (n, V, L); without a graph.
+        computed: whether every view of the image is computed, boolean, (n,); None in a single view.
+        violations: v, the largest of all views, (n, J), 0 where the image does not have a constraint; with the graph of
+            the view computed.
+        present: which constraints the image has, boolean, (n, J).
+        weights: w_j of the loss: mu_j, or after a restart 0 or 1, (n, J).
+    """
+
+    images: Tensor
+    leaf: Tensor
+    rows: Tensor | None
+    logits: Tensor
+    computed: Tensor | None
+    violations: Tensor
+    present: Tensor
+    weights: Tensor
