@@ -146,33 +146,11 @@ def load_checkpoint(
     network = apply_activation(fold_batch_norm(build()), metadata.activation, len(metadata.labels))
     classifier = Classifier(network, metadata.labels, metadata.thresholds, read, metadata.categories)
     if path.is_dir():
-        _look_once(classifier, path)
+        from mlperturb.model.trial import look_once
+
+        look_once(classifier, path)
     classifier.tried = True  # the network's code is a library's: attacks are known to work on it
     return classifier.to(device), metadata
-
-
-def _look_once(classifier: Classifier, folder: Path) -> None:
-    """Let a network whose make a folder describes look at a photo.
-
-    Raises:
-        CheckpointError: if it cannot, or has not L outputs.
-    """
-    import torch
-
-    height, width = classifier.preprocess.output_size
-    try:
-        with torch.no_grad():
-            shape = tuple(classifier.network_logits(torch.zeros(1, 3, height, width)).shape)
-    except Exception as error:  # a network's own code may raise anything
-        reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
-        raise CheckpointError(
-            f"the network of {folder} cannot look at photos of {width} x {height} pixels: {reason:.200}"
-        ) from error
-    outputs = len(classifier.labels)
-    if shape != (1, outputs):
-        raise CheckpointError(
-            f"expected {outputs} outputs, one for each label, of the network of {folder}, got {shape}"
-        )
 
 
 def describe_checkpoint(

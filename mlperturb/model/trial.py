@@ -1,12 +1,13 @@
-"""A trial of a network whose make is unknown, on two small photos: can attacks work on it?
+"""A trial of a network, before it is attacked: can attacks work on it?
 
-It calls the network itself, so that no pass of it is counted in a report.
+It calls the network itself, so that no pass of the trial is counted in a report.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +48,21 @@ def try_network(classifier: Classifier, *, trusted: bool = True) -> None:
         generator = torch.Generator().manual_seed(0)
         _try_batch(classifier, *_try_gradient(classifier, generator))
     classifier.tried = True
+
+
+@torch.no_grad()
+def look_once(classifier: Classifier, folder: Path) -> None:
+    """Refuse a network of a library's make, with the settings of a folder, that fails on a photo: a forward pass.
+
+    Raises:
+        CheckpointError: if the network fails, or its logits are not (1, L).
+    """
+    try:
+        classifier.network_logits(torch.zeros(1, 3, *classifier.preprocess.output_size))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    except Exception as error:  # a network's own code may raise anything, at memory's end too
+        raise CheckpointError(f"{folder}: {_failure(classifier, error)}") from error
 
 
 def _check_precision(classifier: Classifier) -> None:
@@ -131,11 +147,14 @@ def _reported(classifier: Classifier) -> Iterator[None]:
     except Exception as error:
         if "allocate memory" in str(error):
             raise
-        height, width = classifier.preprocess.output_size
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"the network fails on photos of {height} x {width}: {type(error).__name__}: {reason:.300}"
-        ) from error
+        raise CheckpointError(_failure(classifier, error)) from error
+
+
+def _failure(classifier: Classifier, error: Exception) -> str:
+    """Return what to say of a network that raised an error, on one line."""
+    height, width = classifier.preprocess.output_size
+    reason = str(error).strip().partition("\n")[0]
+    return f"the network fails on photos of {width} x {height}: {type(error).__name__}: {reason:.300}"
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def test_labels_come_from_config_or_are_asked_for(folder):
         ({"architecture": "test_vit", "model_args": {"img_size": 32}}, "does not fit the architecture"),
         (
             {"pretrained_cfg": {"input_size": [3, 96, 96]}, "model_args": {"dynamic_img_size": False}},
-            "cannot look at photos of 96 x 96 pixels",
+            "the network fails on photos of 96 x 96: ",
         ),
         ({"model_args": {"depth": 1_000_000}}, "expected a network of at most 50000 parameters and modules"),
         ({"model_args": {"depth": 10**9}}, "expected numbers up to 10000000"),
