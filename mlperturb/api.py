@@ -173,7 +173,7 @@ def _victim(given: Classifier | Sequence[Classifier] | Mapping[str, Classifier],
     """Return one classifier, or several as one.
 
     Raises:
-        UsageError: if one of them is not a classifier, or there is none.
+        UsageError: if a value is not a `Classifier`, or no classifier is given.
         CheckpointError: if attacks cannot work on a network.
     """
     if isinstance(given, list | tuple) and given:

@@ -27,7 +27,7 @@ def write_matrix(
     Args:
         out: its subfolders have the names of the classifiers.
         classifiers: the classifiers with their descriptions.
-        readers: readers of all classifiers; empty for each one's own.
+        readers: readers of all classifiers; empty for the own readers of each classifier.
         json: print JSON.
         quiet: print nothing but errors.
     """

@@ -35,7 +35,7 @@ class Sources:
 
     Attributes:
         parts: the checkpoints.
-        chosen: readers that the user names for all of them; empty for each one's own.
+        chosen: readers that the user names for all checkpoints; empty for the own readers of each checkpoint.
     """
 
     parts: dict[str, Source]

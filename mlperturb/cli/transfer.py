@@ -71,8 +71,8 @@ def transfer(
     missing = sum(one.clean is None for one in files)
     if missing:
         print_note(
-            f"the photos of {missing} of {len(files)} files are missing or changed, so that what the classifiers saw "
-            "before is not known: give the folder of the photos as --photos"
+            f"the photos of {missing} of {len(files)} files are missing or changed, so that their labels before the "
+            "attack are not known: give the folder of the photos as --photos"
         )
     task = _Transfer(made, described, targets, chosen, folder, reports)
     raise typer.Exit(_run(task, device=device, json=json, quiet=quiet))

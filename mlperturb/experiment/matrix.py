@@ -59,7 +59,7 @@ def judge_each(
     Args:
         folders: the folder of the evaluation of each classifier.
         classifiers: the classifiers, by the same names.
-        readers: readers of all of them; empty for each one's own.
+        readers: readers of all classifiers; empty for the own readers of each classifier.
         begin: called with the number of files.
         done: called after each file, with the error if it could not be read, else with None.
 

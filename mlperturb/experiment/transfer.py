@@ -91,12 +91,12 @@ def transfer(
     readers: Sequence[str] = (),
     done: Callable[[str | None], None] | None = None,
 ) -> dict[str, Any]:
-    """Show every file to every target; return the counts, and what each target says of each file.
+    """Show every file to every target; return the counts, and the decisions of each target on each file.
 
     Args:
         sources: the files, by the classifier that they were made on.
         targets: the classifiers to show them to, by name.
-        readers: readers of all targets; empty for each one's own.
+        readers: readers of all targets; empty for the own readers of each target.
         done: called after each file, with the error if the file or its photo could not be read, else with None.
     """
     named = {name: parse_readers(readers or one.preprocess.readers) for name, one in targets.items()}

@@ -136,8 +136,8 @@ def read_columns(victim: Victim, rgb: Pixels, reader: Reader) -> Tensor:
 def to_columns(request: Request, places: Sequence[tuple[int, ...]], truth: Tensor) -> Request:
     """Return a request for labels as a request for columns.
 
-    A label to flip is flipped toward the reverse of what the first classifier that has it says: where another one says
-    so already, its column is kept.
+    A label is flipped to the reverse of the decision of the first classifier that has it. Where another classifier has
+    that decision already, its column is kept.
 
     Args:
         request: numbers of labels.

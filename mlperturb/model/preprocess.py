@@ -142,7 +142,7 @@ class Preprocess:
         return rows, columns
 
     def _start(self, margin: int) -> int:
-        """Return where a crop begins that leaves so many pixels; below 0 where a border fills what is missing."""
+        """Return where a crop begins that leaves `margin` pixels out; below 0 where a border adds pixels."""
         if margin < 0:
             return -(-margin // 2)
         return margin // 2 if self.corner == "down" else round(margin / 2)

@@ -153,10 +153,10 @@ class Settings:
 
 
 def _check_aim(tuning: Mapping[str, Any], limits: Limits) -> None:
-    """Refuse settings with which the strongest file cannot be made, or an option that only it has.
+    """Refuse settings with which the strongest file cannot be made, and its own options without `aim` strongest.
 
     Raises:
-        UsageError: if they are such.
+        UsageError: if there are such settings or options.
     """
     if tuning.get("aim") != "strongest":
         if tuning.get("diversity", "none") != "none":
