@@ -118,7 +118,7 @@ def attack(
     remove: Names = (),
     method: str = "ml-ddn",
     budget: Literal["fast", "balanced", "paper"] = "balanced",
-    limits: Limits | None = None,
+    limits: Limits = Limits(),
     survive: Names = (),
     reader: Names = (),
     margin: float = MARGIN,
@@ -192,7 +192,7 @@ def _settings(
     words: Words,
     method: str,
     budget: str,
-    limits: Limits | None,
+    limits: Limits,
     margin: float,
     options: Mapping[str, str],
 ) -> Settings:

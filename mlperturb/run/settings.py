@@ -185,7 +185,7 @@ def read_settings(
     *,
     method: str = DEFAULT_METHOD,
     budget: str = "balanced",
-    limits: Limits | None = None,
+    limits: Limits = Limits(),
     batch_size: int | None = None,
     margin: float = MARGIN,
     readers: Sequence[str] = DEFAULT_READERS,
@@ -202,7 +202,7 @@ def read_settings(
         labels: the classifier's L label names.
         method: a name of `attacks.METHODS`.
         budget: a name of `attacks.BUDGETS`.
-        limits: the limits on passes and distortion; None for no limits.
+        limits: the limits on passes and distortion; by default no limits.
         batch_size: number of photos in a batch; None to choose it.
         margin: by how much a logit must clear its threshold during the search.
         readers: names of the checkpoint's readers, used if the words name none.
@@ -223,7 +223,7 @@ def read_settings(
         method,
         budget,
         request,
-        Limits() if limits is None else limits,
+        limits,
         batch_size,
         margin,
         survive=parse_survival(words.survive),
