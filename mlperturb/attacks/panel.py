@@ -1,4 +1,4 @@
-"""What an attack knows of the views of a photo that it did not compute: they differ from the computed view by little.
+"""What an attack expects of the views of a photo that it did not compute: little difference from the computed view.
 
 Two readers of one photo differ by the rounding of the resized pixels. The effect on a logit changes slowly from one
 iterate to the next, so a difference seen once stands for the next iterates (`Panel`). Where an iterate is expected to
@@ -16,10 +16,12 @@ from torch import Tensor
 from mlperturb.attacks.best import Best
 from mlperturb.attacks.problem import Problem, distances, each_view
 
+# `LATE` and `_EARLY` were compared with other values (docs/readers.md, "Variants that were tried"), `_SHARE` with .10
+# and .15 on 24 photos a case, at 30 and 40 passes; `_FRESH` was not.
 _FRESH = 0.5  # the weight of a new difference in the running mean
-LATE = 0.6  # of the way: from there on better iterates are verified, and the worst view is computed
-_SHARE = 0.2  # the most of the passes that go to other views, once an iterate was seen to hold in all
-_EARLY = 0.25  # of the way: from there on the first iterate that holds in every view is looked for
+LATE = 0.6  # from this share of the way on, better iterates are verified, and the worst view is computed
+_SHARE = 0.2  # the largest share of the passes that goes to other views, once an iterate was seen to hold in all views
+_EARLY = 0.25  # from this share of the way on, the first iterate that holds in every view is looked for
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class Panel:
     def choose(self, problem: Problem, step: int, late: Tensor) -> Tensor:
         """Return the view in which each image is computed next, (n,).
 
-        At first that is the first view, which computes in floats, in every other iteration, and between the other
-        views, which round, in turn. Where `late`, (n,), is true, it is the view that the last iterate violated most.
+        At first it is the first view, which computes in floats, in every second iteration, and one of the other views,
+        which round, in turn in the iterations between. Where `late`, (n,), is true, it is the view in which the last
+        iterate had the largest violation.
         """
         others = self.offsets.shape[1] - 1
         in_turn = 0 if step % 2 == 0 else 1 + step // 2 % others
@@ -90,7 +93,7 @@ class Panel:
         return logits.unsqueeze(1) + (self.offsets[rows] - self.offsets[rows, views].unsqueeze(1))
 
     def learn(self, problem: Problem, logits: Tensor, views: Tensor, others: Tensor, found: Tensor) -> None:
-        """Take in two views of the same iterate: `logits` of `views`, and `found` of `others`, (n, L) and (n,) each."""
+        """Learn from two views of an iterate: `logits` of `views`, and `found` of `others`, (n, L) and (n,) each."""
         rows = self._rows(problem)
         base, held = self.offsets[rows, views], self.offsets[rows, others]
         fresh = torch.where(self.learned[rows, others], _FRESH, 1.0).unsqueeze(1)
