@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,8 @@ from mlperturb.errors import CheckpointError, DatasetError
 from mlperturb.metrics import average_precision, classifier_metrics
 from mlperturb.model.checkpoints import (
     Metadata,
-    build_network,
     default_preprocess,
     load_checkpoint,
-    read_tensors,
     save_checkpoint,
 )
 from mlperturb.model.classifier import Classifier, fold_batch_norm
@@ -26,38 +24,13 @@ from mlperturb.model.preprocess import Preprocess
 from mlperturb.photos.datasets import Dataset
 from mlperturb.system.processes import Share
 from mlperturb.training.fitter import Fitter, Progress, Reporter
+from mlperturb.training.initial import fill_network
 from mlperturb.training.loading import predict_dataset
 from mlperturb.training.losses import calibrate
 from mlperturb.training.probe import Probe, find_head, fit_probe, read_features
 from mlperturb.training.recipe import Recipe
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the trained weights in a blend
-
-
-def initialise(network: nn.Module, files: Sequence[Path], leave: Collection[str] = ()) -> dict[str, frozenset[str]]:
-    """Copy every tensor that fits by name and shape from each file in turn; return the names that each gave.
-
-    Args:
-        network: to fill.
-        files: of weights.
-        leave: names of tensors that stay as they are.
-
-    Raises:
-        CheckpointError: if a file gives nothing.
-    """
-    own = network.state_dict()
-    names = {}
-    for path in files:
-        given = {
-            name: tensor.to(own[name].dtype)
-            for name, tensor in read_tensors(path).items()
-            if name in own and own[name].shape == tensor.shape and name not in leave
-        }
-        if not given:
-            raise CheckpointError(f"{path} has no tensor that fits the network by name and shape")
-        network.load_state_dict(given, strict=False)
-        names[path.name] = frozenset(given)
-    return names
 
 
 def train(
@@ -112,7 +85,7 @@ def train(
     """
     _check_labels(training, (validation, *tests.values()))
     share = share or Share()
-    network, given = _fill_network(recipe, len(training.labels), initial, pretrained, share)
+    network, given = fill_network(recipe, len(training.labels), initial, pretrained, share)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     start = _Start(recipe, training, choose_preprocess(recipe), device, share)
     with share.process_group(device):
@@ -130,24 +103,6 @@ def _check_labels(training: Dataset, others: Iterable[Dataset]) -> None:
     for dataset in others:
         if dataset.labels != training.labels:
             raise DatasetError(f"expected the labels {training.labels}, got {dataset.labels}")
-
-
-def _fill_network(
-    recipe: Recipe, outputs: int, initial: Sequence[Path], pretrained: bool, share: Share
-) -> tuple[nn.Module, frozenset[str]]:
-    """Return the network that training starts from, and the names of the tensors that the last file gave."""
-    torch.manual_seed(recipe.seed)
-    network = build_network(recipe.architecture, outputs)
-    head, _ = find_head(network)  # calibration needs it: better told now than after the last epoch
-    if not share.first:
-        share.agree("", "weights")  # rank 0 downloads them; the others find them on the disk
-    given = _load_pretrained(network, recipe.architecture) if pretrained else frozenset()
-    if share.first:
-        share.agree("", "weights")
-    fresh = (f"{head}.weight", f"{head}.bias") if recipe.fresh_head else ()
-    for names in initialise(network, initial, fresh).values():
-        given = names
-    return network, given
 
 
 def resume_file(output: Path) -> Path:
@@ -382,24 +337,3 @@ def _predict(fitter: Fitter, dataset: Dataset, *, amp: bool = False) -> Tensor:
     return predict_dataset(
         fold_batch_norm(fitter.averaged), dataset, fitter.preprocess, device=device, workers=workers, amp=amp
     )
-
-
-def _load_pretrained(network: nn.Module, architecture: str) -> frozenset[str]:
-    """Copy torchvision's own pretrained weights, all but the head, from the network; return the names given.
-
-    Raises:
-        CheckpointError: if they cannot be had.
-    """
-    from torchvision import models
-
-    try:
-        weights = models.get_model_weights(architecture).DEFAULT
-        given = weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"cannot download torchvision's weights of {architecture}: {error}; give a local file as `initial`"
-        ) from error
-    own = network.state_dict()
-    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
-    network.load_state_dict(fitting, strict=False)
-    return frozenset(fitting)

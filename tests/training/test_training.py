@@ -18,11 +18,12 @@ from mlperturb.model.preprocess import Preprocess
 from mlperturb.photos.datasets import Dataset
 from mlperturb.training import train as training
 from mlperturb.training.fitter import Fitter, Progress, block_depths
+from mlperturb.training.initial import initialise
 from mlperturb.training.loading import PhotoDataset, augmentation, predict_dataset
 from mlperturb.training.probe import DECAYS, find_head
 from mlperturb.training.recipe import Recipe
 from mlperturb.training.stem import cut, pick
-from mlperturb.training.train import choose_preprocess, initialise, train
+from mlperturb.training.train import choose_preprocess, train
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 RECIPE = Recipe(ARCHITECTURE, epochs=2, batch_size=4, learning_rate=2e-3, size=32, average=0.5, seed=3)
