@@ -6,10 +6,10 @@
 `make` draws photos of VOC 2012's val that the bundled classifier gets right: for Person, photos with `person` and
 another label, `person` to be removed; for Random, a label to be removed and a label to be added, drawn at random; the
 rest is to be kept. It attacks each with `--format png` and `--format jpeg`. With `--quality` the photos are encoded in
-that quality first, with 4:2:0 chroma. `judge` opens each file with Pillow's, torchvision's and OpenCV's decoder, reads
-each in the five ways of `judge_readers.py`, and asks torchvision's own network. The distortion is measured against the
-photo as Pillow decodes it. The exit code is 1 if the aim is missed: 98% of the JPEGs hold everywhere, their size is
-within 2% of their photos' on average, and their mean RMSD is at most twice the PNGs'.
+that quality first, with 4:2:0 chroma and the best Huffman tables. `judge` opens each file with Pillow's, torchvision's
+and OpenCV's decoder, reads each in the five ways of `judge_readers.py`, and asks torchvision's own network. The
+distortion is measured against the photo as Pillow decodes it. The exit code is 1 if the aim is missed: 98% of the JPEGs
+hold everywhere, their size is within 2% of their photos' on average, and their mean RMSD is at most twice the PNGs'.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def encode(path: Path, folder: Path, quality: int) -> Path:
     """Write the photo as a JPEG of another quality."""
     folder.mkdir(parents=True, exist_ok=True)
     with Image.open(path) as photo:
-        photo.convert("RGB").save(folder / path.name, "JPEG", quality=quality, subsampling="4:2:0")
+        photo.convert("RGB").save(folder / path.name, "JPEG", quality=quality, subsampling="4:2:0", optimize=True)
     return folder / path.name
 
 
