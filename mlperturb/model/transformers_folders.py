@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mlperturb.errors import CheckpointError
+from mlperturb.errors import CheckpointError, MlperturbError
 from mlperturb.model.untrusted import bounded, check_values, read_json
 
 if TYPE_CHECKING:
@@ -105,31 +105,64 @@ def build_transformers(config: Mapping[str, Any], labels: Sequence[str], weights
     kind = config["model_type"]
     if kind not in KNOWN:
         raise CheckpointError(f"transformers {library.__version__} has no image classifier of model_type {kind!r:.60}")
+    named = {"id2label": dict(enumerate(labels)), "label2id": {name: number for number, name in enumerate(labels)}}
+    return Scores(build_filled(config, "AutoModelForImageClassification", weights, fields=named))
+
+
+def build_filled(
+    config: Mapping[str, Any],
+    made_by: str,
+    weights: Path,
+    *,
+    fields: Mapping[str, Any] | None = None,
+    parts: Sequence[str] = (),
+) -> nn.Module:
+    """Return the network of config.json by a class of the library, filled.
+
+    Args:
+        config: of the folder.
+        made_by: the name of the library's class that knows the class for each configuration.
+        weights: the file of the weights.
+        fields: of the library's configuration, in place of those of `config`.
+        parts: beginnings of names that must be among the names of the weights.
+
+    Raises:
+        CheckpointError: if transformers cannot build it, or the weights do not fit it.
+    """
+    library, kind = need_transformers(), config["model_type"]
     refused = [name for name in _REFUSED if config.get(name)]
     if refused:
         raise CheckpointError(f"expected plain weights, got a config.json with {refused[0]}, of {weights.parent}")
-    options = {name: value for name, value in config.items() if name not in _LEFT_OUT}
-    options["id2label"] = dict(enumerate(labels))
-    options["label2id"] = {name: number for number, name in enumerate(labels)}
+    with reported(f"transformers cannot build a {kind}"), _alone(), bounded():
+        made = library.CONFIG_MAPPING[kind].from_dict({**_plain(config), **(fields or {})})
+        with torch.device("meta"):
+            empty = getattr(library, made_by).from_config(made, dtype=torch.float32)
+    with reported(f"transformers cannot fill a {kind} from {weights}"), _alone():
+        return _fill(empty, made, weights, parts)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of config.json, and of the objects in it, that say what the network is."""
+    kept = {name: value for name, value in config.items() if name not in _LEFT_OUT}
+    return {name: _plain(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Turn what the library raises into an error of a line; the code of hundreds of models may raise anything.
+
+    Raises:
+        CheckpointError: that says what failed, and why.
+    """
     try:
-        with _alone(), bounded():
-            made = library.CONFIG_MAPPING[kind].from_dict(options)
-            with torch.device("meta"):
-                empty = library.AutoModelForImageClassification.from_config(made, dtype=torch.float32)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the code of hundreds of models may raise anything
-        raise CheckpointError(f"transformers cannot build a {kind}: {_reason(error)}") from error
-    try:
-        with _alone():
-            return Scores(_fill(empty, made, weights, len(labels)))
-    except CheckpointError:
+        yield
+    except MlperturbError:
         raise
     except Exception as error:
-        raise CheckpointError(f"transformers cannot fill a {kind} from {weights}: {_reason(error)}") from error
+        raise CheckpointError(f"{what}: {_reason(error)}") from error
 
 
-def _fill(empty: nn.Module, config: Any, weights: Path, outputs: int) -> nn.Module:
+def _fill(empty: nn.Module, config: Any, weights: Path, parts: Sequence[str]) -> nn.Module:
     """Return the network with the weights of a file, under the names that this version of transformers has for them.
 
     Raises:
@@ -138,6 +171,9 @@ def _fill(empty: nn.Module, config: Any, weights: Path, outputs: int) -> nn.Modu
     from mlperturb.model.checkpoints import plain_tensors, read_tensors
 
     tensors = plain_tensors(read_tensors(weights), weights)
+    for part in parts:
+        if not any(name.startswith(part) for name in tensors):
+            raise CheckpointError(f"expected an image tower and a text tower in {weights}, got no {part}*")
     wanted, given = (sum(one.numel() for one in each.values()) for each in (empty.state_dict(), tensors))
     if wanted > 2 * given + 1_000_000:  # what is missing would be allocated
         raise CheckpointError(f"{weights} does not fit its config.json: expected {wanted} numbers, got {given}")
@@ -148,9 +184,9 @@ def _fill(empty: nn.Module, config: Any, weights: Path, outputs: int) -> nn.Modu
         ignore_mismatched_sizes=True,
     )  # fmt: skip
     for name, got, expected in sorted(found["mismatched_keys"]):
-        if tuple(expected)[:1] == (outputs,) and tuple(got)[1:] == tuple(expected)[1:]:
+        if not parts and tuple(expected)[:1] == (config.num_labels,) and tuple(got)[1:] == tuple(expected)[1:]:
             raise CheckpointError(
-                f"expected a head of {outputs} outputs, one for each label, got {got[0]} in {weights}"
+                f"expected a head of {config.num_labels} outputs, one for each label, got {got[0]} in {weights}"
             )
         raise CheckpointError(
             f"{weights} does not fit its config.json: expected {name} of shape {tuple(expected)}, got {tuple(got)}"
