@@ -44,6 +44,7 @@ def load(
     thresholds: float | str | Path | Mapping[str, float] | Sequence[float] | None = None,
     preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
     activation: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     device: str = "cpu",
 ) -> Classifier:
     """Load a classifier.
@@ -66,12 +67,15 @@ def load(
             the place of the checkpoint's own; fields by name, or a JSON file of them, take the place of those fields.
         activation: what makes probabilities of the network's scores, `sigmoid` or `softmax`, where the checkpoint does
             not say it: a network of ImageNet is a softmax network.
+        prompt: of a model of images and texts, the folder of a CLIP or a SigLIP, whose labels are the names that you
+            give: a text with `{}` in place of the name, by default `a photo of {}`, or several, whose embeddings are
+            averaged.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
 
     Raises:
         CheckpointError: if the file is missing, is not a checkpoint, or does not fit `arch` and `labels`.
-        UsageError: if this machine does not have the device, `checkpoint` is not a path, or `labels`, `thresholds` or
-            `preprocess` cannot be read.
+        UsageError: if this machine does not have the device, `checkpoint` is not a path, `labels`, `thresholds` or
+            `preprocess` cannot be read, or a `prompt` has no place for the label.
     """
     if not isinstance(checkpoint, str | Path | None):
         raise UsageError(f"expected a path for `checkpoint`, got a {form_of(checkpoint)}")
@@ -84,6 +88,7 @@ def load(
         thresholds=thresholds,
         preprocess=preprocess,
         activation=activation,
+        prompt=prompt,
         device=place,
     )[0]
 

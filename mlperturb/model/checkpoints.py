@@ -26,6 +26,7 @@ from mlperturb.model.given import DEFAULT_THRESHOLD, Given
 from mlperturb.model.metadata import FORMAT as FORMAT
 from mlperturb.model.metadata import Metadata as Metadata
 from mlperturb.model.metadata import read_metadata as read_metadata
+from mlperturb.model.prompts import read_prompts, refuse_prompts
 from mlperturb.system.files import write_file
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def load_checkpoint(
     thresholds: object = None,
     preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
     activation: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     device: str = "cpu",
 ) -> tuple[Classifier, Metadata]:
     """Load a classifier, from our format, a plain state dict, the folder of a timm or transformers model, or a program.
@@ -125,6 +127,7 @@ def load_checkpoint(
             mapping or in a JSON file, replace those fields alone.
         activation: what makes probabilities of the network's scores, `sigmoid` or `softmax`, in place of what the
             checkpoint says.
+        prompt: of a model of images and texts, see `mlperturb.model.prompts`.
         device: where to put the classifier.
 
     Raises:
@@ -135,7 +138,7 @@ def load_checkpoint(
     from mlperturb.model.preprocess import Preprocess
     from mlperturb.model.softmax import apply_activation
 
-    given = Given.of(labels, thresholds, preprocess, activation)
+    given = Given.of(labels, thresholds, preprocess, activation, prompt)
     if is_program(path):
         from mlperturb.model.programs import load_program
 
@@ -161,6 +164,7 @@ def describe_checkpoint(
     thresholds: object = None,
     preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
     activation: str | None = None,
+    prompt: str | Sequence[str] | None = None,
 ) -> Metadata:
     """Return what `load_checkpoint` understands of a checkpoint; `Metadata.origin` says where each thing comes from.
 
@@ -168,7 +172,7 @@ def describe_checkpoint(
         CheckpointError: if it is not a checkpoint, names no labels, or has preprocessing that we cannot express.
         UsageError: if `labels`, `thresholds` or `preprocess` cannot be read.
     """
-    given = Given.of(labels, thresholds, preprocess, activation)
+    given = Given.of(labels, thresholds, preprocess, activation, prompt)
     if is_program(path):
         return _understand_program(path, architecture, given)
     return _understand(path, architecture, given)[0]
@@ -178,6 +182,7 @@ def _understand_program(path: Path, architecture: str | None, given: Given) -> M
     """Return what is known of a program."""
     if architecture is not None:
         raise CheckpointError(f"expected no `architecture` for a program: {path}")
+    refuse_prompts(given.prompts, path)
     return describe_program(path, given)
 
 
@@ -187,6 +192,7 @@ def _understand(path: Path, architecture: str | None, given: Given) -> tuple[Met
         if architecture is not None:
             raise CheckpointError(f"expected no `architecture` for a folder, whose config.json names it: {path}")
         return _understand_folder(path, given)
+    refuse_prompts(given.prompts, path)
     if architecture is None and given.labels is None:
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path} is not .safetensors: for plain weights give `architecture` and `labels`")
@@ -223,6 +229,7 @@ def _understand_folder(folder: Path, given: Given) -> tuple[Metadata, Callable[[
 
     config = folders.read_config(folder)
     names = folders.read_names(folder, config, given.labels, given.thresholds, given.categories)
+    prompts, prompts_source = read_prompts(folder, config, given.prompts, names.labels)
     weights, outputs = folders.find_weights(folder), len(names.labels)
     if folders.is_transformers(config):
         from mlperturb.model.transformers_folders import TRANSFORMERS, build_transformers, transformers_preprocess
@@ -231,17 +238,21 @@ def _understand_folder(folder: Path, given: Given) -> tuple[Metadata, Callable[[
         readers = given.readers if given.readers == "given" else "the two backends of transformers, and float"
         read, source = given.merge(lambda: transformers_preprocess(folder), "the image processor of the folder")
         build: Callable[[], nn.Module] = partial(build_transformers, config, names.labels, weights)
+        if prompts:
+            from mlperturb.model.towers import build_prompted
+
+            build = partial(build_prompted, config, names.labels, prompts, weights)
     else:
         architecture, readers = TIMM + config["architecture"], given.readers
         read, source = given.merge(lambda: folders.timm_preprocess(config), "config.json")
         build = partial(_build_filled, partial(folders.build_timm, config, outputs), weights, outputs)
     activation, activation_source = folders.read_activation(config)
-    origin = {"weights": weights.name, **names.origin, "preprocess": source, "readers": readers}
+    origin = {"weights": weights.name, **names.origin, **prompts_source, "preprocess": source, "readers": readers}
     if given.activation is not None or activation != "sigmoid":
         origin["activation"] = activation_source if given.activation is None else "given"
     metadata = Metadata(
         architecture, names.labels, names.thresholds, read.to_dict(), {"origin": origin},
-        categories=names.categories, activation=given.activation or activation,
+        categories=names.categories, activation=given.activation or activation, prompts=prompts,
     )  # fmt: skip
     return metadata, build
 

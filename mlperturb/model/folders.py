@@ -20,6 +20,7 @@ from mlperturb.errors import CheckpointError, UsageError
 from mlperturb.labels import Categories, check_labels
 from mlperturb.model.architectures import create_timm
 from mlperturb.model.given import DEFAULT_THRESHOLD, Thresholds, read_table, read_threshold_table
+from mlperturb.model.prompts import ACTIVATION, is_prompted, need_labels
 from mlperturb.model.untrusted import bounded, check_values, read_json
 
 if TYPE_CHECKING:
@@ -74,10 +75,13 @@ def is_transformers(config: Mapping[str, Any]) -> bool:
 def read_activation(config: Mapping[str, Any]) -> tuple[str, str]:
     """Return what makes probabilities of the scores, `sigmoid` or `softmax`, and where that comes from.
 
-    Transformers records the kind of a problem, and takes a softmax where nothing is recorded. timm records nothing.
+    Transformers records the kind of a problem, and takes a softmax where nothing is recorded. timm records nothing. Of
+    models of images and texts, CLIP was trained with a softmax, SigLIP with sigmoids.
     """
     if not is_transformers(config):
         return "sigmoid", "sigmoid: timm records none"
+    if is_prompted(config):
+        return ACTIVATION[config["model_type"]], f"model_type {config['model_type']} of config.json"
     kind = config.get("problem_type")
     activation = "sigmoid" if kind == "multi_label_classification" else "softmax"
     return activation, f"problem_type {kind!s:.60} of config.json"
@@ -107,6 +111,8 @@ def read_names(
     """
     path = folder / "selected_tags.csv"
     rows: list[dict[str, str]] = []
+    if is_prompted(config):
+        need_labels(folder, config, labels)
     if labels is not None:
         names, origin = check_labels(labels), "given"
     elif path.is_file():

@@ -17,6 +17,7 @@ from mlperturb.errors import CheckpointError, UsageError
 from mlperturb.labels import Categories, check_labels
 from mlperturb.limits import is_number
 from mlperturb.model.metadata import ACTIVATIONS, Metadata
+from mlperturb.model.prompts import check_prompts
 
 if TYPE_CHECKING:
     from mlperturb.model.preprocess import Preprocess
@@ -93,6 +94,7 @@ class Given:
         thresholds: in place of those of the checkpoint; None for those.
         preprocess: in place of that of the checkpoint, or some of its fields; None for that.
         activation: in place of that of the checkpoint, see `mlperturb.model.softmax`; None for that.
+        prompts: of a model of images and texts, see `mlperturb.model.prompts`; None for the default.
     """
 
     labels: tuple[str, ...] | None = None
@@ -100,6 +102,7 @@ class Given:
     thresholds: Thresholds | None = None
     preprocess: Preprocess | Mapping[str, Any] | None = None
     activation: str | None = None
+    prompts: tuple[str, ...] | None = None
 
     @classmethod
     def of(
@@ -108,11 +111,13 @@ class Given:
         thresholds: object,
         preprocess: Preprocess | Mapping[str, Any] | Path | None,
         activation: str | None = None,
+        prompt: str | Sequence[str] | None = None,
     ) -> Given:
         """Read what a user gives: label names or a file; thresholds, see `read_thresholds`; fields or a JSON file.
 
         Raises:
-            UsageError: if a file or a value cannot be read, or there is no such activation.
+            UsageError: if a file or a value cannot be read, there is no such activation, or a prompt has no place for
+                the label.
         """
         names, categories = read_label_names(labels)
         return cls(
@@ -121,6 +126,7 @@ class Given:
             None if thresholds is None else read_thresholds(thresholds),
             read_preprocess(preprocess) if isinstance(preprocess, Path) else preprocess,
             None if activation is None else check_activation(activation),
+            None if prompt is None else check_prompts(prompt),
         )
 
     @property

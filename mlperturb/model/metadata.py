@@ -39,6 +39,7 @@ class Metadata:
         categories: of the labels, if they have any.
         activation: what makes probabilities of the network's scores: `sigmoid`, or `softmax`, see
             `mlperturb.model.softmax`.
+        prompts: of a model of images and texts, texts with `{}` in place of the label; empty for all others.
     """
 
     architecture: str
@@ -49,6 +50,7 @@ class Metadata:
     metrics: dict[str, Any] = field(default_factory=dict)
     categories: Categories = Categories()
     activation: str = "sigmoid"
+    prompts: tuple[str, ...] = ()
 
     @property
     def origin(self) -> dict[str, str]:
