@@ -28,6 +28,7 @@ from mlperturb.cli.options import (
     Passes,
     Paths,
     PreprocessFile,
+    Prompt,
     Quiet,
     Readers,
     Recursive,
@@ -193,6 +194,7 @@ def attack(
     thresholds: Thresholds = None,
     preprocess: PreprocessFile = None,
     activation: Activation = None,
+    prompt: Prompt = None,
     out: Annotated[
         Path, typer.Option(**ANYWHERE, help="Folder, or URL, for the outputs and report.json.", **OUTPUT)
     ] = Path("mlperturb-out"),
@@ -264,7 +266,7 @@ def attack(
     if earlier is not None:
         options, recalled = recall(earlier, options, context)
     source = recalled or find_sources(
-        checkpoint, arch, labels, thresholds, preprocess, activation, readers=options["reader"] or ()
+        checkpoint, arch, labels, thresholds, preprocess, activation, prompt, readers=options["reader"] or ()
     )
     settings = _read(options, source)
     left_out: list[Path] = []

@@ -67,11 +67,11 @@ def _labels_of(context: typer.Context) -> tuple[tuple[str, ...], Categories]:
     labels: dict[str, None] = {}
     categories = Categories()
     for number, checkpoint in enumerate(several or [None]):
-        paths = [None if value is None else Path(str(value)) for value in (checkpoint, given["labels"])]
-        if is_hub(paths[0]):  # a completion fetches nothing
+        path = None if checkpoint is None else Path(str(checkpoint))
+        if is_hub(path):  # a completion fetches nothing
             continue
         try:
-            source = find_source(paths[0], given["arch"], paths[1])
+            source = find_source(path, given["arch"], given["labels"])
         except (MlperturbError, OSError):
             continue
         labels |= dict.fromkeys(source.labels)

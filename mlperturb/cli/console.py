@@ -27,7 +27,7 @@ OPTIONS = {  # option of the command line by parameter of the library
     **{name: f"--{name}" for name in ("format", "method")},
     **{name: f"--{name}" for name in ("adversarial", "views")},
     "aim": "--strongest",
-    **{name: f"--{name}" for name in ("thresholds", "preprocess", "activation")},
+    **{name: f"--{name}" for name in ("thresholds", "preprocess", "activation", "prompt")},
     "head_only": "--head-only",
     "rmsd": "--max-rmsd",
     "linf": "--max-linf",

@@ -31,6 +31,7 @@ from mlperturb.cli.options import (
     Passes,
     PhotoFolder,
     PreprocessFile,
+    Prompt,
     Quiet,
     Readers,
     Seed,
@@ -126,6 +127,7 @@ def evaluate(
     thresholds: Thresholds = None,
     preprocess: PreprocessFile = None,
     activation: Activation = None,
+    prompt: Prompt = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -152,7 +154,7 @@ def evaluate(
         raise UsageError("expected --split with --voc: with --photos, the --csv or --coco is the split")
     if clean and (cases or reduce or augment or methods):
         raise UsageError("expected --clean without --cases, --reduce, --augment and --methods: it attacks nothing")
-    source = find_sources(checkpoint, arch, labels, thresholds, preprocess, activation)
+    source = find_sources(checkpoint, arch, labels, thresholds, preprocess, activation, prompt)
     sources = {"": source} if isinstance(source, Source) else source.parts
 
     from mlperturb.experiment.cases import Protocol, parse_cases, parse_variants

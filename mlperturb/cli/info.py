@@ -12,7 +12,7 @@ from rich.text import Text
 from mlperturb.attacks.methods import METHODS
 from mlperturb.cli.complete import complete_categories, complete_labels
 from mlperturb.cli.console import OPTIONS, out, print_note
-from mlperturb.cli.options import Activation, Arch, Checkpoint, Json, Labels, PreprocessFile, Thresholds
+from mlperturb.cli.options import Activation, Arch, Checkpoint, Json, Labels, PreprocessFile, Prompt, Thresholds
 from mlperturb.cli.source import Source, find_source
 from mlperturb.labels import Categories, find_like
 from mlperturb.model.given import DEFAULT_FIELDS
@@ -32,6 +32,7 @@ def labels(
     thresholds: Thresholds = None,
     preprocess: PreprocessFile = None,
     activation: Activation = None,
+    prompt: Prompt = None,
     find: Annotated[
         str | None,
         typer.Option(
@@ -50,7 +51,7 @@ def labels(
     from mlperturb.model.checkpoints import describe_checkpoint
     from mlperturb.run.report import to_json
 
-    source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation)
+    source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation, prompt)
     metadata = describe_checkpoint(source.path, **source.said)
     if metadata.activation == "softmax" and not json:
         print_note(source.notes[0])
@@ -80,6 +81,7 @@ def _describe(source: Source, metadata: Metadata, chosen: Sequence[int], *, narr
     if narrowed:
         return {**described, "numbers": dict(zip(names, chosen, strict=True))}
     names = ["architecture", "activation", "preprocess", "provenance", "metrics"]
+    names += ["prompts"] if metadata.prompts else []
     details = {name: getattr(metadata, name) for name in names}
     return {**described, **details, "origin": _origin(metadata)}
 
@@ -119,6 +121,7 @@ def _print_understood(source: Source, metadata: Metadata) -> None:
     details = {
         "architecture": metadata.architecture,
         "activation": metadata.activation,
+        **({"prompts": ", ".join(metadata.prompts)} if metadata.prompts else {}),
         "preprocess": {"readers": list(DEFAULT_READERS), **DEFAULT_FIELDS, **metadata.preprocess},
         "from": _origin(metadata),
         "provenance": provenance,

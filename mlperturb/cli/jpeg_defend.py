@@ -26,6 +26,7 @@ from mlperturb.cli.options import (
     Labels,
     Overwrite,
     PreprocessFile,
+    Prompt,
     Quiet,
     Thresholds,
 )
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from mlperturb.model.readers import Reader
     from mlperturb.photos.purify import Purification
 
-_SAME = ("sha256", "labels", "thresholds", "preprocess")  # of the descriptions of one classifier
+_SAME = ("sha256", "labels", "thresholds", "preprocess", "prompts")  # of the descriptions of one classifier
 OUTPUTS = (DEFENCE, *CHARTS)
 
 
@@ -111,6 +112,7 @@ def jpeg_defend(
     thresholds: Thresholds = None,
     preprocess: PreprocessFile = None,
     activation: Activation = None,
+    prompt: Prompt = None,
     out: Annotated[
         Path | None,
         typer.Option(**ANYWHERE, help="Folder for the results; default: the folder of the report.", **OUTPUT),
@@ -133,13 +135,15 @@ def jpeg_defend(
         raise UsageError(f"no such folder of photos: {photos}")
     by_hand = bool(flip) or bool(keep)
     if by_hand:
-        source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation)
+        source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation, prompt)
         attacked, names = _name_attacked(source, paths, flip or [], keep or [], photos), source.readers
         asked: list[dict[str, Any]] = []
     else:
         source, attacked, names, asked = _read_reports(
             paths,
-            partial(find_source, checkpoint, arch, labels, thresholds, preprocess, activation) if checkpoint else None,
+            partial(find_source, checkpoint, arch, labels, thresholds, preprocess, activation, prompt)
+            if checkpoint
+            else None,
             photos,
             chosen=bool(reader),
         )

@@ -10,6 +10,7 @@ import typer
 from mlperturb.attacks.methods import BUDGETS
 from mlperturb.cli.complete import complete_budget, complete_device, complete_readers
 from mlperturb.errors import UsageError
+from mlperturb.model.prompts import DEFAULT_PROMPT
 from mlperturb.system.files import parse_local, parse_path
 
 ANYWHERE: dict[str, Any] = {"parser": parse_path, "metavar": "PATH"}  # a path of this machine, or a URL
@@ -53,12 +54,22 @@ Arch = Annotated[
     ),
 ]
 Labels = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        **HERE,
+        metavar="FILE|NAMES",
         **CLASSIFIER,
         help="File with the label names of plain weights, or of a folder that has none: one per line, or a CSV table "
-        "with the columns `name` and, optionally, `category`.",
+        "with the columns `name` and, optionally, `category`. For CLIP and SigLIP also the names to look for, "
+        "separated by commas.",
+    ),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        **CLASSIFIER,
+        help=f"For CLIP and SigLIP: the text for each label, with {{}} in place of its name; repeatable, then the "
+        f"embeddings are averaged. Default: {DEFAULT_PROMPT}.",
     ),
 ]
 Thresholds = Annotated[

@@ -19,6 +19,7 @@ from mlperturb.cli.options import (
     Labels,
     Paths,
     PreprocessFile,
+    Prompt,
     Readers,
     Recursive,
     Thresholds,
@@ -41,6 +42,7 @@ def predict(
     thresholds: Thresholds = None,
     preprocess: PreprocessFile = None,
     activation: Activation = None,
+    prompt: Prompt = None,
     recursive: Recursive = False,
     reader: Readers = None,
     device: Device = "auto",
@@ -51,7 +53,7 @@ def predict(
     from mlperturb.photos.kinds import is_adversarial
     from mlperturb.run.outputs import is_own
 
-    source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation)
+    source = find_source(checkpoint, arch, labels, thresholds, preprocess, activation, prompt)
     left_out: list[Path] = []
     photos = find_photos(
         paths,

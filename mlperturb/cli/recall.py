@@ -33,7 +33,7 @@ def recall(path: Path, given: dict[str, Any], context: typer.Context) -> tuple[d
     from mlperturb.run.report import read_report, readers_of, reading
 
     report, _ = read_report(path)
-    names = ("checkpoint", "arch", "labels", "thresholds", "preprocess", "activation")
+    names = ("checkpoint", "arch", "labels", "thresholds", "preprocess", "activation", "prompt")
     other = any(_is_given(context, name) for name in names)
     with reading(path):
         settings = report["settings"]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlperturb.errors import CheckpointError, UsageError
-from mlperturb.labels import Categories
+from mlperturb.labels import Categories, split_names
 from mlperturb.model.beside import is_program, read_beside
 from mlperturb.model.given import DEFAULT_THRESHOLD
 from mlperturb.model.hub import Fetched, fetch, is_hub
 from mlperturb.model.readers import DEFAULT_READERS, TRANSFORMERS_READERS
+from mlperturb.system.files import parse_local
 
 if TYPE_CHECKING:
     from mlperturb.model.classifier import Classifier
@@ -33,6 +34,7 @@ class Source:
         preprocess: the fields that the user gives.
         notes: what is assumed for want of a record, a line each.
         activation: what makes probabilities of the scores, as the user gives it.
+        prompt: texts with `{}` in place of a label, as the user gives them.
         fetched: the folder of the hub that `path` is, if it is.
     """
 
@@ -46,6 +48,7 @@ class Source:
     preprocess: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     activation: str | None = None
+    prompt: tuple[str, ...] | None = None
     fetched: Fetched | None = None
 
     @property
@@ -67,6 +70,7 @@ class Source:
             "thresholds": self.thresholds,
             "preprocess": self.preprocess,
             "activation": self.activation,
+            "prompt": self.prompt,
         }
 
     @property
@@ -90,6 +94,7 @@ class Source:
             "preprocess": metadata.preprocess,
             "origin": metadata.origin,
             "activation": metadata.activation,
+            **({"prompts": list(metadata.prompts)} if metadata.prompts else {}),
         }
 
 
@@ -113,10 +118,11 @@ _NEEDLESS = "; a .safetensors checkpoint that `mlperturb train` wrote needs neit
 def find_source(
     checkpoint: Path | None,
     arch: str | None = None,
-    labels: Path | None = None,
+    labels: str | Path | None = None,
     thresholds: str | None = None,
     preprocess: Path | None = None,
     activation: str | None = None,
+    prompt: Sequence[str] | None = None,
 ) -> Source:
     """Find the checkpoint, the bundled one by default, and read its label names and what the user says of it.
 
@@ -125,16 +131,100 @@ def find_source(
         UsageError: if only one of --arch and --labels is given, or a file or a value cannot be read.
     """
     from mlperturb.model.given import check_activation, read_preprocess
+    from mlperturb.model.prompts import check_prompts, refuse_prompts
 
     chosen = None if activation is None else check_activation(activation)
     fetched = fetch(str(checkpoint)) if is_hub(checkpoint) else None
     checkpoint = checkpoint if fetched is None else fetched.folder
-    source = replace(_find_named(checkpoint, arch, labels, thresholds, chosen), fetched=fetched)
+    if takes_names(checkpoint):
+        assert checkpoint is not None
+        prompts = check_prompts(prompt) if prompt else None
+        source = _find_prompted(checkpoint, arch, _read_names(labels), thresholds, chosen, prompts)
+    else:
+        source = _find_named(checkpoint, arch, _label_file(labels), thresholds, chosen)
+        refuse_prompts(prompt or None, source.path)
+    source = replace(source, fetched=fetched)
     if preprocess is not None:
         fields = read_preprocess(preprocess)
         readers = _readers_of(fields) if "readers" in fields else source.readers
         source = replace(source, preprocess=fields, readers=readers)
     return source
+
+
+def takes_names(checkpoint: Path | None) -> bool:
+    """Say whether a checkpoint is the folder of a model of images and texts, whose labels a user names.
+
+    Raises:
+        CheckpointError: if it is a folder without a config.json that we know.
+    """
+    from mlperturb.model.folders import read_config
+    from mlperturb.model.prompts import is_prompted
+
+    return checkpoint is not None and checkpoint.is_dir() and is_prompted(read_config(checkpoint))
+
+
+def _read_names(labels: str | Path | None) -> Path | tuple[str, ...] | None:
+    """Return the file of label names, or the names themselves, separated by commas.
+
+    Raises:
+        UsageError: if there is no such file, and the text does not look like names.
+    """
+    if labels is None or isinstance(labels, Path) or _is_file(parse_local(labels)):
+        return None if labels is None else parse_local(labels)
+    names = tuple(split_names([labels]))
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"expected a file or distinct names for --labels, got {labels!r:.80}")
+    if len(names) == 1 and Path(names[0]).suffix.lower() in (".txt", ".csv", ".tsv"):
+        raise UsageError(f"no such file: {labels}")
+    return names
+
+
+def _label_file(labels: str | Path | None) -> Path | None:
+    """Return the file of label names.
+
+    Raises:
+        UsageError: if the value is names instead.
+    """
+    if labels is None or isinstance(labels, Path):
+        return labels
+    path = parse_local(labels)
+    if "," in labels and not _is_file(path):
+        raise UsageError(
+            f"no such file: {labels:.120}; names in place of a file are for a model of images and texts, CLIP or SigLIP"
+        )
+    return path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a text too long for the name of a file
+        return False
+
+
+def _find_prompted(
+    folder: Path,
+    arch: str | None,
+    names: Path | tuple[str, ...] | None,
+    thresholds: str | None,
+    activation: str | None,
+    prompts: tuple[str, ...] | None,
+) -> Source:
+    """Return the folder of a model of images and texts, with the labels that the user names.
+
+    Raises:
+        CheckpointError: if the model cannot be a classifier, or nothing is named.
+        UsageError: if --arch is given, or the names, prompts or thresholds are wrong.
+    """
+    from mlperturb.model.folders import read_config
+    from mlperturb.model.prompts import DEFAULT_PROMPT, read_prompts
+
+    source = _find_folder(folder, arch, names, thresholds, activation)
+    read_prompts(folder, read_config(folder), prompts, source.labels)
+    notes = source.notes
+    if prompts is None:
+        notes += (f"the text for each label is {DEFAULT_PROMPT!r}; --prompt sets another",)
+    return replace(source, prompt=prompts, notes=notes)
 
 
 def _find_named(
@@ -178,7 +268,11 @@ def _find_named(
 
 
 def _find_folder(
-    folder: Path, arch: str | None, labels: Path | None, thresholds: str | None, activation: str | None
+    folder: Path,
+    arch: str | None,
+    labels: Path | tuple[str, ...] | None,
+    thresholds: str | None,
+    activation: str | None,
 ) -> Source:
     """Return the folder of a timm or a transformers model, with its label names or those of a file.
 
@@ -243,7 +337,8 @@ def classifier_key(described: dict[str, Any]) -> dict[str, Any]:
 
     values = {name: fingerprint([str(one) for one in described[name]]) for name in ("labels", "thresholds")}
     softmax = {"activation": "softmax"} if described.get("activation") == "softmax" else {}
-    return {**values, "preprocess": described["preprocess"], **softmax}
+    prompts = {"prompts": described["prompts"]} if described.get("prompts") else {}
+    return {**values, "preprocess": described["preprocess"], **softmax, **prompts}
 
 
 def named_source(described: dict[str, Any]) -> Source:
@@ -267,7 +362,8 @@ def named_source(described: dict[str, Any]) -> Source:
     said = {"thresholds": described["thresholds"], "preprocess": described.get("preprocess")}
     said["activation"] = described.get("activation")
     if path.is_dir() or is_program(path):
-        return Source(path, None, names, names, **said, fetched=fetched)
+        prompt = tuple(described["prompts"]) if described.get("prompts") else None
+        return Source(path, None, names, names, **said, prompt=prompt, fetched=fetched)
     try:
         metadata = read_metadata(path)
         recorded = {**metadata.__dict__, "thresholds": list(metadata.thresholds)}

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlperturb.cli.options import CHECKPOINT_HELP, CLASSIFIER, HERE
-from mlperturb.cli.source import Source, find_source
+from mlperturb.cli.source import Source, find_source, takes_names
 from mlperturb.errors import UsageError
 from mlperturb.labels import Categories, join_categories
+from mlperturb.model.hub import fetch, is_hub
 
 if TYPE_CHECKING:
     from mlperturb.model.ensemble import Victim
@@ -91,10 +92,11 @@ class Sources:
 def find_sources(
     checkpoints: Sequence[Path] | None,
     arch: str | None,
-    labels: Path | None,
+    labels: str | None,
     thresholds: str | None = None,
     preprocess: Path | None = None,
     activation: str | None = None,
+    prompt: Sequence[str] | None = None,
     *,
     readers: Sequence[str] = (),
 ) -> Source | Sources:
@@ -106,13 +108,31 @@ def find_sources(
     """
     given = list(checkpoints or ())
     if len(given) < 2:
-        return find_source(given[0] if given else None, arch, labels, thresholds, preprocess, activation)
-    words = {"--arch": arch, "--labels": labels, "--thresholds": thresholds, "--preprocess": preprocess}
+        return find_source(given[0] if given else None, arch, labels, thresholds, preprocess, activation, prompt)
+    words = {"--arch": arch, "--thresholds": thresholds, "--preprocess": preprocess}
     words |= {"--activation": activation}
     said = next((option for option, value in words.items() if value is not None), None)
     if said is not None:
         raise UsageError(f"expected several --checkpoint without {said}: each must describe itself")
-    return Sources(name_sources([find_source(path) for path in given]), tuple(readers))
+    return Sources(name_sources(find_each(given, labels, prompt)), tuple(readers))
+
+
+def find_each(checkpoints: Sequence[Path], labels: str | None, prompt: Sequence[str] | None) -> list[Source]:
+    """Find several checkpoints; label names and prompts are for those of images and texts alone.
+
+    Raises:
+        CheckpointError: if a file is missing or is not a checkpoint.
+        UsageError: if there are names or prompts, and no checkpoint takes any.
+    """
+    named = [fetch(str(path)).folder if is_hub(path) else path for path in checkpoints]
+    takers = [takes_names(path) for path in named]
+    said = "--labels" if labels is not None else "--prompt"
+    if (labels is not None or prompt) and not any(takers):
+        raise UsageError(f"expected several --checkpoint without {said}: each must describe itself")
+    return [
+        find_source(path, labels=labels if takes else None, prompt=prompt if takes else None)
+        for path, takes in zip(checkpoints, takers, strict=True)
+    ]
 
 
 def name_sources(sources: Sequence[Source]) -> dict[str, Source]:

@@ -10,9 +10,9 @@ import typer
 
 from mlperturb.cli.console import make_bar, print_error, print_note
 from mlperturb.cli.console import out as stdout
-from mlperturb.cli.options import ANYWHERE, HERE, Device, Json, Overwrite, Quiet
-from mlperturb.cli.source import Source, find_source
-from mlperturb.cli.sources import name_sources
+from mlperturb.cli.options import ANYWHERE, HERE, Device, Json, Labels, Overwrite, Prompt, Quiet
+from mlperturb.cli.source import Source
+from mlperturb.cli.sources import find_each, name_sources
 from mlperturb.errors import UsageError
 from mlperturb.run.outputs import TRANSFER, folder_of, make_folder, refuse_existing
 from mlperturb.system.text import printable
@@ -32,6 +32,8 @@ def transfer(
         list[Path] | None,
         typer.Option(**HERE, help="A classifier to show the files to, as for `attack`; repeatable."),
     ] = None,
+    labels: Labels = None,
+    prompt: Prompt = None,
     reader: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,7 +64,7 @@ def transfer(
     if photos is not None and not photos.is_dir():
         raise UsageError(f"no such folder of photos: {photos}")
     chosen = tuple(one.name for one in parse_readers(reader)) if reader else ()
-    targets = name_sources([find_source(path) for path in checkpoint])
+    targets = name_sources(find_each(checkpoint, labels, prompt))
     made, described = read_made(reports, photos)
     folder = out or folder_of(reports[0])
     make_folder(folder)
