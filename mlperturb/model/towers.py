@@ -56,7 +56,8 @@ class PromptScores(nn.Module):
 
 def normalise(embeddings: Tensor) -> Tensor:
     """Return rows of length 1."""
-    return embeddings / embeddings.norm(dim=-1, keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
+    return embeddings / lengths
 
 
 def build_prompted(
