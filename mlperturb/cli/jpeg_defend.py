@@ -147,6 +147,8 @@ def jpeg_defend(
             photos,
             chosen=bool(reader),
         )
+    for note in source.notes:
+        print_note(note)
     readers = parse_readers(reader or names)
     attacked = list({one.adversarial.resolve(): one for one in attacked}.values())
     folder = out or (Path("mlperturb-defence") if by_hand else folder_of(paths[0]))

@@ -65,6 +65,8 @@ def transfer(
         raise UsageError(f"no such folder of photos: {photos}")
     chosen = tuple(one.name for one in parse_readers(reader)) if reader else ()
     targets = name_sources(find_each(checkpoint, labels, prompt))
+    for note in dict.fromkeys(note for target in targets.values() for note in target.notes):
+        print_note(note)
     made, described = read_made(reports, photos)
     folder = out or folder_of(reports[0])
     make_folder(folder)
