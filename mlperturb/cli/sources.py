@@ -124,10 +124,11 @@ def find_each(checkpoints: Sequence[Path], labels: str | None, prompt: Sequence[
         CheckpointError: if a file is missing or is not a checkpoint.
         UsageError: if there are names or prompts, and no checkpoint takes any.
     """
-    named = [fetch(str(path)).folder if is_hub(path) else path for path in checkpoints]
-    takers = [takes_names(path) for path in named]
-    said = "--labels" if labels is not None else "--prompt"
-    if (labels is not None or prompt) and not any(takers):
+    if labels is None and not prompt:
+        return [find_source(path) for path in checkpoints]
+    takers = [takes_names(fetch(str(path)).folder if is_hub(path) else path) for path in checkpoints]
+    if not any(takers):
+        said = "--labels" if labels is not None else "--prompt"
         raise UsageError(f"expected several --checkpoint without {said}: each must describe itself")
     return [
         find_source(path, labels=labels if takes else None, prompt=prompt if takes else None)
