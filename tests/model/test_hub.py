@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import pytest
+from support.prompts import write_model
 from support.transformers_folders import write_folder
 
 import mlperturb
@@ -63,6 +64,25 @@ def test_a_checkpoint_of_the_hub_is_attacked_and_its_commit_stands_in_the_report
     code, _, said = cli("jpeg-defend", out, "--out", tmp_path / "defended", "--quality", "75")
     assert code == 0, said
     assert hub[-1] == ("some-one/net", COMMIT, True)
+
+
+def test_a_siglip_of_the_hub_is_attacked_by_prompts(hub, cli, save_photo, tmp_path):
+    shutil.rmtree(tmp_path / "repository")
+    write_model(tmp_path / "repository")
+    (tmp_path / "repository" / "spiece.model").write_bytes(b"x")
+    out = tmp_path / "out"
+    command = ["attack", save_photo("img.png"), "--flip", "a dog", "--budget", "fast", "--out", out]
+    code, _, said = cli(*command, "--checkpoint", "hf:some-one/siglip", "--labels", "a dog, a cat")
+    assert code == 0, said
+    fetched = {path.name for path in (tmp_path / "hub" / "snapshots" / COMMIT).iterdir()}
+    assert "tokenizer.json" in fetched
+    assert "spiece.model" not in fetched
+    report = json.loads((out / "report.json").read_text())
+    assert report["classifier"]["checkpoint"] == f"hf:some-one/siglip@{COMMIT}"
+    assert report["classifier"]["prompts"] == ["a photo of {}"]
+    code, _, said = cli("jpeg-defend", out, "--out", tmp_path / "defended", "--quality", "75")
+    assert code == 0, said
+    assert hub[-1] == ("some-one/siglip", COMMIT, True)
 
 
 def test_a_hub_that_cannot_be_reached_is_a_line_that_names_the_way_without(monkeypatch, cli):
