@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mlperturb.targets import decide
 
+_PART = 2**22  # numbers that are measured at once: their copies in double precision are 8 bytes each
 _PAIRWISE = 128  # labels up to which `kendall_tau` compares all pairs at once
 
 
@@ -27,9 +28,15 @@ class Distortion:
 
 def distortion(difference: Tensor) -> Distortion:
     """Measure r = x* - x of one photo, on the 0-255 scale, any shape: RMSD = sqrt(mean(r^2)), L2, L-infinity."""
-    flat = difference.double().flatten()
-    l2 = float(flat.norm())
-    return Distortion(l2 / max(flat.numel(), 1) ** 0.5, l2, float(flat.abs().max()) if flat.numel() else 0.0)
+    if not difference.numel():
+        return Distortion(0.0, 0.0, 0.0)
+    lengths, largest = [], difference.new_zeros((), dtype=torch.float64)
+    for part in torch.split(difference.flatten(), _PART):
+        exact = part.double()
+        lengths.append(float(exact.norm()))
+        largest = largest.maximum(exact.abs_().max())
+    l2 = math.hypot(*lengths)
+    return Distortion(l2 / difference.numel() ** 0.5, l2, float(largest))
 
 
 def hamming(decisions: Tensor, truth: Tensor) -> float:

@@ -190,6 +190,7 @@ def descend(
         )
         if pace.restarts:
             walk = _restart(walk, step)  # step 8
+        del seen, gradient, latent  # photos of their size, before the next look makes others
 
 
 def _dismiss(

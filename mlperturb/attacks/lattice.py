@@ -31,8 +31,8 @@ class Lattice(Protocol):
         """Return the images, (n, 3, H, W), of rounded coordinates, (n, 3, H', W')."""
         ...
 
-    def round(self, latent: Tensor) -> Tensor:
-        """Return rounded coordinates, (n, 3, H', W')."""
+    def fall(self, scale: Tensor, latent: Tensor, gradient: Tensor) -> Tensor:
+        """Return -<round(a r), g>, the fall of the linearised loss, (n,), of rounded coordinates; a is (n,)."""
         ...
 
     def pull(self, gradient: Tensor, points: Tensor) -> Tensor:
@@ -66,9 +66,13 @@ class PixelLattice:
             _round_(torch.add(images[:, :, rows], latent[:, :, rows], out=points[:, :, rows]))
         return points
 
-    def round(self, latent: Tensor) -> Tensor:
-        """Return r rounded to multiples of 1/255."""
-        return (latent * 255).round_().div_(255)
+    def fall(self, scale: Tensor, latent: Tensor, gradient: Tensor) -> Tensor:
+        """Return -<round(a r), g>, (n,), with a r rounded to multiples of 1/255."""
+        scale, total = scale.view(-1, 1, 1, 1), latent.new_zeros(len(latent))
+        for rows in strips(latent):
+            rounded = (scale * latent[:, :, rows]).mul_(255).round_().div_(255)
+            total -= rounded.mul_(gradient[:, :, rows]).flatten(1).sum(1)
+        return total
 
     def pull(self, gradient: Tensor, points: Tensor) -> Tensor:  # noqa: ARG002
         """Return the gradient itself."""
@@ -120,7 +124,6 @@ def lattice_scale(lattice: Lattice, latent: Tensor, gradient: Tensor, needed: Te
     low, high = torch.zeros_like(needed), torch.full_like(needed, _WIDEST)  # of log2 of the scale
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        rounded = lattice.round(torch.exp2(middle).view(-1, 1, 1, 1) * latent)
-        enough = -rounded.mul_(gradient).flatten(1).sum(1) >= needed
+        enough = lattice.fall(torch.exp2(middle), latent, gradient) >= needed
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     return torch.exp2(high)

@@ -277,6 +277,7 @@ class Problem:
         for seed, places in zip(*_seeds(outputs, present), strict=True):
             gradient = self.within_region(torch.autograd.grad(outputs, images, seed, retain_graph=True)[0])
             lengths.scatter_(1, places.unsqueeze(1), norms(gradient).unsqueeze(1))
+            del gradient  # before the next one is made
         return lengths
 
     def within_region(self, values: Tensor) -> Tensor:

@@ -106,6 +106,10 @@ class JpegLattice:
             changes.reshape(-1)[made[0]] = made[1]
         return file.planes(changes)
 
+    def fall(self, scale: Tensor, latent: Tensor, gradient: Tensor) -> Tensor:
+        """Return -<round(a r), g>, (n,), with a r rounded to steps."""
+        return -self.round(scale.view(-1, 1, 1, 1) * latent).mul_(gradient).flatten(1).sum(1)
+
     def round(self, latent: Tensor) -> Tensor:
         """Return coordinates rounded to steps."""
         return (latent / self._steps).round() * self._steps

@@ -325,13 +325,19 @@ class Resizer:
 
 def to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:
     """Return 8-bit pixels, (H, W, 3), as an image in [0, 1], (3, H, W)."""
-    return torch.from_numpy(rgb).to(device).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(rgb).to(device).permute(2, 0, 1)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def pad_batch(images: Sequence[Tensor]) -> tuple[Tensor, list[Size]]:
-    """Pad photos (3, H_i, W_i) with zeros at the bottom and right to one batch; return it and the sizes."""
+    """Pad photos (3, H_i, W_i) with zeros at the bottom and right to one batch; return it and the sizes.
+
+    A single photo is not copied.
+    """
     sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
     height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+    if len(images) == 1:
+        return images[0].unsqueeze(0), sizes
     batch = images[0].new_zeros(len(images), 3, height, width)
     for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
         batch[number, :, : size[0], : size[1]] = image

@@ -333,6 +333,9 @@ def _numbers(samples: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
 
 def magnify(difference: npt.NDArray[np.int16]) -> Pixels:
     """Return the perturbation map |r| * 255 / max|r| of r, (H, W, 3), max over all channels (Section IV-H1)."""
-    size = np.abs(difference).astype(np.float64)
-    top = size.max(initial=0)
-    return np.rint(size * (255.0 / top if top else 0.0)).astype(np.uint8)
+    top = max(int(difference.max(initial=0)), -int(difference.min(initial=0)))
+    scale = 255.0 / top if top else 0.0
+    magnified = np.empty(difference.shape, dtype=np.uint8)
+    for row, moved in zip(magnified, difference, strict=True):  # a row at a time: 8 bytes for each number are many
+        row[:] = np.rint(np.abs(moved).astype(np.float64) * scale)
+    return magnified

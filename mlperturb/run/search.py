@@ -18,7 +18,9 @@ from mlperturb.attacks.quantise import quantise
 from mlperturb.labels import Request
 from mlperturb.metrics import Distortion, distortion
 from mlperturb.model.coefficients import JpegLattice
+from mlperturb.model.engines import to_pixels
 from mlperturb.model.ensemble import Victim, members_of
+from mlperturb.model.linear import strips
 from mlperturb.model.preprocess import Size
 from mlperturb.photos.images import Photo, Pixels
 from mlperturb.photos.jpeg import Plane
@@ -210,7 +212,7 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
     if len(rows):
         outcome, file, logits = _attack(whole.select(rows), settings)
         images[rows], seen = file.images, file.logits
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_pixels(images).permute(0, 2, 3, 1).cpu().numpy()
     targets = replace(problem.targets, margin=0.0).cpu()
     goal = problem.goal if outcome is None else outcome.goal
     place = {row: number for number, row in enumerate(rows.tolist())}
@@ -229,7 +231,7 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
                 None if seen is None or number is None else _finite(seen[number, :, : one.truth.shape[1]].cpu()),
                 known,
                 None if known is None else bool(one.holds(known[None]).all()),
-                distortion((exact * 255 - problem.images[row] * 255)[:, :height, :width]),
+                distortion(_moved(problem.images[row], exact)[:, :height, :width]),
                 int(problem.meter.forward[problem.rows[row]]),
                 int(problem.meter.backward[problem.rows[row]]),
                 0.0,
@@ -237,6 +239,14 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
             )
         )
     return found
+
+
+def _moved(photo: Tensor, image: Tensor) -> Tensor:
+    """Return how far the numbers of an image, (3, H, W), are from those of the photo, on the 0-255 scale."""
+    moved = torch.empty_like(photo)
+    for rows in strips(photo[None]):
+        torch.sub(image[:, rows] * 255, photo[:, rows] * 255, out=moved[:, rows])
+    return moved
 
 
 def _finite(logits: Tensor) -> Tensor | None:

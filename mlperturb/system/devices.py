@@ -11,7 +11,7 @@ import torch
 
 from mlperturb.errors import UsageError
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # glibc's malloc.h
 
 
 def resolve_device(name: str) -> str:
@@ -52,7 +52,9 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # a C library other than glibc
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_M_TOP_PAD, 1 << 26))
+    kept = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 1 << 26))
+    shared = (_M_ARENA_MAX, 1)  # threads that write files take what the thread that attacks has freed
+    return all(mallopt(*option) for option in (*kept, shared))
 
 
 def free_memory(device: torch.device) -> int | None:
