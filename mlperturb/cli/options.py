@@ -44,7 +44,7 @@ CHECKPOINT_HELP = (
     "A .safetensors checkpoint of mlperturb, the folder of a timm or a transformers model (config.json, "
     "model.safetensors), hf:OWNER/NAME[@REVISION] of the Hugging Face Hub, a program with NAME.json beside it "
     "(.pt2 of torch.export, .onnx), plain weights with --arch and --labels, or a bundled one: mobilenet-v2, "
-    "efficientnet-lite2, robust."
+    "efficientnet-lite2, robust, paper."
 )
 Checkpoint = Annotated[Path | None, typer.Option(**HERE, **CLASSIFIER, help=CHECKPOINT_HELP)]
 Arch = Annotated[

@@ -40,6 +40,7 @@ BUNDLED = {  # the files of weights/ by the names that stand for them; the first
     "mobilenet-v2": "voc-mobilenet-v2.safetensors",
     "efficientnet-lite2": "voc-efficientnet-lite2.safetensors",
     "robust": "voc-mobilenet-v2-robust.safetensors",
+    "paper": "voc-paper.safetensors",
 }
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception v3 and GoogLeNet that only training uses
 
