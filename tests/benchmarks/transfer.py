@@ -126,7 +126,9 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the share of flips that hold before each other classifier, against the RMSD; a panel for each source."""
     sources = list(dict.fromkeys(row["source"] for row in rows if row["limit"]))
-    figure, axes = plt.subplots(1, len(sources), figsize=(4 * len(sources), 3), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(sources), figsize=(4 * len(sources) + 2.5, 3), squeeze=False, sharey=True, layout="constrained"
+    )
     for panel, source in zip(axes[0], sources, strict=True):
         targets = [name for name in dict.fromkeys(row["target"] for row in rows) if name != source]
         for number, target in enumerate(targets):
@@ -136,10 +138,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 counts = [[r["flips"] for r in mine if r["limit"] == limit] for limit in limits]
                 shares = [sum(c["labels"] for c in some) / max(sum(c["total"] for c in some), 1) for some in counts]
                 panel.plot(limits, shares, style, marker="o", ms=3, color=f"C{number}", label=f"{target}, {way}")
-        panel.set(title=f"made on {source}", xlabel="RMSD", xscale="log", ylim=(-0.03, 1.03))
-        panel.legend(fontsize=6)
+        panel.set(title=f"made on {source}", xlabel="RMSD", ylim=(-0.03, 1.03))
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted({row["limit"] for row in rows if row["limit"]}))
+        panel.xaxis.set_major_formatter("{x:g}")
     axes[0][0].set_ylabel("flips that hold")
-    figure.tight_layout()
+    lines, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=7, loc="outside right upper", handlelength=3)
     figure.savefig(path, dpi=150)
 
 
