@@ -7,6 +7,7 @@ names.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,7 +23,7 @@ def find_folder(report: Path, settings: dict[str, Any]) -> Path:
         ValueError: if the settings name a folder that cannot exist, or a folder at a URL.
     """
     out = settings.get("out", ".")
-    if "\0" in out or "://" in out:
+    if not _can_exist(out):
         raise ValueError(f"{printable(out)!r:.100} is not the path of a folder")
     return report.parent if out == "." else report.parent / out
 
@@ -51,7 +52,15 @@ def _stays_inside(name: str) -> bool:
     """Say whether a name is that of a file in a folder or below."""
     path = Path(name)
     out = path.is_absolute() or path.drive or ".." in path.parts or not path.name
-    return not (out or "\0" in name or "://" in name)
+    return not out and _can_exist(name)
+
+
+def _can_exist(name: str) -> bool:
+    """Say whether a name can be that of a file or folder on this machine."""
+    try:
+        return b"\0" not in os.fsencode(name) and "://" not in name
+    except UnicodeEncodeError:  # half of a character, as JSON may have it
+        return False
 
 
 def _is_beside(path: Path, folder: Path, settings: dict[str, Any]) -> bool:

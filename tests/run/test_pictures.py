@@ -190,12 +190,20 @@ def test_a_png_that_changed_since_is_an_error_of_its_own(cli, out, tmp_path):
     assert ["error" in image for image in images] == [True, False]
 
 
-@pytest.mark.parametrize("folder", ["a\0b", "ftp://127.0.0.1:1/x", 5, ["x"], "x" * 5000])
+@pytest.mark.parametrize("folder", ["a\0b", "ftp://127.0.0.1:1/x", "\ud800", 5, ["x"], "x" * 5000])
 def test_a_folder_that_cannot_be_is_refused_in_a_line(cli, out, tmp_path, folder):
     edit(out, settings={"out": folder})
     for name, (code, _, err) in every(cli, out, tmp_path, *COMMANDS).items():
         assert code in (1, 2), name
         assert all(line.startswith("mlperturb: ") for line in err.splitlines())
+
+
+def test_a_picture_whose_name_is_half_a_character_is_an_error_of_its_own(cli, out, tmp_path):
+    images = json.loads((out / "report.json").read_text())["images"]
+    edit(out, files=images[0]["files"] | {"adversarial": "\ud800.png"})
+    for name, (code, _, err) in every(cli, out, tmp_path, *COMMANDS).items():
+        assert code == 1, name
+        assert "is not the name of a file beside its report" in err
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "/proc/kmsg", "/proc/self/mem", "/proc/kcore", "pipe.png", "/dev/stdin"])
