@@ -101,6 +101,20 @@ def test_a_file_name_that_is_no_utf_8_is_shown_escaped(cli, page):
     assert "bad\\udcff.png" in page.read_text()
 
 
+def test_control_characters_of_names_are_shown_as_escapes(cli, page):
+    path = page.parent / "report.json"
+    odd = "\x00\x1b[31m\u202e"
+    path.write_text(path.read_text().replace('"cat"', json.dumps("cat" + odd)))
+    report = json.loads(path.read_text())
+    report["settings"]["method"] += odd
+    report["images"][0] |= {"error": {"type": "X", "message": "why" + odd}}
+    path.write_text(json.dumps(report))
+    assert cli("gallery", page.parent, "--overwrite", "--quiet")[0] == 0
+    text = page.read_text()
+    assert [character for character in text if not character.isprintable() and character != "\n"] == []
+    assert all(f"{word}\\x00\\x1b[31m\\u202e" in text for word in ("cat", "why", "ml-ddn"))
+
+
 @pytest.mark.parametrize("damage", [("images", 5), ("images", [{}]), ("classifier", None), ("summary", {})])
 def test_a_damaged_report_is_refused_in_a_line(cli, page, damage):
     path = page.parent / "report.json"

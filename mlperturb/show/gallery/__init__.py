@@ -1,7 +1,7 @@
 """Write a report as a self-contained page, `index.html`, or pages of 200 photos, without network and framework.
 
-File and label names are untrusted text: the template escapes everything, and the page's Content-Security-Policy allows
-only the page's own script, by its hash.
+File and label names are untrusted text: the template escapes everything, control characters too, and the page's
+Content-Security-Policy allows only the page's own script, by its hash.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def write_gallery(
         ValueError, LookupError, TypeError: if the report does not follow its schema.
     """
     environment = Environment(
-        loader=PackageLoader("mlperturb.show", "gallery"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("mlperturb.show", "gallery"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_harmless,
     )
     script = _asset(environment, "gallery.js")
     images = report["images"]
@@ -75,6 +79,11 @@ def write_gallery(
         except UndefinedError as error:
             raise ValueError(str(error)) from error
         write_file(page, text.encode("utf-8", "backslashreplace"))
+
+
+def _harmless(value: Any) -> Any:
+    """Return a text with its control characters as escapes, such as one that turns the direction of a line round."""
+    return printable(value) if type(value) is str and not value.isprintable() else value  # our own files are `Markup`
 
 
 def _asset(environment: Environment, name: str) -> Any:
@@ -107,7 +116,7 @@ def _cards(
         yield {
             **image,
             "number": number,
-            "name": printable(_name(image)),
+            "name": _name(image),
             "thumbnails": thumbnails,
             "links": {
                 kind: _link(pictures[kind], page, image["files"][kind])
