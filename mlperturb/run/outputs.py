@@ -21,9 +21,10 @@ CHARTS = ("jpeg-histogram.png", "jpeg-curve.png")  # beside DEFENCE
 CURVES = "curves.json"  # of `evaluate`
 CURVE = "curve-"  # how the names of its pictures begin, beside CURVES
 FIGURES = "figures"  # the folder of `figures`, beside the first report
-FIGURE_OF = "mlperturb figures"  # in the PNGs of `figures` and `jpeg-defend`, as their software
+FIGURE_OF = "mlperturb figures"  # in the PNGs of every command that draws, as their software
 PHOTOS = 200  # on a page of results
 _DRAWN = ("case-", "histogram-", "jpeg-")  # how the names of figures begin
+_SIGNED = (*_DRAWN, CURVE, "transfer", "matrix")  # how the names of all pictures begin that have FIGURE_OF in them
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def is_own(path: Path) -> bool:
     from mlperturb.photos.images import is_output  # NumPy and Pillow, which the help of a command does not need
 
     folder = path.parent if is_remote(path) else path.absolute().parent
-    if path.name.startswith(_DRAWN) and path.suffix == ".png" and path.is_file():
+    if path.name.startswith(_SIGNED) and path.suffix == ".png" and path.is_file():
         with path.open("rb") as stream:
             if FIGURE_OF.encode() in stream.read(400):
                 return True

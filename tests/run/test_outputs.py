@@ -59,10 +59,13 @@ def test_a_chart_is_ours_wherever_it_lies_and_a_photo_of_its_name_is_not(tmp_pat
 
     from mlperturb.show.figures import save_figure
 
-    save_figure(Figure(figsize=(1, 1)), tmp_path / "case-a.png")
-    assert is_own(tmp_path / "case-a.png")
+    for name in ("transfer.png", "matrix.png", "curve-person.png", "case-a.png"):
+        save_figure(Figure(figsize=(1, 1)), tmp_path / name)
+        assert is_own(tmp_path / name)
     (tmp_path / "case-a.png").rename(tmp_path / "photo.png")
     assert not is_own(tmp_path / "photo.png")
+    write(tmp_path / "transfer.png", "picture")
+    assert not is_own(tmp_path / "transfer.png")
     write(tmp_path / "case-b.png", "picture")
     os.mkfifo(tmp_path / "case-c.png")
     assert not any(is_own(tmp_path / name) for name in ("case-b.png", "case-c.png", "case-d.png"))
