@@ -66,7 +66,7 @@ def dry_run(
     if json:
         print(to_json({"schema": SCHEMA, "classifier": description, "images": plan.images, "most": cost}))
     else:
-        _print(plan, description, cost)
+        _print(plan, description, cost, rest=settings.request.keep_rest)
     return int(plan.count("unreadable") > 0)
 
 
@@ -118,13 +118,13 @@ def _classify(classifier: Classifier, jobs: list[Job], settings: Settings, plan:
         yield image
 
 
-def _print(plan: Plan, description: dict[str, Any], cost: dict[str, Any]) -> None:
+def _print(plan: Plan, description: dict[str, Any], cost: dict[str, Any], *, rest: bool) -> None:
     from mlperturb.run.report import thresholds_of
     from mlperturb.show.tables import plan_line, prediction_table
 
     readable = [image for image in plan.images if image["probabilities"]]
     for image in readable[:_LINES]:
-        stdout.print(plan_line(image), soft_wrap=True)
+        stdout.print(plan_line(image, rest=rest), soft_wrap=True)
         if len(readable) <= SHOWN:
             stdout.print(prediction_table(image["probabilities"], thresholds_of(description)))
     if len(readable) > _LINES:

@@ -145,10 +145,14 @@ def _reader_shares(summary: dict[str, Any]) -> dict[str, str]:
     return {name: f"{share:.0%}" for name, share in shares.items() if share is not None and len(shares) > 1}
 
 
-def plan_line(image: dict[str, Any]) -> Text:
-    """Return one line on what an attack would do to a photo: the labels that it has, those to flip and to keep."""
+def plan_line(image: dict[str, Any], *, rest: bool) -> Text:
+    """Return one line on what an attack would do to a photo: the labels that it has, those to flip and to keep.
+
+    With `any`, which label is the nearest is not known yet, nor which labels are the `rest` to keep.
+    """
     flip = "the nearest label" if image["any"] else listed(image["flip"], 5)
-    what = f"would flip {flip}, keep {len(image['keep'])}" if flip else "is as asked already"
+    kept = "the rest" if image["any"] and rest else len(image["keep"])
+    what = f"would flip {flip}, keep {kept}" if flip else "is as asked already"
     size = f"{image['width']} x {image['height']} pixels"
     return clean(f"{image['source']}: {size}; has {listed(image['labels'], 5) or 'no label'}; {what}")
 

@@ -49,7 +49,9 @@ def test_a_dry_run_tells_what_it_would_do_and_writes_nothing(attack, photo, tmp_
     text = attack(photo, wish, "cat", "--dry-run")[1]
     assert "is as asked already" in " ".join(text.split())
     assert "0 of 1 to attack, 1 as asked already; nothing was written" in " ".join(text.split())
-    assert "would flip the nearest label" in " ".join(attack(photo, "--flip", "any", "--dry-run")[1].split())
+    assert "would flip the nearest label, keep 0" in attack(photo, "--flip", "any", "--dry-run")[1]
+    kept = attack(photo, "--flip", "any", "--keep", "rest", "--dry-run")[1]
+    assert "would flip the nearest label, keep the rest" in kept
 
 
 def test_strict_exits_with_1_where_an_attack_failed(attack, photo):
