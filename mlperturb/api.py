@@ -201,7 +201,14 @@ def _settings(
     margin: float,
     options: Mapping[str, str],
 ) -> Settings:
-    """Read the settings of `attack`, with the labels and the readers of the classifier, or of all of several."""
+    """Read the settings of `attack`, with the labels and the readers of the classifier, or of all of several.
+
+    Raises:
+        UsageError: if an option is a limit, as on the command line, or a setting cannot be carried out.
+    """
+    for name, value in options.items():
+        if (limit := name.removeprefix("max_")) in Limits.__dataclass_fields__:
+            raise UsageError(f"`{name}` is not an option: expected `limits`, such as Limits({limit}={value!r:.30})")
     return read_settings(
         words,
         victim.labels,

@@ -255,6 +255,9 @@ def test_bad_words_are_refused_before_any_pass(classifier):
         mlperturb.attack(classifier, photos(1), flip=LABELS[0], method="cw")
     with pytest.raises(UsageError, match="unknown option `margn`: expected one of rounding"):
         mlperturb.attack(classifier, photos(1), flip=LABELS[0], margn="3")
+    for name, limit in (("passes", "passes"), ("max_rmsd", "rmsd"), ("linf", "linf")):
+        with pytest.raises(UsageError, match=rf"`{name}` is not an option: expected `limits`.*\({limit}=3\)"):
+            mlperturb.attack(classifier, photos(1), flip=LABELS[0], **{name: 3})
     with pytest.raises(UsageError, match="is an option of ml-dp"):
         mlperturb.attack(classifier, photos(1), flip=LABELS[0], solver="nnls")
     with pytest.raises(UsageError, match="passes"):
