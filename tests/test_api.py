@@ -113,6 +113,7 @@ def test_every_form_of_an_image_comes_back_in_its_form(classifier, tmp_path):
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     forms = [
         array,
+        np.asarray(Image.fromarray(array)),  # read-only
         array.astype(np.float32) / np.float32(255),
         tensor,
         tensor.float() / 255,

@@ -80,13 +80,13 @@ def _open_array(image: npt.NDArray[np.generic]) -> tuple[Photo, Restore]:
 
 
 def _to_pixels(values: npt.NDArray[np.generic]) -> Pixels:
-    """Return uint8 values as they are, and floats in [0, 1] rounded to 8 bits.
+    """Return uint8 values as they are, and floats in [0, 1] rounded to 8 bits; what is read-only is copied.
 
     Raises:
         UsageError: if the values are of another type or range.
     """
     if values.dtype == np.uint8:
-        return np.ascontiguousarray(values, dtype=np.uint8)
+        return np.require(values, np.uint8, ["C", "W"])  # torch warns of a read-only array, as of a PIL image
     if values.dtype.kind != "f":
         raise UsageError(f"expected pixels of uint8, or floats in [0, 1], got {values.dtype}")
     if values.size and not (float(values.min()) >= 0 and float(values.max()) <= 1):
