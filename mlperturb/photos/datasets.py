@@ -90,6 +90,8 @@ def read_voc(root: Path, year: str, split: str) -> Dataset:
         raise DatasetError(f"{root} is not a VOCdevkit of {year}: expected a folder VOC{year} in it")
     folder = base / f"VOC{year}"
     sets = folder / "ImageSets" / "Main"
+    if not (sets / f"{split}.txt").exists() and (known := _splits_in(sets)):
+        raise DatasetError(f"cannot read {sets / split}.txt: expected a split of VOC{year}: {', '.join(known)}")
     names = _read_lines(sets / f"{split}.txt")
     names = [line.split()[0] for line in names]
     labels = sorted(path.name.removesuffix(f"_{split}.txt") for path in sets.glob(f"*_{split}.txt"))
@@ -106,6 +108,11 @@ def read_voc(root: Path, year: str, split: str) -> Dataset:
             truth[row[fields[0]], column] = int(fields[1])
     paths = tuple(folder / "JPEGImages" / f"{name}.jpg" for name in names)
     return _checked(Dataset(paths, tuple(labels), truth), sets / f"{split}.txt")
+
+
+def _splits_in(sets: Path) -> list[str]:
+    """Return the names of the splits in a folder of VOC; files of a label are called LABEL_SPLIT.txt."""
+    return sorted(path.stem for path in sets.glob("*.txt") if "_" not in path.stem)
 
 
 def read_splits(root: Path, years: Sequence[str], splits: str) -> dict[str, Dataset]:
@@ -171,7 +178,7 @@ def read_coco(root: Path, instances: Path) -> Dataset:
     try:
         content = json.loads(instances.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DatasetError(f"cannot read {instances}: {error}") from error
+        raise DatasetError(f"cannot read {instances}: {getattr(error, 'strerror', None) or error}") from error
     categories = _read_pairs(content, "categories", {"id": int, "name": str}, instances)
     images = _read_pairs(content, "images", {"id": int, "file_name": str}, instances)
     labels = tuple(name for _, name in sorted(categories))
@@ -228,7 +235,7 @@ def _read_lines(path: Path) -> list[str]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"cannot read {path}: {error}") from error
+        raise DatasetError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if not lines:
         raise DatasetError(f"{path} is empty")
     return lines

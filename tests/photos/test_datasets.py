@@ -55,6 +55,10 @@ def test_a_missing_year_or_split_is_a_dataset_error(devkit):
         read_voc(devkit, "2012", "trainval")
     with pytest.raises(DatasetError, match=r"cannot read .*test\.txt"):
         read_voc(devkit, "2007", "test")
+    with pytest.raises(DatasetError, match=r"expected a split of VOC2007: trainval, val$"):
+        read_voc(devkit, "2007", "test")
+    with pytest.raises(DatasetError, match=r"cannot read .*none\.csv: No such file or directory$"):
+        read_csv(devkit, devkit / "none.csv")
 
 
 @pytest.mark.parametrize("line", ["000005", "000005 2", "000005 yes", "000042 1", "000005 1 1"])
