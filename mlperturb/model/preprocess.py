@@ -330,10 +330,7 @@ def to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:
 
 
 def pad_batch(images: Sequence[Tensor]) -> tuple[Tensor, list[Size]]:
-    """Pad photos (3, H_i, W_i) with zeros at the bottom and right to one batch; return it and the sizes.
-
-    A single photo is not copied.
-    """
+    """Pad photos (3, H_i, W_i) with zeros at the bottom and right to one batch (one photo: a view); and sizes."""
     sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
     height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
     if len(images) == 1:
