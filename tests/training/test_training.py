@@ -648,12 +648,12 @@ def test_the_clean_share_of_a_batch_is_left_and_the_rest_raises_the_loss(data, s
 
 
 def test_adversarial_training_lowers_the_loss_under_attack(data, start, tmp_path):
-    recipe = replace(RECIPE, epochs=12, batch_size=12, learning_rate=1e-2, adversarial="l2:4", adversarial_steps=2)
+    recipe = replace(RECIPE, epochs=40, batch_size=12, learning_rate=3e-3, adversarial="l2:1", adversarial_steps=2)
     steps: list[Progress] = []
     metadata = _train(recipe, data, tmp_path / "m.safetensors", initial=[start], report=steps.append)
     losses = [step.loss for step in steps if step.validation is None]
-    assert np.mean(losses[-3:]) < 0.9 * losses[0]
-    assert metadata.provenance["recipe"]["adversarial"] == "l2:4"
+    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:10])  # photos are drawn anew: a single loss says little
+    assert metadata.provenance["recipe"]["adversarial"] == "l2:1"
 
 
 @pytest.mark.parametrize("change", [{"head_only": True}, {"views": 1, "norm_momentum": 0.0, "freeze": ("conv1.*",)}])
