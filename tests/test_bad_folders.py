@@ -36,7 +36,7 @@ def test_every_bad_folder_is_refused_in_a_line_in_bounded_memory_and_runs_no_cod
     photo = tmp_path / "photo.png"
     Image.fromarray(TINY_PIXELS).save(photo)
     commands = [
-        ["predict", photo, "--device", "cpu", "--thresholds", 0.5, "--checkpoint", folder]
+        ["predict", photo, "--device", "cpu", "--checkpoint", folder]
         for folder in [good, other, *folders]
     ]
     (tmp_path / "commands").write_text(json.dumps([[str(word) for word in words] for words in commands]))
@@ -46,7 +46,7 @@ def test_every_bad_folder_is_refused_in_a_line_in_bounded_memory_and_runs_no_cod
     )  # fmt: skip
     results = [json.loads(line) for line in (tmp_path / "results").read_text().splitlines()]
     assert [result["code"] for result in results[:2]] == [0, 0], results[:2]
-    most = max(result["memory"] for result in results[:2]) + 5e8
+    most = max(result["memory"] for result in results[:2]) + 7e8  # 50,000 modules are built before they are refused
     wrong = []
     for folder, result in zip(folders, results[2:], strict=True):
         printed, lines = result["out"] + result["err"], result["err"].splitlines()

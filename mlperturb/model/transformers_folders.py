@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TRANSFORMERS = "transformers/"  # prefix of an architecture's name
 _REFUSED = ("quantization_config", "transformers_weights")
+_UNUSED = 0.05  # share of the numbers of a file that the network may leave, such as a pooler
 _LEFT_OUT = (  # what concerns other programs, or would decide how this one computes
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "problem_type", "num_labels", "id2label",
     "label2id", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "fusion_config",
@@ -194,6 +195,8 @@ def _fill(empty: nn.Module, config: Any, weights: Path, parts: Sequence[str]) ->
     if found["missing_keys"]:
         names = sorted(found["missing_keys"])
         raise CheckpointError(f"{weights} does not fit its config.json: missing {', '.join(names[:5])}")
+    if given - wanted > _UNUSED * given:  # as where a damaged config.json has fewer layers
+        raise CheckpointError(f"{weights} does not fit its config.json: expected {wanted} numbers, got {given}")
     return network
 
 

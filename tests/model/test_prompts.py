@@ -266,7 +266,7 @@ def test_a_bad_tokenizer_is_a_line(folder, monkeypatch, damage):
 
 
 def test_a_tokenizer_that_takes_for_ever_is_stopped(folder, monkeypatch):
-    monkeypatch.setattr("mlperturb.model.tokens._SECONDS", 5)
+    monkeypatch.setattr("mlperturb.model.tokens._SECONDS", 3)
     _normaliser(*[SLOW] * 1000)(folder)
     with pytest.raises(CheckpointError, match="takes too much memory or time, or breaks off"):
         mlperturb.load(folder, labels=["a" * 28])

@@ -171,3 +171,12 @@ def test_without_transformers_a_line_names_the_extra(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"pip install 'mlperturb\[hf\]'"):
         mlperturb.load(folder)
+
+
+def test_weights_of_layers_that_config_json_does_not_have_are_refused(tmp_path):
+    write_folder(tmp_path / "folder")
+    path = tmp_path / "folder" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_hidden_layers": 0}))
+    with pytest.raises(CheckpointError, match=r"does not fit its config.json: expected \d+ numbers, got \d+"):
+        mlperturb.load(tmp_path / "folder")

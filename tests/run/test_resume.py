@@ -151,8 +151,8 @@ def kill_until_done(arguments: list[str], kills: int, number: signal.Signals, se
 @pytest.mark.parametrize(
     ("kills", "number"),
     [
-        pytest.param(3, signal.SIGKILL),
-        pytest.param(2, signal.SIGTERM),
+        pytest.param(2, signal.SIGKILL),
+        pytest.param(1, signal.SIGTERM),
         pytest.param(20, signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
