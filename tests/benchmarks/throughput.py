@@ -25,7 +25,8 @@ from mlperturb.attacks.problem import Problem
 from mlperturb.labels import parse_request
 from mlperturb.limits import Limits
 from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
-from mlperturb.photos.images import find_photos, read_photo
+from mlperturb.photos.formats import open_photo
+from mlperturb.photos.images import find_photos
 from mlperturb.run import runner
 from mlperturb.run.jobs import plan_outputs
 from mlperturb.run.settings import Settings
@@ -68,11 +69,13 @@ def main() -> None:
     started = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as out,
-        patch.object(runner, "read_photo", timed(spent, "decode", read_photo)),
+        patch.object(runner, "open_photo", timed(spent, "decode", open_photo)),
         patch.object(runner, "save", timed(spent, "write", save)),
         patch.object(Problem, "logits", timed(spent, "forward", Problem.logits)),
+        patch.object(Problem, "look", timed(spent, "forward", Problem.look)),
         patch.object(Problem, "gradient", timed(spent, "backward", Problem.gradient)),
         patch.object(Problem, "jacobian", timed(spent, "backward", Problem.jacobian)),
+        patch.object(Problem, "gradient_norms", timed(spent, "backward", Problem.gradient_norms)),
     ):
         waits = runner.run_attack(
             classifier, jobs, Path(out), settings, lambda records: statuses.update(r.status for r in records)
