@@ -35,10 +35,7 @@ def test_every_bad_folder_is_refused_in_a_line_in_bounded_memory_and_runs_no_cod
         folders = folders[::24]
     photo = tmp_path / "photo.png"
     Image.fromarray(TINY_PIXELS).save(photo)
-    commands = [
-        ["predict", photo, "--device", "cpu", "--checkpoint", folder]
-        for folder in [good, other, *folders]
-    ]
+    commands = [["predict", photo, "--device", "cpu", "--checkpoint", folder] for folder in [good, other, *folders]]
     (tmp_path / "commands").write_text(json.dumps([[str(word) for word in words] for words in commands]))
     subprocess.run(
         [sys.executable, FORKED, tmp_path / "commands", tmp_path / "results", "timm", "transformers.models.vit"],
