@@ -41,7 +41,7 @@ def read_files(records: Path) -> dict[tuple[str, str], list[Attacked]]:
                         record["truth"],
                     )  # fmt: skip
                     latest.setdefault((entry["case"], entry["method"]), {})[row] = one or None
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise StorageError(f"{file} has a damaged record ({error!r:.80}); `overwrite` starts again") from error
     return {key: [one for _, one in sorted(rows.items()) if one is not None] for key, rows in latest.items()}
 

@@ -51,7 +51,7 @@ def kept_images(path: Path) -> set[str]:
             entry = json.loads(line)
             folder = f"images/{slug(entry['case'])}/{slug(entry['method'])}"
             files = [name for record in entry["records"] for name in record["files"].values() if name]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # the line is not a batch, or is damaged
         names |= {f"{folder}/{name}" for name in files if Path(name).name == name}
     return names

@@ -349,7 +349,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         if _checksum(line) is False:
             raise ValueError
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         advice = "without this line its photos are attacked again; `overwrite` starts again"
         raise StorageError(f"{where}: damaged: expected JSON with its checksum; {advice}") from error
     if not isinstance(entry, dict):
@@ -363,7 +363,7 @@ def _is_sound(line: bytes) -> bool:
     holds = _checksum(line)
     try:
         return isinstance(json.loads(line), dict) if holds is None else holds
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -57,7 +57,9 @@ def test_another_key_is_refused_and_named(tmp_path):
     assert (tmp_path / "j.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"photo", b"[1]\n", b'{"key": 5}\n', b'{"key": 3', b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"photo", b"[1]\n", b"[" * 10**5 + b"\n", b'{"key": 5}\n', b'{"key": 3', b"\x89PNG\r\n\x1a\n"]
+)
 def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path, content):
     (tmp_path / "j.jsonl").write_bytes(content)
     with pytest.raises(UsageError, match="not the journal of a run"):
@@ -65,7 +67,7 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path, content):
     assert (tmp_path / "j.jsonl").read_bytes() == content
 
 
-@pytest.mark.parametrize("line", [b"nonsense\n", b"123\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize("line", [b"nonsense\n", b"123\n", b"\xff\xfe\n", b"[" * 10**5 + b"\n"])
 def test_a_damaged_line_is_named(tmp_path, line):
     with Journal(tmp_path / "j.jsonl", KEY) as journal:
         journal.append({"a": 1})
