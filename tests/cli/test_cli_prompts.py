@@ -15,12 +15,6 @@ transformers = pytest.importorskip("transformers")
 NAMED = ("--labels", ", ".join(NAMES))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "siglip"

@@ -27,12 +27,6 @@ transformers = pytest.importorskip("transformers")
 SEVERAL = ("a photo of {}", "it's a drawing of {}.", "{}")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Return a folder and its model for each kind."""

@@ -20,11 +20,6 @@ from mlperturb.model.views import read_logits
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    transformers.utils.logging.disable_progress_bar()
-
-
 @pytest.fixture
 def folder(tmp_path):
     write_folder(tmp_path)

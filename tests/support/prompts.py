@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from support.transformers_folders import load_library
+
 SIDE = 48
 NAMES = ("a dog", "a cat", "two Cows", "a hen-house")
 PLACES = 32  # of tokens
@@ -115,8 +117,7 @@ def _centre(model: Any, kind: str, tokenizer: Any) -> None:
 
 def write_model(folder: Path, kind: str = "siglip") -> Any:
     """Write a model and its processor; return the model."""
-    import transformers
-
+    transformers = load_library()
     tokenizer = make_tokenizer(kind)
     model = make_model(kind, tokenizer)
     model.save_pretrained(folder)

@@ -78,10 +78,18 @@ def make_network(kind: str, *, multi: bool = True) -> torch.nn.Module:
     return evaluated
 
 
-def write_folder(folder: Path, kind: str = "vit", *, multi: bool = True) -> torch.nn.Module:
-    """Write a classifier and its processor; return the classifier."""
+def load_library() -> Any:
+    """Return transformers, kept from drawing bars and from warning."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+def write_folder(folder: Path, kind: str = "vit", *, multi: bool = True) -> torch.nn.Module:
+    """Write a classifier and its processor; return the classifier."""
+    transformers = load_library()
     network: Any = make_network(kind, multi=multi)
     network.save_pretrained(folder)
     name, fields = KINDS[kind][2:]
