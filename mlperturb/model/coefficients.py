@@ -43,6 +43,9 @@ class JpegLattice:
         device: of the batch.
         regions: the pixels that may change in each photo, boolean, (height, width); None for all. A block may change
             if no pixel outside depends on it.
+
+    Attributes:
+        steps: the step of each coordinate, (n, 3, H', W').
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class JpegLattice:
         self._made: tuple[dict[bytes, Made], ...] = tuple({} for _ in files)  # by the pixels, shared by selections
         shapes = [size, *(shape for file in self._files if file is not None for shape in file.shapes)]
         height, width = (max(shape[axis] for shape in shapes) for axis in (0, 1))
-        self._steps = torch.full((len(files), 3, height, width), 1 / 255, device=device)
+        self.steps = torch.full((len(files), 3, height, width), 1 / 255, device=device)
         self._may = torch.zeros(len(files), 3, height, width, dtype=torch.bool, device=device)
         for row, file in enumerate(self._files):
             if file is None:
@@ -66,23 +69,18 @@ class JpegLattice:
                 continue
             region = None if regions is None else regions[row]
             for number, (tall, wide) in enumerate(file.shapes):
-                self._steps[row, number, :tall, :wide] = file.steps(number)
+                self.steps[row, number, :tall, :wide] = file.steps(number)
                 self._may[row, number, :tall, :wide] = file.changeable(number, region)
-
-    @property
-    def steps(self) -> Tensor:
-        """The step of each coordinate, (n, 3, H', W')."""
-        return self._steps
 
     def zeros(self, images: Tensor) -> Tensor:
         """Return the coordinates of the photos, (n, 3, H', W')."""
-        return images.new_zeros(self._steps.shape)
+        return images.new_zeros(self.steps.shape)
 
     def points(self, images: Tensor, latent: Tensor) -> Tensor:
         """Return the pixels of the files with rounded coordinates, (n, 3, H, W)."""
         height, width = self._size
         points = ((images + latent[:, :, :height, :width]) * 255).round().clamp(0, 255) / 255
-        changes = (latent / self._steps).round().to(torch.int32).cpu().numpy()
+        changes = (latent / self.steps).round().to(torch.int32).cpu().numpy()
         rows = [row for row, file in enumerate(self._files) if file is not None]
         for row in rows:
             pixels = self._decode(row, changes[row])
@@ -100,7 +98,7 @@ class JpegLattice:
         file = self._files[row]
         if file is None:
             return None
-        changes = np.zeros(self._steps.shape[1:], dtype=np.int32)
+        changes = np.zeros(self.steps.shape[1:], dtype=np.int32)
         made = self._made[row].get(_digest(pixels))
         if made is not None:
             changes.reshape(-1)[made[0]] = made[1]
@@ -112,12 +110,12 @@ class JpegLattice:
 
     def round(self, latent: Tensor) -> Tensor:
         """Return coordinates rounded to steps."""
-        return (latent / self._steps).round() * self._steps
+        return (latent / self.steps).round() * self.steps
 
     def pull(self, gradient: Tensor, points: Tensor) -> Tensor:
         """Return the gradient with respect to the coordinates; 0 where they may not change."""
         height, width = self._size
-        pulled = gradient.new_zeros(self._steps.shape)
+        pulled = gradient.new_zeros(self.steps.shape)
         # A pixel that is black or white already does not go further, whatever the coefficients do.
         stuck = ((points <= 0) & (gradient > 0)) | ((points >= 1) & (gradient < 0))
         gradient = gradient.masked_fill(stuck, 0.0)
@@ -142,7 +140,7 @@ class JpegLattice:
 
     def largest(self, latent: Tensor) -> Tensor:
         """Return the largest coordinate of each photo, (n,), where a step is 1/255."""
-        return (latent / self._steps).flatten(1).abs().amax(1) / 255
+        return (latent / self.steps).flatten(1).abs().amax(1) / 255
 
     def select(self, rows: Tensor) -> JpegLattice:
         """Return the lattice of some photos."""
@@ -150,7 +148,7 @@ class JpegLattice:
         chosen._size = self._size
         chosen._files = tuple(self._files[row] for row in rows.tolist())
         chosen._made = tuple(self._made[row] for row in rows.tolist())
-        chosen._steps, chosen._may = self._steps[rows], self._may[rows]
+        chosen.steps, chosen._may = self.steps[rows], self._may[rows]
         return chosen
 
     def _decode(self, row: int, changes: npt.NDArray[np.int32]) -> Pixels:

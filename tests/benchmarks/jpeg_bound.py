@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from mlperturb import Classifier, load
+from mlperturb.metrics import distortion
 from mlperturb.model.coefficients import JpegLattice
+from mlperturb.model.preprocess import to_tensor
 from mlperturb.photos.images import read_photo
 from mlperturb.photos.jpeg import read_jpeg
 
@@ -52,34 +54,28 @@ def main() -> None:
 def measure(classifier: Classifier, record: dict[str, Any], path: Path) -> tuple[float, float, float]:
     """Return the RMSD of a file, its bound, and the RMSD of the bound's own steps as decoded."""
     source = Path(record["source"])
-    clean, after = (
-        torch.from_numpy(read_photo(one).rgb.copy()).permute(2, 0, 1)[None].float() / 255 for one in (source, path)
-    )
-    size = clean.shape[2], clean.shape[3]
+    clean, after = (to_tensor(read_photo(one).rgb, classifier.device)[None] for one in (source, path))
     jpeg = read_jpeg(source.read_bytes()) if record["format"] == "jpeg" else None
-    lattice = JpegLattice([jpeg], size, clean.device)
-    steps = lattice.steps
+    lattice = JpegLattice([jpeg], (clean.shape[2], clean.shape[3]), clean.device)
     gradients = torch.stack(
         [mean_gradient(classifier, clean, after - clean, number) for number in flipped(classifier, record)]
     )
     falls = -(gradients * (after - clean)).flatten(1).sum(1)
     pulled = torch.stack([lattice.pull(gradient[None], clean)[0] for gradient in gradients])
-    best: tuple[float, Tensor] = (0.0, torch.zeros_like(steps[0]))
+    best: tuple[float, Tensor] = (0.0, torch.zeros_like(lattice.steps[0]))
     for share in [0.5] if len(falls) == 1 else np.linspace(0, 1, WEIGHTS):
         weights = torch.tensor([1.0] if len(falls) == 1 else [1 - float(share), float(share)])
-        length, changes = knapsack((weights[:, None, None, None] * pulled).sum(0), steps[0], float(weights @ falls))
+        gradient = (weights[:, None, None, None] * pulled).sum(0)
+        length, changes = knapsack(gradient, lattice.steps[0], float(weights @ falls))
         if length > best[0]:
             best = length, changes
     decoded = lattice.points(clean, best[1][None])
-    return rmsd(after - clean), best[0] * 255 / clean.numel() ** 0.5, rmsd(decoded - clean)
+    found, reached = (distortion((image - clean) * 255).rmsd for image in (after, decoded))
+    return found, best[0] * 255 / clean.numel() ** 0.5, reached
 
 
 def flipped(classifier: Classifier, record: dict[str, Any]) -> list[int]:
     return [classifier.labels.index(label) for label in record["flip"]]
-
-
-def rmsd(change: Tensor) -> float:
-    return float(change.double().pow(2).mean().sqrt()) * 255
 
 
 def mean_gradient(classifier: Classifier, clean: Tensor, change: Tensor, label: int) -> Tensor:

@@ -59,7 +59,7 @@ def test_the_origin_is_the_photo_and_the_gradient_is_that_of_the_decoder(kind):
         signs = torch.randint(-1, 2, origin.shape, generator=generator) * (
             torch.rand(origin.shape, generator=generator) < 0.02
         )
-        latent = lattice.round(signs * 1e-9 + signs * lattice._steps) * lattice._may
+        latent = lattice.round(signs * 1e-9 + signs * lattice.steps) * lattice._may
         gradient = torch.randn(images.shape, generator=generator) * inside
         moved = lattice.points(images, latent) - images
         inner.append(float((moved * gradient).sum()))
@@ -74,7 +74,7 @@ def test_a_change_of_less_than_half_a_step_is_no_change():
     file = make()
     images = batch(file)
     lattice = JpegLattice([file], (80, 80), CPU)
-    latent = torch.full_like(lattice.zeros(images), 0.49) * lattice._steps
+    latent = torch.full_like(lattice.zeros(images), 0.49) * lattice.steps
     assert torch.equal(lattice.points(images, latent), images)
     assert lattice.largest(latent).item() == pytest.approx(0.49 / 255)
     assert not lattice.round(latent).any()
