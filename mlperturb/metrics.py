@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,15 +29,19 @@ class Distortion:
 
 def distortion(difference: Tensor) -> Distortion:
     """Measure r = x* - x of one photo, on the 0-255 scale, any shape: RMSD = sqrt(mean(r^2)), L2, L-infinity."""
-    if not difference.numel():
-        return Distortion(0.0, 0.0, 0.0)
-    lengths, largest = [], difference.new_zeros((), dtype=torch.float64)
-    for part in torch.split(difference.flatten(), _PART):
-        exact = part.double()
-        lengths.append(float(exact.norm()))
-        largest = largest.maximum(exact.abs_().max())
+    return distortion_of(torch.split(difference.flatten(), _PART))
+
+
+def distortion_of(parts: Iterable[Tensor]) -> Distortion:
+    """Measure r = x* - x of one photo, on the 0-255 scale, given in parts of any shape."""
+    lengths, largest, count = [0.0], torch.zeros((), dtype=torch.float64), 0
+    for part in parts:
+        if part.numel():
+            exact = part.double()
+            lengths.append(float(exact.norm()))
+            largest, count = largest.maximum(exact.abs_().max().cpu()), count + part.numel()
     l2 = math.hypot(*lengths)
-    return Distortion(l2 / difference.numel() ** 0.5, l2, float(largest))
+    return Distortion(l2 / max(count, 1) ** 0.5, l2, float(largest))
 
 
 def hamming(decisions: Tensor, truth: Tensor) -> float:

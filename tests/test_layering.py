@@ -82,7 +82,9 @@ def test_attacks_know_neither_files_nor_label_names(path):
     assert own <= {"attacks", "errors", "metrics", "model", "targets"}
     assert {name for name in names if name.startswith("mlperturb.model.")} <= {
         "mlperturb.model.linear.strips",  # how the CPU reads a tensor, not what a model is
+        "mlperturb.model.linear.to_pixels",
         "mlperturb.model.protocol.Model",
+        "mlperturb.model.protocol.Readable",
         "mlperturb.model.protocol.Viewed",
         "mlperturb.model.protocol.narrow",
     }

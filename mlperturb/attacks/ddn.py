@@ -18,13 +18,14 @@ from torch.nn import functional
 
 from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.diversity import Diversity
+from mlperturb.attacks.geometry import norms, spread
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.lattice import lattice_scale
 from mlperturb.attacks.panel import LATE, Panel, verify, verify_waiting
-from mlperturb.attacks.problem import Problem, each_view, norms, spread
+from mlperturb.attacks.problem import Problem, each_view
 from mlperturb.attacks.strongest import climb
 from mlperturb.attacks.walk import Seen, Walk
-from mlperturb.model.linear import strips
+from mlperturb.model.linear import strips, to_pixels
 from mlperturb.targets import Space
 
 Rounding = Literal["inside", "after"]
@@ -125,8 +126,10 @@ def ml_ddn(
             passes of step 9.
     """
     problem, inside = problem.aim(ClassificationGoal(problem.targets, space)), rounding == "inside"
-    best = Best(problem, files=inside)
-    part = climb(problem, best, iterations, space=space, diversity=diversity) if aim == "strongest" else problem
+    part = problem.in_span() if inside and aim == "least" else problem
+    best = Best(part, files=inside, pixels=part.lattice.small)
+    if aim == "strongest":
+        part = climb(problem, best, iterations, space=space, diversity=diversity)
     if part.clean is None and part.views > 1:  # a panel begins with a look at the clean photos in every view
         part = part.select(part.affordable(part.views).nonzero().flatten())
     if len(part):
@@ -261,11 +264,12 @@ def _look(
     rows = None
     if walk.fresh and (problem.opening is not None or view is None):
         opening = problem.open()
-        images, leaf, rows = problem.images, opening.images, opening.rows
+        images, leaf, rows = problem.images, problem.leaf_of(opening), opening.rows
         logits = opening.logits[rows]
     else:
-        leaf = images = _perturbed(problem, walk, lattice=lattice).requires_grad_()
-        logits = problem.logits(images) if view is None else problem.look(images, view)
+        images = _perturbed(problem, walk, lattice=lattice)
+        leaf, logits = problem.trace(images, view)
+        images = images.detach()
     violations = problem.goal.violations(logits)
     present = violations.detach().abs() < torch.inf
     violations = violations.masked_fill(~present, 0.0)
@@ -273,19 +277,22 @@ def _look(
     if panel is not None and view is not None:
         standing = walk.radius == 0  # at the clean photos, with which the panel began
         way = torch.where(standing, -1.0, 1 - decay)  # a clean photo is not verified
-        known, computed = verify(problem, best, panel, images.detach(), known, view, way, last=last)
+        known, computed = verify(problem, best, panel, images, known, view, way, last=last)
         computed = computed | standing
         largest = each_view(problem.goal.violations, known).amax(1).masked_fill(~present, 0.0)
         violations = violations + (largest - violations.detach())  # with the gradient of the view computed
     counted = count_first(violations.detach(), torch.where(decay > _LAST, _NEXT, 1))  # step 8
     weights = torch.where(walk.restarted.unsqueeze(1), counted & present, walk.multipliers * present)
-    return Seen(images.detach(), leaf, rows, known, computed, violations, present, weights)
+    return Seen(images, leaf, rows, known, computed, violations, present, weights)
 
 
 def _perturbed(problem: Problem, walk: Walk, *, lattice: bool) -> Tensor:
-    """Return the photos in the first iteration, then x + r, or its point on the lattice, (n, 3, H, W)."""
+    """Return the photos in the first iteration, then x + r, or its point on the lattice, (n, 3, H, W).
+
+    Of a lattice whose points are 8-bit pixels, they are 8-bit pixels.
+    """
     if walk.fresh:
-        return problem.images.clone()
+        return to_pixels(problem.images) if problem.lattice.small else problem.images.clone()
     return problem.lattice.points(problem.images, walk.latent) if lattice else problem.images + walk.latent
 
 
@@ -343,7 +350,7 @@ def _radius(problem: Problem, walk: Walk, met: Tensor, distance: Tensor, decay: 
     """
     growth = torch.where(walk.restarted, _GROWTH / walk.allowed, pace.grow) * decay
     larger = torch.maximum(walk.radius * (1 + growth), walk.radius + distance)
-    widest = walk.latent[0].numel() ** 0.5  # sqrt(3 H W): a perturbation of pixels in [0, 1] is not longer
+    widest = problem.images[0].numel() ** 0.5  # sqrt(3 H W): a perturbation of pixels in [0, 1] is not longer
     radius = torch.where(met, walk.radius * (1 - pace.shrink * decay), larger).clamp(max=widest)
     radius = radius.minimum(_REACH * walk.least)
     return radius if problem.cap is None else radius.minimum(problem.cap)

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlperturb.attacks.best import Best, Outcome
+from mlperturb.attacks.geometry import norms, spread
 from mlperturb.attacks.goals import ClassificationGoal
-from mlperturb.attacks.problem import Problem, norms, spread
+from mlperturb.attacks.problem import Problem
 
 MAX_EPSILON = 10.0  # the largest epsilon, on the 0-255 scale
 

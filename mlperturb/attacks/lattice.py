@@ -23,6 +23,11 @@ _HALVINGS = 8  # steps of the bisection: the scale is found to a factor of 2^(1 
 class Lattice(Protocol):
     """The points near each image of a batch that its file can hold."""
 
+    @property
+    def small(self) -> bool:
+        """Whether points are 8-bit pixels, and `pull` gets the gradient of the network's input; else of images."""
+        ...
+
     def zeros(self, images: Tensor) -> Tensor:
         """Return the coordinates of the images themselves, (n, 3, H', W')."""
         ...
@@ -54,6 +59,8 @@ class Lattice(Protocol):
 
 class PixelLattice:
     """The lattice of 8-bit pixels."""
+
+    small = False
 
     def zeros(self, images: Tensor) -> Tensor:
         """Return r = 0."""

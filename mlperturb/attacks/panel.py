@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.best import Best
-from mlperturb.attacks.problem import Problem, distances, each_view
+from mlperturb.attacks.problem import Problem, each_view
 
 # `LATE` and `_EARLY` were compared with other values (docs/readers.md, "Variants that were tried"), `_SHARE` with .10
 # and .15 on 24 photos a case, at 30 and 40 passes; `_FRESH` was not.
@@ -185,7 +185,7 @@ def verify(
     held = best.places(problem)
     found, nearest = best.met[held], best.norm[held]
     due = (way >= torch.where(found, LATE, _EARLY)) & promising
-    length = distances(images, problem.images) if bool(due.any()) else torch.full_like(nearest, torch.inf)
+    length = best.measure(problem, images) if bool(due.any()) else torch.full_like(nearest, torch.inf)
     due = due & (~found | (length < nearest))
     if last:
         due = due & problem.affordable(count - 1)

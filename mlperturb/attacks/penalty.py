@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.best import Best, Outcome
-from mlperturb.attacks.problem import Problem, spread
+from mlperturb.attacks.geometry import spread
+from mlperturb.attacks.problem import Problem
 from mlperturb.attacks.schedule import Schedule
 
 _SPAN = 1.05  # stretch of tanh, see `minimise_penalty`

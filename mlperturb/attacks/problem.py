@@ -10,11 +10,11 @@ from typing import Self, cast
 import torch
 from torch import Tensor
 
+from mlperturb.attacks.geometry import is_all, norms, spread
 from mlperturb.attacks.goals import Goal
 from mlperturb.attacks.lattice import PIXELS, Lattice
 from mlperturb.errors import UsageError
-from mlperturb.model.linear import strips
-from mlperturb.model.protocol import Model, Viewed, narrow
+from mlperturb.model.protocol import Model, Readable, Viewed, narrow
 from mlperturb.targets import Targets
 
 
@@ -55,18 +55,24 @@ class Opening:
         images: the clean photos, (N, 3, H, W), a leaf of the graph.
         logits: their logits in the first view, (N, L), with the graph.
         rows: the places of the images of a problem in it, integers, (n,).
+        inputs: the network's input before it is normalised, (N, 3, h, w), in the graph; None if it is not known.
     """
 
     images: Tensor
     logits: Tensor
     rows: Tensor
+    inputs: Tensor | None = None
 
     @classmethod
-    def of(cls, images: Tensor, forward: Callable[[Tensor], Tensor]) -> Opening:
+    def of(cls, images: Tensor, model: Model | Viewed) -> Opening:
         """Compute the logits of photos, (N, 3, H, W)."""
         leaf = images.detach().requires_grad_()
+        places = torch.arange(len(images), device=images.device)
         with torch.enable_grad():
-            return cls(leaf, forward(leaf), torch.arange(len(images), device=images.device))
+            if not can_read(model):
+                return cls(leaf, call(model, leaf, 0), places)
+            inputs = cast(Readable, model).resize(leaf)
+            return cls(leaf, cast(Readable, model).judge(inputs), places, inputs)
 
     def select(self, rows: Tensor) -> Opening:
         """Return the opening of some images."""
@@ -86,7 +92,7 @@ def observe(model: Model | Viewed, images: Tensor, *, opening: bool = False) -> 
     """
     meter, count = Meter.of(len(images)), views_of(model)
     meter.forward.add_(count * passes_of(model))
-    kept = Opening.of(images, lambda leaf: call(model, leaf, 0)) if opening else None
+    kept = Opening.of(images, model) if opening else None
     with torch.no_grad():
         first = call(model, images, 0) if kept is None else kept.logits.detach()
         return torch.stack([first, *(call(model, images, view) for view in range(1, count))], dim=1), meter, kept
@@ -95,6 +101,11 @@ def observe(model: Model | Viewed, images: Tensor, *, opening: bool = False) -> 
 def passes_of(model: Model | Viewed) -> int:
     """Return how many passes of the network a call of the model costs for each image."""
     return int(getattr(model, "passes", 1))
+
+
+def can_read(model: Model | Viewed) -> bool:
+    """Say whether a model is `Readable` and makes a single pass of what it read."""
+    return hasattr(model, "judge") and passes_of(model) == 1
 
 
 def views_of(model: Model | Viewed) -> int:
@@ -220,6 +231,34 @@ class Problem:
         self.meter.forward[self.rows] += self.cost
         return self.model(images) if self.views == 1 else cast(Viewed, self.model).look(images, views)
 
+    def in_span(self) -> Self:
+        """Return the problem in the coordinates of the network's input, see `mlperturb.model.span`, or else itself.
+
+        They serve large photos on the CPU whose readers all resize by the same linear map, without a bound on single
+        pixels, a region, or compressions to survive, in files of 8-bit pixels.
+        """
+        if self.lattice is not PIXELS or self.bound is not None or self.region is not None or not can_read(self.model):
+            return self
+        lattice = cast(Readable, self.model).span(self.images)
+        return self if lattice is None else replace(self, lattice=lattice)
+
+    def trace(self, points: Tensor, views: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return a leaf of the graph, for `gradient`, and z, (n, L): one forward pass for each image.
+
+        The leaf is the points themselves; of 8-bit pixels, the network's input before it is normalised, (n, 3, h, w).
+
+        Args:
+            points: the images, (n, 3, H, W), in floats or, if the model can `read`, in 8-bit pixels.
+            views: the view of each image, (n,); None for the first.
+        """
+        if points.dtype == torch.uint8:
+            model = cast(Readable, self.model)
+            leaf = model.read(points, views).requires_grad_()
+            self.meter.forward[self.rows] += self.cost
+            return leaf, model.judge(leaf)
+        points.requires_grad_()
+        return points, self.logits(points) if views is None else self.look(points, views)
+
     @torch.no_grad()
     def look_at_clean(self) -> Tensor:
         """Return the logits of the clean photos in every view, (n, V, L): a forward pass each if they are unknown."""
@@ -233,19 +272,26 @@ class Problem:
         A backward pass through it gives a gradient for all images of `Opening.images`; those of this problem are at
         `Opening.rows`.
         """
-        return self.opening or Opening.of(self.images, self.logits)
+        if self.opening is not None:
+            return self.opening
+        self.meter.forward[self.rows] += self.cost
+        return Opening.of(self.images, self.model)
+
+    def leaf_of(self, opening: Opening) -> Tensor:
+        """Return where the lattice wants the opening's gradient: at the clean photos, or at the network's input."""
+        return opening.inputs if opening.inputs is not None and self.lattice.small else opening.images
 
     def gradient(self, losses: Tensor, images: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the gradient of each image's own loss, (n,), as (n, 3, H, W): one backward pass for each image.
 
         Args:
             losses: (n,).
-            images: the images of the graph, (N, 3, H, W).
+            images: the images of the graph, (N, 3, H, W), or another leaf of it, see `trace`.
             rows: where the images of this problem are among them, integers, (n,); None if they are the same.
         """
         self.meter.backward[self.rows] += self.cost
         gradient = torch.autograd.grad(losses.sum(), images)[0]
-        return self.within_region(gradient if rows is None else gradient[rows])
+        return self.within_region(gradient if rows is None or is_all(rows, len(gradient)) else gradient[rows])
 
     def jacobian(self, outputs: Tensor, images: Tensor, present: Tensor) -> Tensor:
         """Return d outputs / d images, (n, K, 3, H, W); zero where `present`, (n, K), is false.
@@ -267,7 +313,8 @@ class Problem:
     def gradient_norms(self, outputs: Tensor, images: Tensor, present: Tensor) -> Tensor:
         """Return ||d outputs / d images||_2, (n, K); 0 where `present`, (n, K), is false.
 
-        The passes are counted and run as those of `jacobian`; on the CPU, a single gradient is in memory.
+        The passes are counted and run as those of `jacobian`; on the CPU, a single gradient is in memory. The images
+        may be another leaf of the graph, see `trace`.
         """
         if outputs.is_cuda:
             lengths: Tensor = torch.linalg.vector_norm(self.jacobian(outputs, images, present).flatten(2), dim=2)
@@ -276,6 +323,7 @@ class Problem:
         lengths = torch.zeros_like(outputs)
         for seed, places in zip(*_seeds(outputs, present), strict=True):
             gradient = self.within_region(torch.autograd.grad(outputs, images, seed, retain_graph=True)[0])
+            gradient = self.lattice.pull(gradient, images) if self.lattice.small else gradient
             lengths.scatter_(1, places.unsqueeze(1), norms(gradient).unsqueeze(1))
             del gradient  # before the next one is made
         return lengths
@@ -346,25 +394,3 @@ def _seeds(outputs: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     seeds = torch.zeros(slots, *outputs.shape, dtype=outputs.dtype, device=outputs.device)
     seeds.scatter_(2, order.T.unsqueeze(2), present.gather(1, order).T.unsqueeze(2).to(outputs.dtype))
     return seeds, order.T
-
-
-def is_all(rows: Tensor, count: int) -> bool:
-    """Say whether places, (m,), are those of all of `count` images, in their order; a copy of large images is slow."""
-    return len(rows) == count and bool((rows == torch.arange(count, device=rows.device)).all())
-
-
-def norms(images: Tensor) -> Tensor:
-    """Return the L2 norm of each image, (n,)."""
-    lengths: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
-    return lengths
-
-
-def distances(images: Tensor, others: Tensor) -> Tensor:
-    """Return the L2 norm of the difference of each pair of images, (n,)."""
-    parts = [norms(images[:, :, rows] - others[:, :, rows]) for rows in strips(images[:1])]  # as if each were alone
-    return parts[0] if len(parts) == 1 else norms(torch.stack(parts, dim=1))
-
-
-def spread(values: Tensor) -> Tensor:
-    """Reshape a value for each image, (n,), to (n, 1, 1, 1), which broadcasts to images."""
-    return values.view(-1, 1, 1, 1)

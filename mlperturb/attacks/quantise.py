@@ -22,9 +22,10 @@ from torch import Tensor
 
 from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.ddn import GENTLE, descend
+from mlperturb.attacks.geometry import distances, spread
 from mlperturb.attacks.lattice import STEP, to_lattice
 from mlperturb.attacks.panel import Panel, verify
-from mlperturb.attacks.problem import Problem, distances, spread
+from mlperturb.attacks.problem import Problem
 
 
 def quantise(problem: Problem, outcome: Outcome, *, scales: int = 8, iterations: int = 40) -> Outcome:

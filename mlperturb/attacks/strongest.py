@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mlperturb.attacks.best import Best
 from mlperturb.attacks.diversity import PLAIN, Diversity, diversify
+from mlperturb.attacks.geometry import norms, spread
 from mlperturb.attacks.goals import LargestMargin
-from mlperturb.attacks.problem import Problem, norms, sizes_of, spread
+from mlperturb.attacks.problem import Problem, sizes_of
 from mlperturb.errors import UsageError
 from mlperturb.targets import Space
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.problem import Problem
+from mlperturb.model.linear import to_pixels
 
 MAX_COMPARED = 20  # labels whose gradients are compared
 
@@ -20,11 +21,12 @@ def nearest_label(problem: Problem, candidates: Tensor, *, compared: int = MAX_C
         candidates: labels that may be flipped, boolean, (N, L).
         compared: how many candidates, by least |z_j - logit(t_j)|, are compared: a backward pass each.
     """
-    images = problem.images.clone().requires_grad_()
-    logits = problem.logits(images)
+    problem = problem.in_span()
+    points = to_pixels(problem.images) if problem.lattice.small else problem.images.detach()
+    leaf, logits = problem.trace(points, None)
     margins = (logits.detach() - problem.targets.boundary).abs().masked_fill(~candidates, torch.inf)
     least = margins.argsort(1).argsort(1) < max(compared, 1)
-    gradients = problem.gradient_norms(logits, images, candidates & least)
+    gradients = problem.gradient_norms(logits, leaf, candidates & least)
     nearest = (margins / gradients.clamp(min=1e-12)).masked_fill(~(candidates & least), torch.inf).argmin(1)
     chosen = torch.zeros_like(candidates)
     chosen[torch.arange(len(chosen), device=chosen.device), nearest] = True

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mlperturb.attacks.problem import Problem, is_all, norms
+from mlperturb.attacks.geometry import is_all, norms
+from mlperturb.attacks.problem import Problem
 
 
 @dataclass(frozen=True)

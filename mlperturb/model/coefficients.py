@@ -48,6 +48,8 @@ class JpegLattice:
         steps: the step of each coordinate, (n, 3, H', W').
     """
 
+    small = False
+
     def __init__(
         self,
         files: Sequence[Jpeg | None],

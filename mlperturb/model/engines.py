@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from mlperturb.model.linear import stand_in, strips
-from mlperturb.model.preprocess import Axis, Preprocess, Resizer, Size, crop_rows, take_inside
+from mlperturb.model.linear import crop_rows, stand_in, take_inside, to_pixels
+from mlperturb.model.preprocess import Axis, Preprocess, Resizer, Size
 from mlperturb.model.readers import Reader, load_opencv
 from mlperturb.model.taps import Products, bind_products
 
@@ -143,7 +143,11 @@ class BoundReader:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map padded photos in [0, 1], (N, 3, H, W), to network input, (N, 3, h, w); rounds to 8 bits first."""
-        return self.resizer.normalise(stand_in(images, self.read(images.detach()), self.resizer.linear))
+        return self.resizer.normalise(self.resize(images))
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Return what `read` gives, with the gradient of the linear map."""
+        return stand_in(images, self.read(images.detach()), self.resizer.linear)
 
     def read(self, images: Tensor) -> Tensor:
         """Return the resized photos, (N, 3, h, w), in [0, 1], without a gradient."""
@@ -169,14 +173,6 @@ class BoundReader:
         return replace(self, resizer=self.resizer.select(rows), plans=plans, products=products)
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """Return images in [0, 1], (N, C, H, W), as 8-bit pixels of the same shape."""
-    pixels = torch.empty_like(images, dtype=torch.uint8)
-    for rows in strips(images):
-        pixels[:, :, rows] = (images[:, :, rows] * 255).round_().clamp_(0, 255).int()  # faster than straight to bytes
-    return pixels
-
-
 def _frame_pixels(pixels: Tensor, size: Size, fill: Sequence[int]) -> Tensor:
     """Return 8-bit pixels, (3, H, W), in the middle of a canvas at least as large, of this (height, width)."""
     height, width = pixels.shape[1:]
@@ -197,9 +193,10 @@ def _crop_pixels(pixels: Tensor, corner: tuple[int, int], crop: Size, fill: Sequ
 
 
 def _pillow(pixels: Tensor, target: Size, kernel: str, _antialias: bool) -> Tensor:
-    image = Image.merge("RGB", [Image.fromarray(plane) for plane in pixels.cpu().contiguous().numpy()])
-    resized = image.resize((target[1], target[0]), Image.Resampling[kernel.upper()])
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).to(pixels.device)
+    planes = pixels.cpu().contiguous().numpy()  # each by itself, which gives the same and spares the copy to RGB
+    size, filter_ = (target[1], target[0]), Image.Resampling[kernel.upper()]
+    resized = np.stack([np.asarray(Image.fromarray(plane).resize(size, filter_)) for plane in planes])
+    return torch.from_numpy(resized).to(pixels.device)
 
 
 def _pillow_12(pixels: Tensor, target: Size, kernel: str, antialias: bool) -> Tensor:

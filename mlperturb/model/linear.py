@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _STRIP = 2**18  # numbers in a strip of rows, see `strips`
+_ROWS = 32  # of a photo, in a strip of `Band`
 
 Pair = tuple[Tensor, Tensor]  # R_h, (h, H), and R_w, (w, W), of one photo
 
@@ -87,6 +89,10 @@ class Dense:
         """Return R_h^T G R_w."""
         return self.rows.unsqueeze(1).transpose(2, 3) @ gradients @ self.columns.unsqueeze(1)
 
+    def equals(self, other: Dense | Banded) -> bool:
+        """Say whether another map is the same."""
+        return isinstance(other, Dense) and all(map(torch.equal, vars(self).values(), vars(other).values()))
+
     def select(self, rows: Tensor) -> Dense:
         """Return the map of some photos of the batch."""
         return Dense(self.rows[rows], self.columns[rows])
@@ -113,6 +119,43 @@ class Band:
         """Return the entries of a matrix and of its transpose."""
         return cls(*_entries(matrix), cls(*_entries(matrix.T)))
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The (rows, columns) of the matrix."""
+        return len(self.counts), len(_transpose(self).counts)
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (rows, columns)."""
+        matrix = self.values.new_zeros(self.shape)
+        matrix[torch.arange(len(self.counts)).repeat_interleave(self.counts), self.places] = self.values
+        return matrix
+
+    @cached_property
+    def strips(self) -> tuple[Strip, ...]:
+        """The matrix, (h, H), in strips of columns that fit a cache beside what they are multiplied by."""
+        matrix, found = self.dense().T, []
+        for start in range(0, len(matrix), _ROWS):
+            part = matrix[start : start + _ROWS]
+            used = part.any(0).nonzero().flatten().tolist() or [0]
+            lines = slice(used[0], used[-1] + 1)
+            found.append(Strip(slice(start, start + len(part)), lines, part[:, lines].contiguous()))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Some rows of a photo, and the lines of the resized photo that they are summed into.
+
+    Attributes:
+        rows: of the photo.
+        lines: of the resized photo.
+        weights: the part of R_h^T, (rows, lines); the rest of these rows of R_h^T is 0.
+    """
+
+    rows: slice
+    lines: slice
+    weights: Tensor
+
 
 def _entries(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, places = matrix.nonzero(as_tuple=True)
@@ -136,27 +179,47 @@ class Banded:
     width: int
 
     def down(self, images: Tensor) -> Tensor:
-        """Return R_h X R_w^T."""
-        count, (tall, wide) = len(images), self._target
-        lines = self._down_rows @ images.reshape(-1, self.width)
+        """Return R_h X R_w^T; of 8-bit pixels, X is what they are in [0, 1]."""
+        count, (tall, wide) = len(images), self.target
+        lines = (
+            self._sum_rows(images) if images.dtype == torch.uint8 else self._down_rows @ images.reshape(-1, self.width)
+        )
         lines = self._down_columns @ _columns_first(lines.view(count, 3, tall, self.width))
         return lines.view(count, wide, 3, tall).permute(0, 2, 3, 1)
 
+    def _sum_rows(self, pixels: Tensor) -> Tensor:
+        """Return R_h X, (3 N h, W), of 8-bit pixels, (N, 3, H, W), a strip of whose rows is in floats at a time."""
+        lines = self.bands[0][0].values.new_zeros(len(pixels), 3, self.target[0], self.width)
+        for photo, sums, (band, _) in zip(pixels, lines, self.bands, strict=True):
+            for strip in band.strips:
+                sums[:, strip.lines] += strip.weights.T @ (photo[:, strip.rows].to(sums.dtype) / 255)
+        return lines.view(-1, self.width)
+
     def up(self, gradients: Tensor) -> Tensor:
         """Return R_h^T G R_w."""
-        count, tall = len(gradients), self._target[0]
+        count, tall = len(gradients), self.target[0]
         lines = self._up_columns @ _columns_first(gradients)
         lines = lines.view(count, self.width, 3, tall).permute(0, 2, 3, 1).reshape(-1, self.width)
         result = gradients.new_empty(count * 3 * self.height, self.width)
         torch.addmm(result, self._up_rows, lines, beta=0, out=result)  # writes once; a plain product writes twice
         return result.view(count, 3, self.height, self.width)
 
+    def equals(self, other: Dense | Banded) -> bool:
+        """Say whether another map is the same."""
+        if not isinstance(other, Banded) or len(self.bands) != len(other.bands):
+            return False
+        pairs = zip(chain(*self.bands), chain(*other.bands), strict=True)
+        return all(
+            one.shape == two.shape and torch.equal(one.places, two.places) and torch.equal(one.values, two.values)
+            for one, two in pairs
+        )
+
     def select(self, rows: Tensor) -> Banded:
         """Return the map of some photos of the batch."""
         return Banded(tuple(self.bands[row] for row in rows.tolist()), self.height, self.width)
 
     @property
-    def _target(self) -> tuple[int, int]:
+    def target(self) -> tuple[int, int]:
         """The (height, width) of the result."""
         rows, columns = self.bands[0]
         return len(rows.counts), len(columns.counts)
@@ -164,22 +227,22 @@ class Banded:
     @cached_property
     def _down_rows(self) -> Tensor:
         """R_h of each channel of each photo, (3 N h, 3 N H)."""
-        return _blocks([pair[0] for pair in self.bands for _ in range(3)], self._target[0], self.height)
+        return _blocks([pair[0] for pair in self.bands for _ in range(3)], self.target[0], self.height)
 
     @cached_property
     def _down_columns(self) -> Tensor:
         """R_w of each photo, (N w, N W)."""
-        return _blocks([pair[1] for pair in self.bands], self._target[1], self.width)
+        return _blocks([pair[1] for pair in self.bands], self.target[1], self.width)
 
     @cached_property
     def _up_rows(self) -> Tensor:
         """R_h^T of each channel of each photo, (3 N H, 3 N h)."""
-        return _blocks([_transpose(pair[0]) for pair in self.bands for _ in range(3)], self.height, self._target[0])
+        return _blocks([_transpose(pair[0]) for pair in self.bands for _ in range(3)], self.height, self.target[0])
 
     @cached_property
     def _up_columns(self) -> Tensor:
         """R_w^T of each photo, (N W, N w)."""
-        return _blocks([_transpose(pair[1]) for pair in self.bands], self.width, self._target[1])
+        return _blocks([_transpose(pair[1]) for pair in self.bands], self.width, self.target[1])
 
 
 def _transpose(band: Band) -> Band:
@@ -270,7 +333,30 @@ def strips(images: Tensor) -> list[slice]:
     """
     height = images.shape[2]
     size = max(1, _STRIP * height // max(images.numel(), 1)) if images.device.type == "cpu" else height
-    return [slice(start, start + size) for start in range(0, height, size)]
+    return [slice(start, min(start + size, height)) for start in range(0, height, size)]
+
+
+def crop_rows(matrix: Tensor, start: int, crop: int) -> Tensor:
+    """Return `crop` rows of a matrix from row `start`; rows of zeros around all of it if it has fewer."""
+    if crop > len(matrix):
+        return functional.pad(matrix, (0, 0, -start, crop - len(matrix) + start))
+    return matrix[start : start + crop]
+
+
+def take_inside(matrix: Tensor, side: int) -> Tensor:
+    """Return the columns of a photo of `side` pixels in the middle of a bordered side."""
+    start = (matrix.shape[1] - side) // 2
+    return matrix[:, start : start + side]
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Return images in [0, 1], (N, C, H, W), as 8-bit pixels of the same shape; 8-bit pixels as they are."""
+    if images.dtype == torch.uint8:
+        return images
+    pixels = torch.empty_like(images, dtype=torch.uint8)
+    for rows in strips(images):
+        pixels[:, :, rows] = (images[:, :, rows] * 255).round_().clamp_(0, 255).int()  # faster than straight to bytes
+    return pixels
 
 
 def stack_matrices(matrices: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from mlperturb.errors import CheckpointError, ImageError, UsageError
 from mlperturb.model.given import DEFAULT_FIELDS
-from mlperturb.model.linear import Banded, Dense, Pair, bind_map, resize
+from mlperturb.model.linear import Banded, Dense, Pair, bind_map, crop_rows, resize, take_inside
 from mlperturb.model.readers import DEFAULT_READERS, parse_readers
 
 Size = tuple[int, int]
@@ -210,7 +210,6 @@ class Preprocess:
 
         if self.fit != "stretch" or self.square or self.channels != "rgb" or self.corner != "even":
             raise UsageError(f"expected preprocessing that torchvision has a transform for, got {self}")
-
         steps: list[Any] = [
             v2.ToDtype(torch.float32, scale=True),
             v2.Resize(
@@ -304,7 +303,11 @@ class Resizer:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map padded photos in [0, 1], (N, 3, H, W), to network input, (N, 3, h, w)."""
-        return self.normalise(self._add_border(resize(images, self.linear)))
+        return self.normalise(self.resize(images))
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Return the resized photos, (N, 3, h, w), in [0, 1], differentiable."""
+        return self._add_border(resize(images, self.linear))
 
     def read(self, images: Tensor) -> Tensor:
         """Return the resized photos, (N, 3, h, w), in [0, 1], without a gradient."""
@@ -353,19 +356,6 @@ def _resize_matrix(source: int, target: int, first: int, crop: int, interpolatio
         resized = functional.interpolate(units, size=(target, count), mode=interpolation, antialias=True)
         parts.append(resized[0, 0])
     return crop_rows(torch.cat(parts, 1), first, crop).clone()
-
-
-def crop_rows(matrix: Tensor, start: int, crop: int) -> Tensor:
-    """Return `crop` rows of a matrix from row `start`; rows of zeros around all of it if it has fewer."""
-    if crop > len(matrix):
-        return functional.pad(matrix, (0, 0, -start, crop - len(matrix) + start))
-    return matrix[start : start + crop]
-
-
-def take_inside(matrix: Tensor, side: int) -> Tensor:
-    """Return the columns of a photo of `side` pixels in the middle of a bordered side."""
-    start = (matrix.shape[1] - side) // 2
-    return matrix[:, start : start + side]
 
 
 def _names(values: object) -> tuple[str, ...]:

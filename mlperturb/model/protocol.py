@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -37,6 +37,31 @@ class Viewed(Model, Protocol):
 
     def look(self, images: Tensor, views: Tensor) -> Tensor:
         """Return the logits of each image in a view of its own, (N,); (N, L)."""
+        ...
+
+
+class Readable(Viewed, Protocol):
+    """A model that can stop at the network's input, which is far smaller than a large photo."""
+
+    def read(self, images: Tensor, views: Tensor | None) -> Tensor:
+        """Return the network's input before it is normalised, (N, 3, h, w), in [0, 1], without a gradient.
+
+        Args:
+            images: (N, 3, H, W), in [0, 1] or 8-bit pixels.
+            views: the view of each image, (N,); None for the first.
+        """
+        ...
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Return what `read` gives of images in [0, 1] in the first view, differentiable."""
+        ...
+
+    def span(self, images: Tensor) -> Any:
+        """Return a lattice for the images, in coordinates of the network's input; None if it does not serve them."""
+        ...
+
+    def judge(self, resized: Tensor) -> Tensor:
+        """Return the logits, (N, L), of what `read` gave."""
         ...
 
 

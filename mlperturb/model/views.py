@@ -17,6 +17,7 @@ from mlperturb.model.engines import BoundReader
 from mlperturb.model.linear import mix, stand_in
 from mlperturb.model.preprocess import Resizer, Size, to_tensor
 from mlperturb.model.readers import Reader
+from mlperturb.model.span import SpanLattice, span_of
 from mlperturb.model.survival import compress
 from mlperturb.photos.images import Pixels
 from mlperturb.photos.purify import Purification
@@ -79,6 +80,29 @@ class ViewedModel:
         """Map photos to logits, (N, (1 + Q) L), each photo in its own view, (N,)."""
         return self._logits(images, lambda seen: read_each(self.maps, seen, views))
 
+    @torch.no_grad()
+    def read(self, images: Tensor, views: Tensor | None) -> Tensor:
+        """Return the network's input before it is normalised, see `protocol.Readable`; of the photos as they are."""
+        if views is None:
+            return self.maps[0].read(images)
+        return _read_parts(self.maps, images, views)
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Return what `read` gives of images in [0, 1] in the first view, differentiable."""
+        return self.maps[0].resize(images)
+
+    def judge(self, resized: Tensor) -> Tensor:
+        """Return the logits, (N, L), of what `read` gave."""
+        first = self.maps[0]
+        resizer = first if isinstance(first, Resizer) else first.resizer
+        return self.classifier.network_logits(resizer.normalise(resized))
+
+    def span(self, images: Tensor) -> SpanLattice | None:
+        """Return the lattice of large photos, (N, 3, H, W), in coordinates of the network's input; else None."""
+        maps = [one.linear if isinstance(one, Resizer) else one.resizer.linear for one in self.maps]
+        same = all(one.equals(maps[0]) for one in maps[1:])
+        return span_of(maps[0] if same else None, self.sizes, images)
+
     def select(self, rows: Tensor) -> ViewedModel:
         """Return the model of some photos of the batch."""
         sizes = tuple(self.sizes[row] for row in rows.tolist())
@@ -96,12 +120,21 @@ def read_each(maps: Sequence[Resizer | BoundReader], images: Tensor, views: Tens
     if len(used) == 1:
         inputs: Tensor = maps[used[0]](images)
         return inputs
-    parts = [(views == view).nonzero().flatten() for view in used]
-    resized = [maps[view].select(rows).read(images.detach()[rows]) for view, rows in zip(used, parts, strict=True)]
-    whole = torch.cat(resized)[torch.cat(parts).argsort()]
+    whole = _read_parts(maps, images.detach(), views)
     resizers = [one if isinstance(one, Resizer) else one.resizer for one in maps]
     linear = mix([one.linear for one in resizers], views)
     return resizers[0].normalise(stand_in(images, whole, linear))
+
+
+def _read_parts(maps: Sequence[Resizer | BoundReader], images: Tensor, views: Tensor) -> Tensor:
+    """Return photos, (N, 3, H, W), resized by the map of their own view, (N,), without a gradient, (N, 3, h, w)."""
+    used = sorted(set(views.tolist()))
+    if len(used) == 1:
+        whole: Tensor = maps[used[0]].read(images)
+        return whole
+    parts = [(views == view).nonzero().flatten() for view in used]
+    resized: list[Tensor] = [maps[view].select(rows).read(images[rows]) for view, rows in zip(used, parts, strict=True)]
+    return torch.cat(resized)[torch.cat(parts).argsort()]
 
 
 def repeat_targets(targets: Targets, times: int) -> Targets:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlperturb.attacks.geometry import is_all
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.lattice import PIXELS, Lattice
 from mlperturb.attacks.methods import find_method
-from mlperturb.attacks.problem import Meter, Opening, Problem, is_all, observe
+from mlperturb.attacks.problem import Meter, Opening, Problem, observe
 from mlperturb.attacks.untargeted import MAX_COMPARED, nearest_label
 from mlperturb.labels import Request
 from mlperturb.model.coefficients import JpegLattice

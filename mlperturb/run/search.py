@@ -16,11 +16,10 @@ from mlperturb.attacks.methods import find_method
 from mlperturb.attacks.problem import Meter, Problem, each_view
 from mlperturb.attacks.quantise import quantise
 from mlperturb.labels import Request
-from mlperturb.metrics import Distortion, distortion
+from mlperturb.metrics import Distortion, distortion, distortion_of
 from mlperturb.model.coefficients import JpegLattice
-from mlperturb.model.engines import to_pixels
 from mlperturb.model.ensemble import Victim, members_of
-from mlperturb.model.linear import strips
+from mlperturb.model.linear import strips, to_pixels
 from mlperturb.model.preprocess import Size
 from mlperturb.photos.images import Photo, Pixels
 from mlperturb.photos.jpeg import Plane
@@ -208,18 +207,23 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
     bare = whole.goal.aimed_at(replace(whole.targets, margin=0.0))
     asked = each_view(bare.met, whole.look_at_clean()).all(1) & ~problem.targets.flip.any(1)
     rows = (~asked).nonzero().flatten()
-    images, outcome, logits, seen = problem.images.clone(), None, None, None
+    outcome, logits, seen = None, None, None
     if len(rows):
         outcome, file, logits = _attack(whole.select(rows), settings)
-        images[rows], seen = file.images, file.logits
-    pixels = to_pixels(images).permute(0, 2, 3, 1).cpu().numpy()
+        made, seen = to_pixels(file.kept), file.logits
+    if len(rows) < len(sizes):
+        whole_batch = to_pixels(problem.images)
+        if len(rows):
+            whole_batch[rows] = made
+        made = whole_batch
+    pixels = made.permute(0, 2, 3, 1).cpu().numpy()
     targets = replace(problem.targets, margin=0.0).cpu()
     goal = problem.goal if outcome is None else outcome.goal
     place = {row: number for number, row in enumerate(rows.tolist())}
     found = []
     for row, (height, width) in enumerate(sizes):
         number = place.get(row)
-        exact = problem.images[row] if outcome is None or number is None else outcome.images[number]
+        exact = problem.images[row] if outcome is None or number is None else outcome.kept[number]
         one = targets.select(torch.tensor([row]))
         known = None if logits is None or number is None else logits[number, : one.truth.shape[1]].cpu()
         shown = pixels[row, :height, :width]
@@ -231,7 +235,7 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
                 None if seen is None or number is None else _finite(seen[number, :, : one.truth.shape[1]].cpu()),
                 known,
                 None if known is None else bool(one.holds(known[None]).all()),
-                distortion(_moved(problem.images[row], exact)[:, :height, :width]),
+                _distortion(problem.images[row, :, :height, :width], exact[:, :height, :width]),
                 int(problem.meter.forward[problem.rows[row]]),
                 int(problem.meter.backward[problem.rows[row]]),
                 0.0,
@@ -241,12 +245,15 @@ def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: S
     return found
 
 
-def _moved(photo: Tensor, image: Tensor) -> Tensor:
-    """Return how far the numbers of an image, (3, H, W), are from those of the photo, on the 0-255 scale."""
+def _distortion(photo: Tensor, image: Tensor) -> Distortion:
+    """Measure how far an image, (3, H, W), is from the photo: in [0, 1], or in 8-bit pixels, strip by strip."""
+    parts = strips(photo[None])
+    if image.dtype == torch.uint8:
+        return distortion_of(image[:, rows].short() - to_pixels(photo[None, :, rows])[0] for rows in parts)
     moved = torch.empty_like(photo)
-    for rows in strips(photo[None]):
+    for rows in parts:
         torch.sub(image[:, rows] * 255, photo[:, rows] * 255, out=moved[:, rows])
-    return moved
+    return distortion(moved)
 
 
 def _finite(logits: Tensor) -> Tensor | None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.ddn import ml_ddn
+from mlperturb.attacks.geometry import norms
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.panel import Panel, verify, verify_waiting
-from mlperturb.attacks.problem import Problem, each_view, norms, observe
+from mlperturb.attacks.problem import Problem, each_view, observe
 from mlperturb.attacks.quantise import quantise
 
 NET = make_net()

@@ -12,8 +12,9 @@ from support.models import Views, linear_problem, make_net, mask, ragged_targets
 
 from mlperturb.attacks.ddn import ml_ddn
 from mlperturb.attacks.diversity import PLAIN, diversify
+from mlperturb.attacks.geometry import norms
 from mlperturb.attacks.goals import ClassificationGoal, LargestMargin
-from mlperturb.attacks.problem import Problem, norms
+from mlperturb.attacks.problem import Problem
 from mlperturb.errors import UsageError
 from mlperturb.limits import Limits
 from mlperturb.run.settings import Words, read_settings

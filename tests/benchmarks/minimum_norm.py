@@ -20,8 +20,9 @@ from torch.nn import functional
 from mlperturb.attacks.best import Best, Outcome
 from mlperturb.attacks.ddn import descend
 from mlperturb.attacks.deepfool import solve_step
+from mlperturb.attacks.geometry import norms, spread
 from mlperturb.attacks.methods import find_method
-from mlperturb.attacks.problem import Problem, norms, spread
+from mlperturb.attacks.problem import Problem
 from mlperturb.attacks.quantise import quantise
 
 _SHARE = 3  # one in so many passes is kept for the 8-bit search

@@ -40,9 +40,10 @@ from torch import Tensor
 
 from mlperturb.attacks.best import Best
 from mlperturb.attacks.ddn import descend
+from mlperturb.attacks.geometry import norms
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.panel import Panel
-from mlperturb.attacks.problem import Opening, Problem, norms
+from mlperturb.attacks.problem import Opening, Problem
 from mlperturb.experiment.cases import align, parse_cases
 from mlperturb.labels import Request
 from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint

@@ -12,8 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as plain
 
 from mlperturb.errors import UsageError
-from mlperturb.model.engines import to_pixels
-from mlperturb.model.linear import Dense
+from mlperturb.model.linear import Dense, to_pixels
 from mlperturb.model.preprocess import Preprocess, pad_batch
 from mlperturb.model.readers import Reader, parse_reader, parse_readers
 from mlperturb.model.taps import bind_products
