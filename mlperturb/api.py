@@ -54,8 +54,8 @@ def load(
             with `arch` and `labels`; the folder of a timm or a transformers model (config.json, model.safetensors,
             and often selected_tags.csv or preprocessor_config.json), or `hf:OWNER/NAME`, with or without `@REVISION`,
             of the Hugging Face Hub; a program, `.pt2` of torch.export or `.onnx`, with a JSON file beside it; or the
-            name of a bundled classifier of the 20 labels of PASCAL VOC (`mobilenet-v2`, the default,
-            `efficientnet-lite2`, `robust` or `paper`).
+            name of a bundled classifier of the 20 labels of PASCAL VOC (`efficientnet-lite2`, the
+            default, `mobilenet-v2`, `robust` or `paper`).
         arch: the torchvision architecture of plain weights, such as `resnet50`.
         labels: the label names of plain weights, or of a folder without names, in the order of the network's outputs;
             or a file of them, a name a line or a CSV table with the columns `name` and, if you like, `category`.

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mlperturb.labels import Request
-from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint, read_metadata
+from mlperturb.model.checkpoints import BUNDLED, bundled_checkpoint, load_checkpoint, read_metadata
 from mlperturb.photos.datasets import VOC_LABELS, read_voc
 from mlperturb.photos.images import read_photo
 from mlperturb.run.jobs import plan_outputs
@@ -16,6 +17,7 @@ from mlperturb.run.runner import run_attack
 from mlperturb.run.settings import Settings
 
 VOC = Path(__file__).resolve().parents[2] / "shared" / "voc"
+INITIAL = VOC.parent / "init"
 pytestmark = [
     pytest.mark.shared,
     pytest.mark.skipif(not VOC.is_dir(), reason="no photos in ../shared/voc"),
@@ -27,6 +29,17 @@ def test_the_shared_subset_is_read_as_its_readme_counts_it():
     assert len(dataset) == 3114
     assert dataset.labels == VOC_LABELS
     assert int((dataset.truth[:, VOC_LABELS.index("person")] == 1).sum()) == 1155
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_every_tensor_of_a_bundled_checkpoint_was_trained(name):
+    """The licence of the initial weights is for those who train them: none of their tensors is in a file of ours."""
+    ours = load_file(bundled_checkpoint(name))
+    for initial in sorted(INITIAL.glob("*.safetensors")):
+        theirs = load_file(initial)
+        shared = [key for key in ours if key in theirs and ours[key].shape == theirs[key].shape]
+        numbers = [key for key in shared if ours[key].is_floating_point()]
+        assert not [key for key in numbers if torch.equal(ours[key], theirs[key].to(ours[key]))]
 
 
 def test_the_bundled_classifier_decides_real_photos_as_its_metadata_says():

@@ -43,8 +43,8 @@ Recursive = Annotated[bool, typer.Option("--recursive", "-r", metavar="", help="
 CHECKPOINT_HELP = (
     "A .safetensors checkpoint of mlperturb, the folder of a timm or a transformers model (config.json, "
     "model.safetensors), hf:OWNER/NAME[@REVISION] of the Hugging Face Hub, a program with NAME.json beside it "
-    "(.pt2 of torch.export, .onnx), plain weights with --arch and --labels, or a bundled one: mobilenet-v2, "
-    "efficientnet-lite2, robust, paper."
+    "(.pt2 of torch.export, .onnx), plain weights with --arch and --labels, or a bundled one: "
+    "efficientnet-lite2, the default, mobilenet-v2, robust, paper."
 )
 Checkpoint = Annotated[Path | None, typer.Option(**HERE, **CLASSIFIER, help=CHECKPOINT_HELP)]
 Arch = Annotated[

@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     from mlperturb.model.preprocess import Preprocess
 
 BUNDLED = {  # the files of weights/ by the names that stand for them; the first is the default
-    "mobilenet-v2": "voc-mobilenet-v2.safetensors",
     "efficientnet-lite2": "voc-efficientnet-lite2.safetensors",
+    "mobilenet-v2": "voc-mobilenet-v2.safetensors",
     "robust": "voc-mobilenet-v2-robust.safetensors",
     "paper": "voc-paper.safetensors",
 }
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception v3 and GoogLeNet that only training uses
 
 
-def bundled_checkpoint(name: str = "mobilenet-v2") -> Path:
+def bundled_checkpoint(name: str = "efficientnet-lite2") -> Path:
     """Return the path of a checkpoint that comes with mlperturb, in a wheel or an editable install.
 
     Args:

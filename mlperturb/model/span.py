@@ -36,14 +36,14 @@ class Roots:
     Attributes:
         root: A^(1/2), (h, h).
         inverse: A^(-1/2), (h, h).
-        matrix: R, (h, H).
+        length: H.
         sample: random columns of R, (h, at most 300).
         peaks: the two columns of R with the largest entries in each row, (h, at most 2 h).
     """
 
     root: Tensor
     inverse: Tensor
-    matrix: Tensor
+    length: int
     sample: Tensor
     peaks: Tensor
 
@@ -58,7 +58,7 @@ class Roots:
         inverse = vectors * values.rsqrt() @ vectors.T
         chosen = torch.randperm(matrix.shape[1], generator=torch.Generator().manual_seed(0))[:_SAMPLE]
         peaks = torch.unique(matrix.topk(2, dim=1).indices)
-        return cls(root.to(matrix), inverse.to(matrix), matrix, matrix[:, chosen], matrix[:, peaks])
+        return cls(root.to(matrix), inverse.to(matrix), matrix.shape[1], matrix[:, chosen], matrix[:, peaks])
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class SpanLattice:
                 whole = moved.mul_(255).round_().clamp_(0, 255).int()  # faster than straight to bytes
                 points[number, :, strip.rows, : lines.shape[2]] = whole
                 points[number, :, strip.rows, lines.shape[2] :] = 0
-            points[number, :, self.axes[number][0].matrix.shape[1] :] = 0
+            points[number, :, self.axes[number][0].length :] = 0
         return points
 
     def fall(self, scale: Tensor, latent: Tensor, gradient: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class SpanLattice:
         for number, values in enumerate(both):
             rows, columns = (axis.sample for axis in self.axes[number])
             moved, slope = (rows.T @ value @ columns for value in values)
-            share = rows.shape[1] * columns.shape[1] / math.prod(axis.matrix.shape[1] for axis in self.axes[number])
+            share = rows.shape[1] * columns.shape[1] / math.prod(axis.length for axis in self.axes[number])
             rounded = (moved * (255 * scale[number])).round_().div_(255)
             total[number] = -rounded.mul_(slope).sum() / share
         return total

@@ -76,7 +76,7 @@ def make(arguments: argparse.Namespace) -> None:
     from mlperturb.run.runner import run_attack
     from mlperturb.run.settings import Settings
 
-    classifier = load()
+    classifier = load("mobilenet-v2")  # torchvision has it: a judge needs nothing of mlperturb
     found: list[dict[str, Any]] = []
     for name, photos in choose(arguments, classifier).items():
         for form in FORMATS:

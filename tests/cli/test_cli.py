@@ -674,7 +674,7 @@ def test_a_photo_on_which_the_attack_fails_is_no_error_but_gets_advice(attack, t
 
     def hopeless(problem, outcome, **options):
         found = real(problem, outcome, **options)
-        return replace(found, images=problem.images.clone(), met=torch.zeros_like(found.met))
+        return replace(found, kept=problem.images.clone(), met=torch.zeros_like(found.met))
 
     monkeypatch.setattr(mlperturb.run.search, "quantise", hopeless)
     code, _, stderr, report = attack(photo, "--flip", "cat", "--method", "fgs")

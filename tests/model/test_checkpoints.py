@@ -378,8 +378,8 @@ def test_a_file_comes_before_the_bundled_checkpoint_of_its_name(monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "robust").write_bytes(b"")
     assert find_checkpoint("robust") == Path("robust")
-    assert find_checkpoint(None) == bundled_checkpoint("mobilenet-v2")
-    with pytest.raises(CheckpointError, match=r"no such checkpoint: rubost; bundled are mobilenet-v2, .*robust"):
+    assert find_checkpoint(None) == bundled_checkpoint("efficientnet-lite2")
+    with pytest.raises(CheckpointError, match=r"no such checkpoint: rubost; bundled are efficientnet-lite2, .*robust"):
         find_checkpoint("rubost")
     with pytest.raises(CheckpointError, match=r"no such checkpoint: rubost.safetensors$"):
         find_checkpoint("./rubost.safetensors")
