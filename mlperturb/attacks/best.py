@@ -20,10 +20,10 @@ class Best:
     Args:
         problem: the problem of the images; a part of it, made by `Problem.select`, updates only its own images.
         files: the iterates are lattice points, so that the logits of an iterate are those of its file.
-        pixels: keep the iterates as 8-bit pixels, which take a quarter of the memory.
 
     Attributes:
-        images: the best iterates, (N, 3, H, W), in [0, 1] or 8-bit pixels; at first the clean photos.
+        images: the best iterates, (N, 3, H, W), in [0, 1], or 8-bit pixels if the lattice's points are such; at first
+            the clean photos.
         score: their `Goal.score`, (N,).
         norm: ||x* - x||_2 in [0, 1] units, (N,).
         met: whether the goal is met, (N,).
@@ -31,10 +31,10 @@ class Best:
             first update, or if the iterates are not files.
     """
 
-    def __init__(self, problem: Problem, *, files: bool = False, pixels: bool = False) -> None:
+    def __init__(self, problem: Problem, *, files: bool = False) -> None:
         images = problem.images
         count = len(images)
-        self.images = to_pixels(images) if pixels else images.clone()
+        self.images = to_pixels(images) if problem.lattice.small else images.clone()
         self.score = images.new_full((count,), -torch.inf)
         self.norm = images.new_full((count,), torch.inf)
         self.met = torch.zeros(count, dtype=torch.bool, device=images.device)

@@ -127,7 +127,7 @@ def ml_ddn(
     """
     problem, inside = problem.aim(ClassificationGoal(problem.targets, space)), rounding == "inside"
     part = problem.in_span() if inside and aim == "least" else problem
-    best = Best(part, files=inside, pixels=part.lattice.small)
+    best = Best(part, files=inside)
     if aim == "strongest":
         part = climb(problem, best, iterations, space=space, diversity=diversity)
     if part.clean is None and part.views > 1:  # a panel begins with a look at the clean photos in every view

@@ -140,19 +140,22 @@ class SpanLattice:
         return rows.unsqueeze(1) @ values @ columns.unsqueeze(1)
 
 
-def span_of(linear: Dense | Banded | None, sizes: Sequence[Size], images: Tensor) -> SpanLattice | None:
-    """Return the lattice of a padded batch, (N, 3, H, W), whose readers all have this linear map.
+def span_of(maps: Sequence[Dense | Banded], sizes: Sequence[Size], images: Tensor) -> SpanLattice | None:
+    """Return the lattice of a padded batch, (N, 3, H, W), whose readers have these linear maps.
 
-    None if the map is not a `Banded`, a photo is not large, or its coordinates would not say all of it.
+    None if a photo is not large, the maps differ or are not `Banded`, or coordinates would not say all of a photo.
 
     Args:
-        linear: the map; None if the readers differ.
+        maps: of each reader.
         sizes: (height, width) of the photos.
         images: the batch.
     """
+    linear = maps[0]
     if not isinstance(linear, Banded) or images.dtype != torch.float32:
         return None
     if min(map(math.prod, sizes)) < _LARGE * math.prod(linear.target):
+        return None  # before the maps are compared, which takes longer
+    if not all(one.equals(linear) for one in maps[1:]):
         return None
     axes = []
     for bands in linear.bands:

@@ -93,15 +93,11 @@ class ViewedModel:
 
     def judge(self, resized: Tensor) -> Tensor:
         """Return the logits, (N, L), of what `read` gave."""
-        first = self.maps[0]
-        resizer = first if isinstance(first, Resizer) else first.resizer
-        return self.classifier.network_logits(resizer.normalise(resized))
+        return self.classifier.network_logits(_resizer_of(self.maps[0]).normalise(resized))
 
     def span(self, images: Tensor) -> SpanLattice | None:
         """Return the lattice of large photos, (N, 3, H, W), in coordinates of the network's input; else None."""
-        maps = [one.linear if isinstance(one, Resizer) else one.resizer.linear for one in self.maps]
-        same = all(one.equals(maps[0]) for one in maps[1:])
-        return span_of(maps[0] if same else None, self.sizes, images)
+        return span_of([_resizer_of(one).linear for one in self.maps], self.sizes, images)
 
     def select(self, rows: Tensor) -> ViewedModel:
         """Return the model of some photos of the batch."""
@@ -121,9 +117,14 @@ def read_each(maps: Sequence[Resizer | BoundReader], images: Tensor, views: Tens
         inputs: Tensor = maps[used[0]](images)
         return inputs
     whole = _read_parts(maps, images.detach(), views)
-    resizers = [one if isinstance(one, Resizer) else one.resizer for one in maps]
+    resizers = [_resizer_of(one) for one in maps]
     linear = mix([one.linear for one in resizers], views)
     return resizers[0].normalise(stand_in(images, whole, linear))
+
+
+def _resizer_of(one: Resizer | BoundReader) -> Resizer:
+    """Return the linear map of a view, with the mean and std."""
+    return one if isinstance(one, Resizer) else one.resizer
 
 
 def _read_parts(maps: Sequence[Resizer | BoundReader], images: Tensor, views: Tensor) -> Tensor:
