@@ -9,7 +9,7 @@ loss of step 2, mu_j or after a restart 0 or 1; g is the gradient of this loss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from mlperturb.attacks.diversity import Diversity
 from mlperturb.attacks.geometry import norms, spread
 from mlperturb.attacks.goals import ClassificationGoal
 from mlperturb.attacks.lattice import lattice_scale
+from mlperturb.attacks.pace import SEARCH, TINY, Pace, lift, linearised_loss, next_radius, spare_share, step_length
 from mlperturb.attacks.panel import LATE, Panel, verify, verify_waiting
 from mlperturb.attacks.problem import Problem, each_view
 from mlperturb.attacks.strongest import climb
@@ -31,46 +32,14 @@ from mlperturb.targets import Space
 Rounding = Literal["inside", "after"]
 Aim = Literal["least", "strongest"]
 
-# The constants of the rules below. Those of steps 3 to 7, and `SEARCH`, were measured at half and at twice their value
-# (`tests/benchmarks/constants.py`, docs/experiments.md), but `_REACH` was not, nor was `GENTLE`; those of step 8 were
-# chosen on a few photos of Extreme.
-_OVERSHOOT = 1.3  # step 3: in place of the slope of the softplus, 0.5 to 1, because logits curve away from linear
-_LEAST = 0.55 / 255  # step 5: the least max|r|, a little over half a step of the lattice, below which r rounds to 0
+# The constants of the rules below. Those of step 7 were measured at half and at twice their value
+# (`tests/benchmarks/constants.py`, docs/experiments.md); those of step 8 were chosen on a few photos of Extreme.
 _RISE, _FALL = 0.4, -0.1  # step 7: change of log mu_j while v_j > 0, and while v_j <= 0; times `decay`
 _SMALLEST = 1e-3  # step 7: the least multiplier; the largest multiplier of an image is 1
 _RESTART_AFTER = 4  # step 8: an image that has not met its goal by iteration K / 4 restarts
 _ENOUGH = 40  # step 8: the least K for a restart
 _NEAR = 0.1  # step 8: a restart multiplies r by this
-_GROWTH = 5.0  # step 8: after a restart, the share by which a failure lengthens r is this / K, times `decay`
 _NEXT, _LAST = 2, 0.3  # step 8: violated constraints pushed after a restart; only 1 while decay <= 0.3, at the end
-_REACH = 1.1  # step 5: ||r|| is at most this times the least ||r|| with which the goal was met
-_TINY = 1e-30  # in place of a length of 0, against division by 0
-
-
-@dataclass(frozen=True)
-class Pace:
-    """The step sizes of `descend`; `rate`, `shrink` and `grow` are multiplied by `decay`.
-
-    Attributes:
-        rate: the length of a step along -g, as a share of ||r|| (step 4).
-        shrink: the share by which ||r|| shrinks where all constraints hold (step 5).
-        grow: the share by which ||r|| grows elsewhere (step 5).
-        need: the share of the linearised distance by which ||r|| grows at least, elsewhere (step 5).
-        sharpness: beta of softplus(v) = log(1 + exp(beta v)) / beta. The softplus still pushes a little on constraints
-            that hold but are near their threshold (step 2).
-        restarts: restart images that have not met the goal (step 8).
-    """
-
-    rate: float = 0.6
-    shrink: float = 0.2
-    grow: float = 0.1
-    need: float = 0.3
-    sharpness: float = 1.5
-    restarts: bool = True
-
-
-SEARCH = Pace()  # for a start at the clean photo
-GENTLE = Pace(rate=0.3, shrink=0.05, grow=0.05, need=0.0, sharpness=4.0, restarts=False)  # for a start near the goal
 
 
 def ml_ddn(
@@ -89,9 +58,10 @@ def ml_ddn(
     3. In the first iteration, r = -s g. ||r|| is the linearised distance to the constraints, with 1.3 in place of the
        slope of the softplus, and then as much longer as rounding needs.
     4. In later iterations, r moves along -g by a share of ||r||, and the share decays to zero.
-    5. ||r|| is set: shorter than before if all constraints hold; else longer, by a share of ||r|| or of the linearised
-       distance, whichever is more, but not beyond 1.1 times the least ||r|| with which they all held, nor beyond a cap
-       on the distortion. While they do not all hold, round(r) is not 0.
+    5. ||r|| is set: shorter than before if all constraints hold, by a share of ||r|| or by the slack of the linearised
+       loss, whichever is more, up to 30 %; else longer, by a share of ||r|| or of the linearised distance, whichever is
+       more, but not beyond 1.1 times the least ||r|| with which they all held, nor beyond a cap on the distortion.
+       While they do not all hold, round(r) is not 0.
     6. x + r is clipped to the pixel range, and to the bound on ||r||_infinity if the problem has a bound.
     7. mu_j grows while v_j > 0 and shrinks while v_j <= 0; then all are divided by the largest, and none is less than
        0.001.
@@ -173,16 +143,17 @@ def descend(
         losses = (seen.weights * functional.softplus(seen.violations, beta=pace.sharpness)).sum(1)  # step 2
         gradient = problem.lattice.pull(problem.gradient(losses, seen.leaf, seen.rows), seen.images)  # step 2
         seen = replace(seen, violations=seen.violations.detach())  # frees the graph
-        gradient_norm = norms(gradient).clamp(min=_TINY)
-        distance = _linearised_loss(walk, seen, pace) / gradient_norm
-        latent = _step(walk.latent, gradient, _step_length(walk, decay, pace) / gradient_norm)  # steps 3, 4
-        radius = _radius(problem, walk, met, distance, decay, pace)  # step 5
-        latent.mul_(spread(radius / norms(latent).clamp(min=_TINY)))  # step 5
+        gradient_norm = norms(gradient).clamp(min=TINY)
+        distance = linearised_loss(walk, seen, pace) / gradient_norm
+        slack = spare_share(problem, walk, seen, gradient, pace)
+        latent = _step(walk.latent, gradient, step_length(walk, decay, pace) / gradient_norm)  # steps 3, 4
+        radius = next_radius(problem, walk, met, distance, slack, decay, pace)  # step 5
+        latent.mul_(spread(radius / norms(latent).clamp(min=TINY)))  # step 5
         if lattice and walk.fresh:  # step 3, as much longer as rounding needs
             scale = lattice_scale(problem.lattice, latent, gradient, distance * gradient_norm)
             latent, radius = _stretch(latent, radius, scale)
         if lattice:
-            latent, radius = _stretch(latent, radius, _lift(problem, latent, met))  # step 5, round(r) is not 0
+            latent, radius = _stretch(latent, radius, lift(problem, latent, met))  # step 5, round(r) is not 0
         walk = replace(
             walk,
             latent=problem.lattice.clip(latent, problem.images, *problem.pixel_range),  # step 6
@@ -317,49 +288,11 @@ def _least(walk: Walk, met: Tensor) -> Tensor:
     return torch.where(met & (walk.radius > 0), walk.least.minimum(walk.radius), walk.least)
 
 
-def _linearised_loss(walk: Walk, seen: Seen, pace: Pace) -> Tensor:
-    """Return d ||g||: the wanted fall of the linearised loss, where d is the distance to go (steps 3 and 5), (n,).
-
-    By the chain rule g = sum_j w_j c_j grad v_j, where c_j = sigmoid(sharpness v_j) is the slope of the softplus. To
-    first order, a step of length d along -g lowers sum_j w_j c_j v_j by d ||g||. To bring every v_j > 0 to 0, that sum
-    must fall by sum_j w_j c_j max(v_j, 0), so d = sum_j w_j c_j max(v_j, 0) / ||g||, the linearised distance. A step
-    from the clean photo has 1.3 in place of c_j, which lies between 0.5 and 1; later steps have `need` c_j.
-    """
-    later = pace.need * torch.sigmoid(pace.sharpness * seen.violations)
-    slope = torch.where((walk.radius == 0).unsqueeze(1), _OVERSHOOT, later)
-    return (slope * seen.weights * seen.violations.clamp(min=0)).sum(1)
-
-
-def _step_length(walk: Walk, decay: Tensor, pace: Pace) -> Tensor:
-    """Steps 3 and 4: the length of the step along -g, (n,): a share of ||r||; 1 from r = 0, where step 5 sets ||r||."""
-    return torch.where(walk.radius == 0, 1.0, pace.rate * decay * walk.radius)
-
-
 def _step(latent: Tensor, gradient: Tensor, scale: Tensor) -> Tensor:
     """Steps 3 and 4: return r - scale g, with a scale for each image, (n,); r in place, in strips that fit a cache."""
     for rows in strips(latent):
         latent[:, :, rows].sub_(spread(scale) * gradient[:, :, rows])
     return latent
-
-
-def _radius(problem: Problem, walk: Walk, met: Tensor, distance: Tensor, decay: Tensor, pace: Pace) -> Tensor:
-    """Step 5: the new ||r||, (n,): shorter if all constraints hold, else longer by at least `distance`; capped.
-
-    After a restart it grows as step 8 says. Without the cap at 1.1 times the least ||r|| that sufficed, ||r|| may grow
-    without end where the steps, which are shares of ||r||, move past one constraint after another.
-    """
-    growth = torch.where(walk.restarted, _GROWTH / walk.allowed, pace.grow) * decay
-    larger = torch.maximum(walk.radius * (1 + growth), walk.radius + distance)
-    widest = problem.images[0].numel() ** 0.5  # sqrt(3 H W): a perturbation of pixels in [0, 1] is not longer
-    radius = torch.where(met, walk.radius * (1 - pace.shrink * decay), larger).clamp(max=widest)
-    radius = radius.minimum(_REACH * walk.least)
-    return radius if problem.cap is None else radius.minimum(problem.cap)
-
-
-def _lift(problem: Problem, latent: Tensor, met: Tensor) -> Tensor:
-    """Step 5, on the lattice: the scale >= 1 with which round(r) is not 0; 1 where the goal is met; (n,)."""
-    largest = problem.lattice.largest(latent).clamp(min=_TINY)
-    return torch.where(met, 1.0, _LEAST / largest).clamp(min=1.0)
 
 
 def _stretch(latent: Tensor, radius: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -371,7 +304,7 @@ def _multipliers(walk: Walk, seen: Seen, decay: Tensor) -> Tensor:
     """Step 7: the new mu, (n, J), 0.001 to 1: mu_j grows while v_j > 0 and shrinks while v_j <= 0; the largest is 1."""
     change = torch.exp(torch.where(seen.violations > 0, _RISE, _FALL) * decay.unsqueeze(1))
     multipliers = walk.multipliers * seen.present * change
-    largest = multipliers.amax(1, keepdim=True).clamp(min=_TINY)
+    largest = multipliers.amax(1, keepdim=True).clamp(min=TINY)
     return (multipliers / largest).clamp(min=_SMALLEST) * seen.present
 
 

@@ -1,4 +1,4 @@
-"""Lengths of batches of images, (n, 3, H, W), and the places of images in a batch."""
+"""Lengths and inner products of batches of images, (n, 3, H, W), and the places of images in a batch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def norms(images: Tensor) -> Tensor:
     """Return the L2 norm of each image, (n,)."""
     lengths: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
     return lengths
+
+
+def products(images: Tensor, others: Tensor) -> Tensor:
+    """Return the inner product of each pair of images, (n,)."""
+    total = images.new_zeros(len(images))
+    for rows in strips(images[:1]):  # as if each were alone
+        total += (images[:, :, rows] * others[:, :, rows]).flatten(1).sum(1)
+    return total
 
 
 def distances(images: Tensor, others: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.best import Best, Outcome
-from mlperturb.attacks.ddn import GENTLE, descend
+from mlperturb.attacks.ddn import descend
 from mlperturb.attacks.geometry import distances, spread
 from mlperturb.attacks.lattice import STEP, to_lattice
+from mlperturb.attacks.pace import GENTLE
 from mlperturb.attacks.panel import Panel, verify
 from mlperturb.attacks.problem import Problem
 

@@ -18,26 +18,27 @@ from dataclasses import replace
 from batches import add_options, load_batches
 from torch import Tensor
 
-from mlperturb.attacks import ddn
+from mlperturb.attacks import ddn, pace
 from mlperturb.attacks.best import Best
 
-PACE = ("rate", "shrink", "grow", "need", "sharpness")
-MODULE = ("_OVERSHOOT", "_LEAST", "_RISE", "_FALL", "_SMALLEST")
+PACE = ("rate", "shrink", "spare", "grow", "need", "sharpness")
+MODULES = {pace: ("_OVERSHOOT", "_LEAST"), ddn: ("_RISE", "_FALL", "_SMALLEST")}
 ENDLESS = 10_000  # iterations: the passes end the attack
 
 
 @contextmanager
-def changed(name: str, factor: float) -> Iterator[ddn.Pace]:
+def changed(name: str, factor: float) -> Iterator[pace.Pace]:
     """Return the pace with a constant multiplied; restore a constant of the module afterwards."""
     if name in PACE:
-        yield replace(ddn.SEARCH, **{name: factor * getattr(ddn.SEARCH, name)})
+        yield replace(pace.SEARCH, **{name: factor * getattr(pace.SEARCH, name)})
         return
-    value = getattr(ddn, name)
-    setattr(ddn, name, factor * value)
+    module = next(module for module, names in MODULES.items() if name in names)
+    value = getattr(module, name)
+    setattr(module, name, factor * value)
     try:
-        yield ddn.SEARCH
+        yield pace.SEARCH
     finally:
-        setattr(ddn, name, value)
+        setattr(module, name, value)
 
 
 def main() -> None:
@@ -47,24 +48,24 @@ def main() -> None:
     arguments = parser.parse_args()
     batches = load_batches(arguments)
 
-    def attack(pace: ddn.Pace) -> list[tuple[float, bool]]:
+    def attack(steps: pace.Pace) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = []
         for batch in batches:
             problem = batch.problem(arguments.passes)
             best = Best(problem)
-            ddn.descend(problem, best, ENDLESS, pace=pace)
+            ddn.descend(problem, best, ENDLESS, pace=steps)
             sizes: Tensor = 255 * (best.images - batch.images).square().flatten(1).mean(1).sqrt()
             found += zip(sizes.tolist(), best.met.tolist(), strict=True)
         return found
 
-    usual = attack(ddn.SEARCH)
+    usual = attack(pace.SEARCH)
     print(f"{arguments.case}, {len(usual)} photos, {arguments.passes} passes: {sum(met for _, met in usual)} met")
     print("| constant | x 0.5 | x 2 |\n|---|---|---|")
-    for name in (*PACE, *MODULE):
+    for name in (*PACE, *(name for names in MODULES.values() for name in names)):
         cells = []
         for factor in (0.5, 2.0):
-            with changed(name, factor) as pace:
-                found = attack(pace)
+            with changed(name, factor) as steps:
+                found = attack(steps)
             ratios = [size / base for (size, met), (base, held) in zip(found, usual, strict=True) if met and held]
             spread = statistics.stdev(ratios) / len(ratios) ** 0.5
             lost = sum(held and not met for (_, met), (_, held) in zip(found, usual, strict=True))
