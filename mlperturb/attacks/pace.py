@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.attacks.geometry import products
+from mlperturb.attacks.lattice import STEP
 from mlperturb.attacks.problem import Problem
 from mlperturb.attacks.walk import Seen, Walk
 
@@ -64,17 +65,16 @@ def linearised_loss(walk: Walk, seen: Seen, pace: Pace) -> Tensor:
 def spare_share(problem: Problem, walk: Walk, seen: Seen, gradient: Tensor, pace: Pace) -> Tensor:
     """Step 5: the share of r that the linearised loss can spare, 0 to `pace.spare`, (n,).
 
-    What is left of r is not rounded to 0.
-
     With g and c_j as in `linearised_loss`: to shorten r by the share t raises sum_j w_j c_j v_j by t <-g, r>, to first
-    order; to bring every v_j < 0 to 0, that sum may rise by sum_j w_j c_j max(-v_j, 0).
+    order; to bring every v_j < 0 to 0, that sum may rise by sum_j w_j c_j max(-v_j, 0). The largest |r| stays a grey
+    level at least, since a smaller r loses more to the rounding than the share says.
     """
     slope = torch.sigmoid(pace.sharpness * seen.violations)
     room = (slope * seen.weights * (-seen.violations).clamp(min=0)).sum(1)
     rise = -products(gradient, walk.latent)
     share = torch.where(rise > 0, room / rise.clamp(min=TINY), 0.0).clamp(max=pace.spare)
-    least = _LEAST / problem.lattice.largest(walk.latent).clamp(min=TINY)
-    return share.minimum((1 - least).clamp(min=0))
+    level = STEP / problem.lattice.largest(walk.latent).clamp(min=TINY)
+    return share.minimum((1 - level).clamp(min=0))
 
 
 def step_length(walk: Walk, decay: Tensor, pace: Pace) -> Tensor:
