@@ -57,7 +57,7 @@ def ml_ddn(
     2. g = gradient of sum_j mu_j softplus(v_j) at round(x + r): a forward and a backward pass.
     3. In the first iteration, r = -s g. ||r|| is the linearised distance to the constraints, with 1.3 in place of the
        slope of the softplus, and then as much longer as rounding needs.
-    4. In later iterations, r moves along -g by a share of ||r||, and the share decays to zero.
+    4. In later iterations, r moves along -g by a share of ||r||, larger once the goal was met, which decays to zero.
     5. ||r|| is set: shorter than before if all constraints hold, by a share of ||r|| or by the slack of the linearised
        loss, whichever is more, up to 30 %; else longer, by a share of ||r|| or of the linearised distance, whichever is
        more, but not beyond 1.1 times the least ||r|| with which they all held, nor beyond a cap on the distortion.
@@ -81,8 +81,8 @@ def ml_ddn(
     for one constraint); steps of the linearised distance, Pintor et al. 2021 (FMN). New here: r stays in floats, only
     the point that the model sees is rounded, and the gradient passes straight through the rounding; the first step is
     as long as the lattice needs; and each of many constraints has a multiplier. In DDN the step length falls from 1 to
-    0.01 by a cosine, and ||r|| shrinks and grows by a constant gamma; here the step length, the shrinking and the
-    growth are shares of ||r|| that fall linearly to zero.
+    0.01 by a cosine, and ||r|| shrinks and grows by a constant gamma; here the step length, the least shrinking and the
+    least growth are shares of ||r|| that fall linearly to zero.
 
     Args:
         problem: the batch.
@@ -145,7 +145,7 @@ def descend(
         seen = replace(seen, violations=seen.violations.detach())  # frees the graph
         gradient_norm = norms(gradient).clamp(min=TINY)
         distance = linearised_loss(walk, seen, pace) / gradient_norm
-        slack = spare_share(problem, walk, seen, gradient, pace)
+        slack = spare_share(problem, walk, seen, gradient, pace)  # step 5
         latent = _step(walk.latent, gradient, step_length(walk, decay, pace) / gradient_norm)  # steps 3, 4
         radius = next_radius(problem, walk, met, distance, slack, decay, pace)  # step 5
         latent.mul_(spread(radius / norms(latent).clamp(min=TINY)))  # step 5

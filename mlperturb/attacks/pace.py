@@ -23,10 +23,11 @@ TINY = 1e-30  # in place of a length of 0, against division by 0
 
 @dataclass(frozen=True)
 class Pace:
-    """The step sizes of `descend`; `rate`, `shrink` and `grow` are multiplied by `decay`.
+    """The step sizes of `descend`; `rate`, `later`, `shrink` and `grow` are multiplied by `decay`.
 
     Attributes:
-        rate: the length of a step along -g, as a share of ||r|| (step 4).
+        rate: the length of a step along -g, as a share of ||r||, until the goal was met once (step 4).
+        later: the same from then on.
         shrink: the share by which ||r|| shrinks at least, where all constraints hold (step 5).
         spare: the largest share by which ||r|| shrinks where the linearised loss has so much slack (step 5).
         grow: the share by which ||r|| grows elsewhere (step 5).
@@ -36,7 +37,8 @@ class Pace:
         restarts: restart images that have not met the goal (step 8).
     """
 
-    rate: float = 0.9
+    rate: float = 0.6
+    later: float = 0.9
     shrink: float = 0.2
     spare: float = 0.3
     grow: float = 0.05
@@ -46,7 +48,7 @@ class Pace:
 
 
 SEARCH = Pace()  # for a start at the clean photo
-GENTLE = Pace(0.3, shrink=0.05, spare=0.0, need=0.0, sharpness=4.0, restarts=False)  # for a start near the goal
+GENTLE = Pace(0.3, 0.3, shrink=0.05, spare=0.0, need=0.0, sharpness=4.0, restarts=False)  # for a start near the goal
 
 
 def linearised_loss(walk: Walk, seen: Seen, pace: Pace) -> Tensor:
@@ -79,7 +81,8 @@ def spare_share(problem: Problem, walk: Walk, seen: Seen, gradient: Tensor, pace
 
 def step_length(walk: Walk, decay: Tensor, pace: Pace) -> Tensor:
     """Steps 3 and 4: the length of the step along -g, (n,): a share of ||r||; 1 from r = 0, where step 5 sets ||r||."""
-    return torch.where(walk.radius == 0, 1.0, pace.rate * decay * walk.radius)
+    rate = torch.where(walk.least.isfinite(), pace.later, pace.rate)
+    return torch.where(walk.radius == 0, 1.0, rate * decay * walk.radius)
 
 
 def next_radius(

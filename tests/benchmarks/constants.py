@@ -21,7 +21,7 @@ from torch import Tensor
 from mlperturb.attacks import ddn, pace
 from mlperturb.attacks.best import Best
 
-PACE = ("rate", "shrink", "spare", "grow", "need", "sharpness")
+PACE = ("rate", "later", "shrink", "spare", "grow", "need", "sharpness")
 MODULES = {pace: ("_OVERSHOOT", "_LEAST"), ddn: ("_RISE", "_FALL", "_SMALLEST")}
 ENDLESS = 10_000  # iterations: the passes end the attack
 
