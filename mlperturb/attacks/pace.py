@@ -71,6 +71,8 @@ def spare_share(problem: Problem, walk: Walk, seen: Seen, gradient: Tensor, pace
     order; to bring every v_j < 0 to 0, that sum may rise by sum_j w_j c_j max(-v_j, 0). The largest |r| stays a grey
     level at least, since a smaller r loses more to the rounding than the share says.
     """
+    if walk.fresh or not pace.spare:
+        return torch.zeros_like(walk.radius)
     slope = torch.sigmoid(pace.sharpness * seen.violations)
     room = (slope * seen.weights * (-seen.violations).clamp(min=0)).sum(1)
     rise = -products(gradient, walk.latent)
