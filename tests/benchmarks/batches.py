@@ -86,6 +86,12 @@ def _choose(arguments: argparse.Namespace, classifier: Classifier) -> Iterator[t
             yield image, case.request(truth, generator)
 
 
+def geometric_mean(ratios: torch.Tensor) -> str:
+    """Return the geometric mean of ratios, (n,), with the standard error of its logarithm, as text."""
+    logs = ratios.double().log()
+    return f"{float(logs.mean().exp()):.3f} +- {float(logs.std() / len(logs) ** 0.5):.3f}"
+
+
 def save_rows(arguments: argparse.Namespace, rows: list[dict[str, object]]) -> None:
     """Write the rows of a table, with the command's settings, to --json, if that is given."""
     if arguments.json:

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from batches import Batch, add_options, load_batches
+from batches import Batch, add_options, geometric_mean, load_batches
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -92,11 +92,6 @@ def single(batch: Batch) -> Batch:
     return replace(batch, targets=replace(batch.targets, flip=flip, keep=torch.zeros_like(flip)))
 
 
-def mean(ratios: Tensor) -> str:
-    logs = ratios.double().log()
-    return f"{float(logs.mean().exp()):.3f} +- {float(logs.std() / len(logs) ** 0.5):.3f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
@@ -120,7 +115,7 @@ def main() -> None:
         cosines.append(torch.stack([cosine_similarity(value, end) for value in seen], 1)[met])
     photos = sum(len(part) for part in found)
     print(f"{arguments.case}{', one label' * arguments.single}, {photos} photos, {arguments.passes} passes")
-    print(f"found  {mean(torch.cat(found))}\nlength {mean(torch.cat(lengths))}")
+    print(f"found  {geometric_mean(torch.cat(found))}\nlength {geometric_mean(torch.cat(lengths))}")
     means = torch.cat(cosines).mean(0).tolist()
     print("cosine of -g at 0, 1/4, 1/2 and the end, and of r: " + ", ".join(f"{value:.2f}" for value in means))
 

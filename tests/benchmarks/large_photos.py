@@ -10,12 +10,13 @@ over the photos where both succeed, with the standard error of its logarithm, an
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
+from batches import geometric_mean
 from PIL import Image
 from readers import choose
 
@@ -70,12 +71,11 @@ def main() -> None:
             found = bool(inside.success[0]), bool(outside.success[0])
             held[limit] = [count + one for count, one in zip(held[limit], found, strict=True)]
             if all(found):
-                ratios[limit].append(math.log(float(inside.rmsd[0]) / float(outside.rmsd[0])))
-    for limit, logs in ratios.items():
-        error = np.std(logs, ddof=1) / len(logs) ** 0.5
-        mean, least, largest = (math.exp(value) for value in (np.mean(logs), min(logs), max(logs)))
+                ratios[limit].append(float(inside.rmsd[0]) / float(outside.rmsd[0]))
+    for limit, found_ratios in ratios.items():
+        mean = geometric_mean(torch.tensor(found_ratios))
         count = f"{held[limit][0]} and {held[limit][1]} of {arguments.images} succeed"
-        print(f"{limit} passes: {count}, ratio {mean:.3f} +- {error:.3f}, {least:.3f} to {largest:.3f}")
+        print(f"{limit} passes: {count}, ratio {mean}, {min(found_ratios):.3f} to {max(found_ratios):.3f}")
 
 
 if __name__ == "__main__":
