@@ -145,7 +145,7 @@ def descend(
         seen = replace(seen, violations=seen.violations.detach())  # frees the graph
         gradient_norm = norms(gradient).clamp(min=TINY)
         distance = linearised_loss(walk, seen, pace) / gradient_norm
-        slack = spare_share(problem, walk, seen, gradient, pace)  # step 5
+        slack = spare_share(problem, walk, seen, met, gradient, pace)  # step 5
         latent = _step(walk.latent, gradient, step_length(walk, decay, pace) / gradient_norm)  # steps 3, 4
         radius = next_radius(problem, walk, met, distance, slack, decay, pace)  # step 5
         latent.mul_(spread(radius / norms(latent).clamp(min=TINY)))  # step 5

@@ -64,14 +64,14 @@ def linearised_loss(walk: Walk, seen: Seen, pace: Pace) -> Tensor:
     return (slope * seen.weights * seen.violations.clamp(min=0)).sum(1)
 
 
-def spare_share(problem: Problem, walk: Walk, seen: Seen, gradient: Tensor, pace: Pace) -> Tensor:
-    """Step 5: the share of r that the linearised loss can spare, 0 to `pace.spare`, (n,).
+def spare_share(problem: Problem, walk: Walk, seen: Seen, met: Tensor, gradient: Tensor, pace: Pace) -> Tensor:
+    """Step 5: the share of r that the linearised loss can spare, 0 to `pace.spare`, (n,), where the goal is met.
 
     With g and c_j as in `linearised_loss`: to shorten r by the share t raises sum_j w_j c_j v_j by t <-g, r>, to first
     order; to bring every v_j < 0 to 0, that sum may rise by sum_j w_j c_j max(-v_j, 0). The largest |r| stays a grey
     level at least, since a smaller r loses more to the rounding than the share says.
     """
-    if walk.fresh or not pace.spare:
+    if walk.fresh or not pace.spare or not bool(met.any()):
         return torch.zeros_like(walk.radius)
     slope = torch.sigmoid(pace.sharpness * seen.violations)
     room = (slope * seen.weights * (-seen.violations).clamp(min=0)).sum(1)
@@ -106,5 +106,7 @@ def next_radius(
 
 def lift(problem: Problem, latent: Tensor, met: Tensor) -> Tensor:
     """Step 5, on the lattice: the scale >= 1 with which round(r) is not 0; 1 where the goal is met; (n,)."""
+    if bool(met.all()):
+        return torch.ones_like(met, dtype=latent.dtype)
     largest = problem.lattice.largest(latent).clamp(min=TINY)
     return torch.where(met, 1.0, _LEAST / largest).clamp(min=1.0)

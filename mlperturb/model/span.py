@@ -38,7 +38,7 @@ class Roots:
         inverse: A^(-1/2), (h, h).
         length: H.
         sample: random columns of R, (h, at most 300).
-        peaks: the two columns of R with the largest entries in each row, (h, at most 2 h).
+        peaks: A^(-1/2) times the two columns of R with the largest entries in each row, (h, at most 2 h).
     """
 
     root: Tensor
@@ -58,7 +58,8 @@ class Roots:
         inverse = vectors * values.rsqrt() @ vectors.T
         chosen = torch.randperm(matrix.shape[1], generator=torch.Generator().manual_seed(0))[:_SAMPLE]
         peaks = torch.unique(matrix.topk(2, dim=1).indices)
-        return cls(root.to(matrix), inverse.to(matrix), matrix.shape[1], matrix[:, chosen], matrix[:, peaks])
+        found = (inverse @ exact[:, peaks]).to(matrix)
+        return cls(root.to(matrix), inverse.to(matrix), matrix.shape[1], matrix[:, chosen], found)
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,8 @@ class SpanLattice:
 
     def largest(self, latent: Tensor) -> Tensor:
         """Return max |r| over the pixels nearest to the middle of what a pixel of the network's input sums."""
-        peaks = []
-        for number, values in enumerate(self._multiply(latent, "inverse")):
-            rows, columns = (axis.peaks for axis in self.axes[number])
-            peaks.append((rows.T @ values @ columns).abs().amax())
-        return torch.stack(peaks)
+        peaks = zip(latent, self.axes, strict=True)
+        return torch.stack([(rows.peaks.T @ values @ columns.peaks).abs().amax() for values, (rows, columns) in peaks])
 
     def select(self, rows: Tensor) -> SpanLattice:
         """Return the lattice of some images."""

@@ -10,7 +10,8 @@ photos are squeezed to the network's own input, and every file is judged by the 
 Roundings: `nearest`; `scale`, the least scale of the float perturbation that still holds once rounded; `bfb`, that of
 Bonnet, Furon and Bas (2020): each pixel to the integer below or above, by its cost and the loss's gradient; `ours`, the
 search of `attacks.quantise`, and for ml-ddn its own rounding inside the loop. A rounding's passes are part of the
-limit: the attack gets what is left. Where a library goes on beyond that, it is cut off, and its best iterate counts.
+limit: the attack gets what is left, and roundings that leave it nearly as much share a run. Where a library goes on
+beyond that, it is cut off, and its best iterate counts.
 
 The other libraries see a network of classes that says whether the whole goal is met: the least slack of all
 constraints, with the gradient of that constraint or of all of them (`--gradient`). The iterate that counts is the
@@ -50,7 +51,7 @@ from mlperturb.model.checkpoints import bundled_checkpoint, load_checkpoint
 from mlperturb.system.files import file_sha256
 
 ROUNDINGS = ("nearest", "scale", "bfb", "ours")
-_SCALES = 10  # tried by `scale`
+_SCALES = 18  # tried by `scale`, so that it can share a run with `bfb`
 _BISECTIONS = 18  # of `bfb`: a photo has about 2^18 pixels
 _OURS = 88  # passes that `quantise` can use
 
@@ -160,7 +161,7 @@ class Found:
 
 def reserve(rounding: str, passes: int) -> int:
     """Return the passes that a rounding keeps for itself."""
-    most = {"nearest": 1, "scale": _SCALES, "bfb": _BISECTIONS + 2, "ours": _OURS}[rounding]
+    most = {"nearest": 1, "scale": _SCALES + 2, "bfb": _BISECTIONS + 2, "ours": _OURS}[rounding]
     return min(most, max(passes // 3, 1))
 
 
@@ -233,13 +234,14 @@ def compete(batch: Batch, name: str, passes: int, gradient: str | None) -> Itera
     with torch.no_grad():
         clean = batch.model(batch.images)
     known: dict[int, Found] = {}
-    for rounding in ROUNDINGS:
+    for rounding in sorted(ROUNDINGS, key=lambda one: -reserve(one, passes)):
         if name == "ml-ddn" and rounding == "ours":
             problem = batch.problem(passes)
             images = find_method(name).load()(problem, iterations=500).images
             result = found = Found(images, int(problem.meter.forward[0]), int(problem.meter.backward[0]))
         else:
             left = passes - reserve(rounding, passes)
+            left = next((other for other in known if 0.9 * left <= other <= left), left)
             found = known[left] if left in known else known.setdefault(left, attack(batch, name, left, gradient))
             meter = Meter(*torch.tensor([[found.forward], [found.backward], [0]]))
             problem = replace(batch.problem(passes), meter=meter, clean=clean.unsqueeze(1))
