@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,6 +32,13 @@ class Distortion:
 def distortion(difference: Tensor) -> Distortion:
     """Measure r = x* - x of one photo, on the 0-255 scale, any shape: RMSD = sqrt(mean(r^2)), L2, L-infinity."""
     return distortion_of(torch.split(difference.flatten(), _PART))
+
+
+def pixel_distortion(pixels: npt.NDArray[np.uint8], photo: npt.NDArray[np.uint8]) -> Distortion:
+    """Measure r = x* - x of a photo and its change, 8 bits, both of the same shape; no difference is held whole."""
+    pairs = [array.reshape(-1) for array in (pixels, photo)]
+    parts = (slice(start, start + _PART) for start in range(0, photo.size, _PART))
+    return distortion_of(torch.from_numpy(np.subtract(*(one[part] for one in pairs), dtype=np.int16)) for part in parts)
 
 
 def distortion_of(parts: Iterable[Tensor]) -> Distortion:

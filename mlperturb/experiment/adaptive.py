@@ -9,14 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.experiment.curves import summarise
 from mlperturb.experiment.defence import Attacked
 from mlperturb.labels import Request
 from mlperturb.limits import Limits
-from mlperturb.metrics import distortion
+from mlperturb.metrics import pixel_distortion
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.readers import Reader
 from mlperturb.photos.images import Photo, read_photo
@@ -101,8 +100,7 @@ def _judge(classifier: Classifier, photo: Photo, found: Found | None, settings: 
         return math.inf, 0, 0
     if look(classifier, found.pixels, photo.rgb, found, settings).status != "success":
         return math.inf, found.forward, found.backward
-    moved = torch.from_numpy(found.pixels.astype(np.int16) - photo.rgb)
-    return distortion(moved).rmsd, found.forward, found.backward
+    return pixel_distortion(found.pixels, photo.rgb).rmsd, found.forward, found.backward
 
 
 def _describe(found: Sequence[tuple[float, int, int]]) -> dict[str, Any]:

@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mlperturb import __version__
 from mlperturb.errors import ImageError
-from mlperturb.metrics import distortion
+from mlperturb.metrics import pixel_distortion
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.preprocess import pad_batch, to_tensor
 from mlperturb.model.readers import Reader
@@ -314,9 +313,7 @@ def _look(
         list(logits[1:count]),
         None if photo is None else list(logits[count + 1 :]),
         [one.adversarial.stat().st_size, *(size for _, size in purified)],
-        None
-        if photo is None or photo.shape != png.shape
-        else distortion(torch.from_numpy(png.astype(np.int16) - photo)).rmsd,
+        None if photo is None or photo.shape != png.shape else pixel_distortion(png, photo).rmsd,
     )
 
 

@@ -331,11 +331,12 @@ def _numbers(samples: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
     return np.nan_to_num(samples.astype(np.float64))
 
 
-def magnify(difference: npt.NDArray[np.int16]) -> Pixels:
-    """Return the perturbation map |r| * 255 / max|r| of r, (H, W, 3), max over all channels (Section IV-H1)."""
-    top = max(int(difference.max(initial=0)), -int(difference.min(initial=0)))
-    scale = 255.0 / top if top else 0.0
-    magnified = np.empty(difference.shape, dtype=np.uint8)
-    for row, moved in zip(magnified, difference, strict=True):  # a row at a time: 8 bytes for each number are many
-        row[:] = np.rint(np.abs(moved).astype(np.float64) * scale)
+def magnify(pixels: Pixels, photo: Pixels) -> Pixels:
+    """Return the perturbation map |r| * 255 / max|r| of r = pixels - photo, (H, W, 3), max over all (Section IV-H1)."""
+    magnified = np.empty(photo.shape, dtype=np.uint8)
+    for row, *pair in zip(magnified, pixels, photo, strict=True):  # a row at a time: 8 bytes for each number are many
+        row[:] = np.abs(np.subtract(*pair, dtype=np.int16))
+    top = int(magnified.max(initial=0))
+    for row in magnified:
+        row[:] = np.rint(row * (255.0 / top if top else 0.0))
     return magnified

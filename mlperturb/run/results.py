@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mlperturb.metrics import distortion
+from mlperturb.metrics import pixel_distortion
 from mlperturb.model.classifier import Classifier
 from mlperturb.model.ensemble import Ensemble, Victim, places_of
 from mlperturb.photos.images import Photo, Pixels
@@ -124,7 +124,7 @@ def judge_pixels(classifier: Victim, photo: Photo, found: Found | None, settings
         passes = settings.networks * len(held)
         return Row(photo.rgb, "failed", unknown, unknown, 0.0, 0.0, passes, nowhere, nowhere, held, nowhere)
     seen = look(classifier, found.pixels, photo.rgb, found, settings)
-    moved = distortion(torch.from_numpy(found.pixels.astype(np.int16) - photo.rgb))
+    moved = pixel_distortion(found.pixels, photo.rgb)
     return Row(
         found.pixels,
         seen.status,

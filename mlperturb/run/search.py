@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from mlperturb.attacks.methods import find_method
 from mlperturb.attacks.problem import Meter, Problem, each_view
 from mlperturb.attacks.quantise import quantise
 from mlperturb.labels import Request
-from mlperturb.metrics import Distortion, distortion, distortion_of
+from mlperturb.metrics import Distortion, distortion, distortion_of, pixel_distortion
 from mlperturb.model.coefficients import JpegLattice
 from mlperturb.model.ensemble import Victim, members_of
 from mlperturb.model.linear import strips, to_pixels
@@ -191,8 +190,7 @@ def _finish(found: Found, photo: Photo, before: Tensor, seconds: float) -> Found
     found = replace(found, before=before, seconds=seconds)
     if photo.encoded is None:
         return found
-    moved = torch.from_numpy(found.pixels.astype(np.int16) - photo.rgb)
-    return replace(found, distortion=distortion(moved))
+    return replace(found, distortion=pixel_distortion(found.pixels, photo.rgb))
 
 
 def _search(problem: Problem, whole: Problem, sizes: Sequence[Size], settings: Settings) -> list[Found]:

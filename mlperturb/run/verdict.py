@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlperturb.errors import ImageError, OutputError, StorageError
-from mlperturb.metrics import distortion
+from mlperturb.metrics import pixel_distortion
 from mlperturb.model.ensemble import Ensemble, Victim, read_columns
 from mlperturb.photos.formats import decode_elsewhere, read_pixels, write_jpeg, write_pixels
 from mlperturb.photos.images import Beside, Photo, Pixels, magnify
@@ -41,7 +41,7 @@ def save(job: Job, photo: Photo, found: Found, out: Path, settings: Settings) ->
         else:
             beside = photo.beside if settings.keep_metadata else Beside(photo.beside.profile)
             write_pixels(out / job.adversarial, found.pixels, photo.alpha, grey=photo.grey, beside=beside)
-        write_pixels(out / job.map, magnify(found.pixels.astype(np.int16) - photo.rgb), grey=photo.grey)
+        write_pixels(out / job.map, magnify(found.pixels, photo.rgb), grey=photo.grey)
         return read_pixels(out / job.adversarial)
     except StorageError:
         raise
@@ -104,7 +104,7 @@ def judge(
     probabilities["after"] = names.probabilities(seen.logits[0])
     return Record(
         **facts,
-        distortion=distortion(torch.from_numpy(saved.astype(np.int16) - photo.rgb)),
+        distortion=pixel_distortion(saved, photo.rgb),
         files={"adversarial": job.adversarial, "map": job.map},
     )
 
