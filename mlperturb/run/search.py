@@ -24,11 +24,12 @@ from mlperturb.photos.images import Photo, Pixels
 from mlperturb.photos.jpeg import Plane
 from mlperturb.run.pose import observe_photos, pose
 from mlperturb.run.settings import Settings
-from mlperturb.system.devices import free_memory
+from mlperturb.system.devices import free_memory, return_freed_memory
 from mlperturb.targets import Targets
 
 _BATCH = {"cpu": (8, 4_000_000), "cuda": (64, 64_000_000), "mps": (16, 8_000_000)}  # photos, pixels
 _NEEDED = 200  # bytes of memory for a padded pixel; on the CPU an attack takes 180
+_LARGE = 4_000_000  # pixels of a photo, padded, after which freed memory is given back
 _ROOM = 16  # times the pixels of _BATCH, if the batch size is given: padding odd shapes to one size may need any memory
 
 LATTICE = {"fast": (6, 20), "balanced": (8, 40), "paper": (10, 100)}  # scales and iterations of `quantise`
@@ -170,13 +171,16 @@ class Searcher:
         if free is not None and len(photos) * max(heights) * max(widths) * needed > free:
             return None  # on the CPU, Linux would kill the process
         try:
-            return search(self.classifier, photos, requests, self.settings, self.watch)
+            found = search(self.classifier, photos, requests, self.settings, self.watch)
         except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a plain RuntimeError
             if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
                 raise
             if self.classifier.device.type == "cuda":
                 torch.cuda.empty_cache()
             return None
+        if max(heights) * max(widths) >= _LARGE:
+            return_freed_memory()  # threads that write need large blocks, and would find what is free in pieces
+        return found
 
 
 def fits(sizes: Sequence[Size], pixels: float) -> bool:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
@@ -82,6 +85,35 @@ def test_glibc_is_told_to_keep_what_is_freed(monkeypatch):
     monkeypatch.setattr(devices.ctypes, "CDLL", lambda _: Glibc())
     assert devices.keep_freed_memory() is True
     assert {option for option, _ in Glibc.calls} == {-1, -2, -4, -8}
+
+
+KEPT = """
+import torch
+from mlperturb.system.devices import keep_freed_memory, return_freed_memory
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+assert keep_freed_memory()
+blocks = [torch.ones(2**20) for _ in range(80)]  # 4 MB each
+pins = blocks[::8]  # so that the heap's end stays in use
+del blocks
+kept = resident()
+return_freed_memory()
+assert kept - resident() > 200_000, (kept, resident())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc")
+def test_kept_memory_can_be_given_back():
+    subprocess.run([sys.executable, "-c", KEPT], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(("platform", "library"), [("win32", None), ("linux", object())])
+def test_without_glibc_nothing_is_given_back(monkeypatch, platform, library):
+    monkeypatch.setattr(devices.sys, "platform", platform)
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda _: library)
+    devices.return_freed_memory()
 
 
 def test_free_memory_is_that_of_the_device(monkeypatch):
