@@ -1,6 +1,6 @@
 """The errors of mlperturb, one tree; only the command line catches its root.
 
-A message names a parameter in backquotes, as in "expected `rmsd` above 0"; the command line names the option instead.
+A message names a parameter in backquotes, as in "expected `passes` of at least 10"; the command line names the option.
 
 MlperturbError              an error that a user can put right; the message is one line
 |-- UsageError              an argument is out of its range or does not fit the others

@@ -44,7 +44,7 @@ class Limits:
         if self.passes is not None and self.passes > MAX_PASSES:
             raise UsageError(f"expected `passes` of at most {MAX_PASSES}, got {str(self.passes)[:30]}")
         if self.rmsd is not None and not 0 < self.rmsd < float("inf"):
-            raise UsageError(f"expected `rmsd` above 0, got {self.rmsd}")
+            raise UsageError(f"expected a finite `rmsd` above 0, got {self.rmsd}")
         if self.linf is not None and not 1 <= self.linf <= 255:
             raise UsageError(f"expected `linf` from 1 to 255 grey levels, got {self.linf}")
 

@@ -93,7 +93,13 @@ def _tell(error: typer.TyperException) -> None:
     if message := error.format_message():
         command = getattr(getattr(error, "ctx", None), "command_path", "mlperturb")
         mark = " " if message.endswith("?") else "; "
-        print_error(f"{message[:1].lower()}{message[1:].rstrip('.')}{mark}see `{command} --help`")
+        print_error(f"{message[:1].lower()}{message[1:].rstrip('.')}{_came(error)}{mark}see `{command} --help`")
+
+
+def _came(error: typer.TyperException) -> str:
+    """Return the value that Pydantic refused, which Typer's message lacks, as the end of a message."""
+    problems = getattr(error.__cause__, "errors", list)()
+    return f", got {str(problems[0]['input'])!r:.60}" if problems else ""
 
 
 def run() -> None:

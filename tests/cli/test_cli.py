@@ -82,6 +82,11 @@ def refused(result, *parts: str) -> None:
         assert part in stderr
 
 
+@pytest.mark.parametrize(("option", "value"), [("--max-rmsd", "-1"), ("--max-rmsd", "nan"), ("--passes", "2.5")])
+def test_an_option_out_of_its_range_names_the_value_that_came(cli, tmp_path, option, value):
+    refused(cli("attack", tmp_path / "a.png", "--flip", "cat", option, value), option, value)
+
+
 # --- the real program with the bundled checkpoint
 
 
@@ -309,7 +314,7 @@ def test_a_wrong_call_is_refused_in_one_line(attack, photo, tmp_path, arguments,
 
 
 def test_an_error_names_the_option_of_a_parameter_and_leaves_paths_and_quotes():
-    assert name_options("expected `rmsd` above 0, got 0") == "expected --max-rmsd above 0, got 0"
+    assert name_options("expected a finite `rmsd` above 0, got 0") == "expected a finite --max-rmsd above 0, got 0"
     assert name_options("give `architecture` and `labels`: (`years`)") == "give --arch and --labels: (--year)"
     for kept in ("expected `rgb`", "cannot read a/`out`", "cannot read `out`/a", "unknown label '`flip`'"):
         assert name_options(kept) == kept

@@ -151,7 +151,7 @@ def test_a_photo_that_cannot_be_read_is_left_out_and_said(evaluate, table):
         (("--budget", "slow", "--cases", "random"), "unknown budget 'slow'"),
         (("--batch-size", "x", "--cases", "random"), "--batch-size"),
         (("--passes", "3", "--cases", "random"), "--passes of at least"),
-        (("--max-rmsd", "inf", "--cases", "random"), "--max-rmsd above 0"),
+        (("--max-rmsd", "inf", "--cases", "random"), "finite --max-rmsd above 0"),
         (("--max-linf", "0", "--cases", "random"), "--max-linf from 1 to 255 grey levels, got 0"),
         (("--split", "test"), "expected --split with --voc"),
         (("--year", "2007"), "expected both --year and --voc"),

@@ -384,9 +384,9 @@ def test_photos_of_one_name_get_outputs_of_different_names():
     ("limits", "message"),
     [
         ({"passes": MIN_PASSES - 1}, "expected `passes` of at least 10, got 9"),
-        ({"rmsd": 0.0}, "expected `rmsd` above 0, got 0.0"),
-        ({"rmsd": float("nan")}, "expected `rmsd` above 0, got nan"),
-        ({"rmsd": float("inf")}, "expected `rmsd` above 0, got inf"),
+        ({"rmsd": 0.0}, "expected a finite `rmsd` above 0, got 0.0"),
+        ({"rmsd": float("nan")}, "expected a finite `rmsd` above 0, got nan"),
+        ({"rmsd": float("inf")}, "expected a finite `rmsd` above 0, got inf"),
         ({"linf": 0}, "expected `linf` from 1 to 255 grey levels, got 0"),
         ({"linf": 256}, "expected `linf` from 1 to 255 grey levels, got 256"),
     ],
