@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mlperturb.attacks.problem import Meter
 
 
+_BEAT, _LINE = 0.25, 60.0  # seconds between two looks of the bar, and between two lines of a log
+
+
 class LongRun:
     """One run of a long command, or the part of it that this process does.
 
@@ -104,16 +107,17 @@ class LongRun:
 
     @contextmanager
     def _pulse(self) -> Iterator[None]:
-        """Show the passes of the batch that is being attacked, a few times a second, if there is a bar to see."""
+        """Show the passes of the batch that is being attacked, some times a second; without a terminal, print a log."""
         assert self._bar is not None
-        if self._bar.disable:
+        if self.quiet or not self.share.first:
             yield
             return
+        show, pause = (self._say, _LINE) if self._bar.disable else (self._show, _BEAT)
         ended = Event()
 
         def beat() -> None:
-            while not ended.wait(0.25):
-                self._show()
+            while not ended.wait(pause):
+                show()
 
         thread = Thread(target=beat, name="progress", daemon=True)
         thread.start()
@@ -147,6 +151,12 @@ class LongRun:
         self._shown = max(self._shown, self._done + begun)
         total = self._bar.tasks[0].total
         self._bar.update(self._task, completed=min(self._shown, total or self._shown), description="; ".join(words))
+
+    def _say(self) -> None:
+        """Print what is done, for a log."""
+        assert self._bar is not None
+        text = f": {self._text}" if self._text else ""
+        self.note(f"{self._done} of {self._bar.tasks[0].total:.0f} {self._phase}{text}")
 
     def begin(self, phase: str, total: int, had: int, text: str) -> None:
         """Restart the bar.

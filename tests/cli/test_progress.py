@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from PIL import Image
@@ -47,6 +48,29 @@ def test_a_batch_that_has_just_begun_shows_its_passes_and_the_time_left(terminal
         assert task.completed == 2
         assert task.description.startswith("success 100%")
     assert "0/2" in terminal.getvalue()
+
+
+def prints(capsys, line: str) -> bool:
+    """Wait until a line is on stderr, for at most ten seconds."""
+    lines, until = [], time.monotonic() + 10
+    while line not in lines and time.monotonic() < until:
+        time.sleep(0.01)
+        lines += capsys.readouterr().err.splitlines()
+    return line in lines
+
+
+def test_a_log_gets_a_line_a_minute_and_no_bar(monkeypatch, capsys):
+    monkeypatch.setattr("mlperturb.cli.longrun._LINE", 0.01)
+    long = LongRun(Share(), quiet=False)
+    with long.bar("classified", 9, "classifying"):
+        assert prints(capsys, "mlperturb: 0 of 9 classified: classifying")
+        long.begin("attacked", 40, 8, "attacking")
+        long.advance(8, "random, ml-ddn")
+        assert prints(capsys, "mlperturb: 16 of 40 attacked: random, ml-ddn")
+    capsys.readouterr()
+    with LongRun(Share(), quiet=True).bar("done", 9, "reading photos"):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_attack_of_one_batch_shows_passes_on_a_terminal_and_nothing_elsewhere(
