@@ -5,7 +5,7 @@
         --seed 3 --passes 100 --keep-images --out v100
     python tests/benchmarks/judge_readers.py v100/records.jsonl --beside f100/records.jsonl --checkpoint ...
 
-The checkpoint is read with `safetensors` and `json`, the network is torchvision's own, and each PNG is opened with
+The checkpoint is read with `safetensors` and `json`, the network is torchvision's or timm's own, and each PNG is opened with
 Pillow and read as five programs do: torchvision's transforms of the PIL image, of uint8 tensors and of float tensors,
 `Image.resize` with NumPy, and the same as Pillow had it before version 13 (the width first). Files whose status is
 `success` are judged, or with --all every file. The exit code is 1 if one of them fails in a reader of --require.
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -37,7 +38,11 @@ def load(path: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
         metadata = opened.metadata()
         state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     facts = {name: json.loads(metadata[name]) for name in ("labels", "thresholds", "preprocess")}
-    network = models.get_model(metadata["architecture"], weights=None, num_classes=len(facts["labels"]))
+    name, count = metadata["architecture"], len(facts["labels"])
+    if name.startswith("timm/"):
+        network = timm.create_model(name.removeprefix("timm/"), num_classes=count)
+    else:
+        network = models.get_model(name, weights=None, num_classes=count)
     network.load_state_dict(state)
     return network.eval(), facts
 
