@@ -154,7 +154,7 @@ def find_label(name: str, labels: Sequence[str]) -> int:
         return same[0]
     if name.casefold() in _WORDS:
         raise LabelError(f"{name!r} is not a label: expected it only in {_WORDS[name.casefold()]}")
-    close = difflib.get_close_matches(name.casefold(), list(lowered), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name.casefold(), list(lowered), n=3)
     shown = [labels[lowered[match]] for match in close]
     if shown:
         hint = f"did you mean {' or '.join(shown)}?"

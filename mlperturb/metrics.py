@@ -35,7 +35,13 @@ def distortion(difference: Tensor) -> Distortion:
 
 
 def pixel_distortion(pixels: npt.NDArray[np.uint8], photo: npt.NDArray[np.uint8]) -> Distortion:
-    """Measure r = x* - x of a photo and its change, 8 bits, both of the same shape; no difference is held whole."""
+    """Measure r = x* - x of a photo x and its change x*, 8 bits, a part at a time.
+
+    Raises:
+        ValueError: if their shapes differ.
+    """
+    if pixels.shape != photo.shape:
+        raise ValueError(f"expected pixels of shape {photo.shape}, got {pixels.shape}")
     pairs = [array.reshape(-1) for array in (pixels, photo)]
     parts = (slice(start, start + _PART) for start in range(0, photo.size, _PART))
     return distortion_of(torch.from_numpy(np.subtract(*(one[part] for one in pairs), dtype=np.int16)) for part in parts)

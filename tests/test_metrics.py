@@ -19,6 +19,7 @@ from mlperturb.metrics import (
     f1_scores,
     hamming,
     kendall_tau,
+    pixel_distortion,
     ranking_loss,
 )
 
@@ -58,6 +59,15 @@ def test_distortion_equals_numpy(difference):
     assert measured.rmsd == pytest.approx(np.sqrt(np.mean(difference.astype(float) ** 2)))
     assert measured.l2 == pytest.approx(np.linalg.norm(difference.astype(float)))
     assert measured.linf == np.abs(difference).max()
+
+
+def test_pixels_of_another_shape_are_refused_and_others_measured():
+    photo = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    moved = np.ascontiguousarray(photo[::-1])
+    exact = distortion(torch.from_numpy(moved.astype(np.int16) - photo))
+    assert pixel_distortion(photo[::-1], photo) == pixel_distortion(moved, photo) == exact
+    with pytest.raises(ValueError, match=r"expected pixels of shape \(40, 30, 3\), got \(30, 40, 3\)"):
+        pixel_distortion(photo.reshape(30, 40, 3), photo)
 
 
 def test_distortion_does_not_overflow_or_round_on_8_bit_integers():

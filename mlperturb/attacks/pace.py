@@ -65,7 +65,7 @@ def linearised_loss(walk: Walk, seen: Seen, pace: Pace) -> Tensor:
 
 
 def spare_share(problem: Problem, walk: Walk, seen: Seen, met: Tensor, gradient: Tensor, pace: Pace) -> Tensor:
-    """Step 5: the share of r that the linearised loss can spare, 0 to `pace.spare`, (n,), where the goal is met.
+    """Step 5: the share of r that the linearised loss can spare, 0 to `pace.spare`, (n,); where the goal is met.
 
     With g and c_j as in `linearised_loss`: to shorten r by the share t raises sum_j w_j c_j v_j by t <-g, r>, to first
     order; to bring every v_j < 0 to 0, that sum may rise by sum_j w_j c_j max(-v_j, 0). The largest |r| stays a grey

@@ -111,7 +111,7 @@ def attack(
     max_rmsd: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Largest RMSD of the float result and of the PNG, on the 0-255 scale.", metavar="X", **LIMITS
+            help="Largest RMSD of the float result and of the file, on the 0-255 scale.", metavar="X", **LIMITS
         ),
     ] = None,
     max_linf: Annotated[

@@ -107,7 +107,7 @@ class LongRun:
 
     @contextmanager
     def _pulse(self) -> Iterator[None]:
-        """Show the passes of the batch that is being attacked, some times a second; without a terminal, print a log."""
+        """Show the batch that is being attacked: a bar, some times a second, or without a terminal a line a minute."""
         assert self._bar is not None
         if self.quiet or not self.share.first:
             yield
@@ -142,21 +142,28 @@ class LongRun:
         """Show what is done, and a share of each photo of the batch being attacked, so that time can be told."""
         assert self._bar is not None
         assert self._task is not None
-        words, begun = [self._text] if self._text else [], 0.0
+        begun = 0.0
         if self._watched is not None:
             meter, most = self._watched
-            spent = meter.spent.tolist()
-            begun = sum(min(count / most, 1.0) for count in spent) * 0.99
-            words.append(f"searching, pass {max(spent)} of at most {max(most, *spent)}")
+            begun = sum(min(count / most, 1.0) for count in meter.spent.tolist()) * 0.99
         self._shown = max(self._shown, self._done + begun)
         total = self._bar.tasks[0].total
-        self._bar.update(self._task, completed=min(self._shown, total or self._shown), description="; ".join(words))
+        self._bar.update(self._task, completed=min(self._shown, total or self._shown), description=self._describe())
 
     def _say(self) -> None:
-        """Print what is done, for a log."""
+        """Print what is done, and the passes of the batch being attacked, for a log."""
         assert self._bar is not None
-        text = f": {self._text}" if self._text else ""
-        self.note(f"{self._done} of {self._bar.tasks[0].total:.0f} {self._phase}{text}")
+        text = self._describe()
+        self.note(f"{self._done} of {self._bar.tasks[0].total:.0f} {self._phase}" + (f": {text}" if text else ""))
+
+    def _describe(self) -> str:
+        """Return the text beside the bar, and the passes of the batch being attacked."""
+        words = [self._text] if self._text else []
+        if self._watched is not None:
+            meter, most = self._watched
+            spent = max(meter.spent.tolist())
+            words.append(f"searching, pass {spent} of at most {max(most, spent)}")
+        return "; ".join(words)
 
     def begin(self, phase: str, total: int, had: int, text: str) -> None:
         """Restart the bar.

@@ -98,8 +98,10 @@ def _tell(error: typer.TyperException) -> None:
 
 def _came(error: typer.TyperException) -> str:
     """Return the value that Pydantic refused, which Typer's message lacks, as the end of a message."""
-    problems = getattr(error.__cause__, "errors", list)()
-    return f", got {str(problems[0]['input'])!r:.60}" if problems else ""
+    from mlperturb.system.text import shorten
+
+    problems: list[dict[str, object]] = getattr(error.__cause__, "errors", list)()
+    return f", got {shorten(str(problems[0]['input']), 60)!r}" if problems else ""
 
 
 def run() -> None:

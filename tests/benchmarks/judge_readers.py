@@ -5,11 +5,12 @@
         --seed 3 --passes 100 --keep-images --out v100
     python tests/benchmarks/judge_readers.py v100/records.jsonl --beside f100/records.jsonl --checkpoint ...
 
-The checkpoint is read with `safetensors` and `json`, the network is torchvision's or timm's own, and each PNG is opened with
-Pillow and read as five programs do: torchvision's transforms of the PIL image, of uint8 tensors and of float tensors,
-`Image.resize` with NumPy, and the same as Pillow had it before version 13 (the width first). Files whose status is
-`success` are judged, or with --all every file. The exit code is 1 if one of them fails in a reader of --require.
-With --beside, the mean ratio of the RMSDs of each photo is printed too, over the photos that hold in all of --require.
+The checkpoint is read with `safetensors` and `json`, the network is torchvision's or timm's own, and each PNG is
+opened with Pillow and read as five programs do: torchvision's transforms of the PIL image, of uint8 tensors and of
+float tensors, `Image.resize` with NumPy, and the same as Pillow had it before version 13 (the width first). Files
+whose status is `success` are judged, or with --all every file. The exit code is 1 if one of them fails in a reader of
+--require. With --beside, the mean ratio of the RMSDs of each photo is printed too, over the photos that hold in all
+of --require.
 """
 
 from __future__ import annotations

@@ -67,6 +67,10 @@ def test_a_log_gets_a_line_a_minute_and_no_bar(monkeypatch, capsys):
         long.begin("attacked", 40, 8, "attacking")
         long.advance(8, "random, ml-ddn")
         assert prints(capsys, "mlperturb: 16 of 40 attacked: random, ml-ddn")
+        meter = Meter.of(2)
+        meter.forward[1] = 7
+        long.watch(meter, 30)
+        assert prints(capsys, "mlperturb: 16 of 40 attacked: random, ml-ddn; searching, pass 7 of at most 30")
     capsys.readouterr()
     with LongRun(Share(), quiet=True).bar("done", 9, "reading photos"):
         time.sleep(0.05)
