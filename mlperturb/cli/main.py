@@ -30,6 +30,7 @@ try:
     from mlperturb.cli.transfer import transfer
     from mlperturb.errors import MlperturbError, StorageError, UsageError
     from mlperturb.system.interrupts import end_at_second_signal, handle, restore
+    from mlperturb.system.text import shorten
     from mlperturb.system.threads import are_busy
 except KeyboardInterrupt:  # while the libraries load
     sys.exit(130)
@@ -98,8 +99,6 @@ def _tell(error: typer.TyperException) -> None:
 
 def _came(error: typer.TyperException) -> str:
     """Return the value that Pydantic refused, which Typer's message lacks, as the end of a message."""
-    from mlperturb.system.text import shorten
-
     problems: list[dict[str, object]] = getattr(error.__cause__, "errors", list)()
     return f", got {shorten(str(problems[0]['input']), 60)!r}" if problems else ""
 
