@@ -15,6 +15,7 @@ from mlperturb.system.text import printable, share_of
 
 if TYPE_CHECKING:
     from mlperturb.experiment.cases import Protocol
+    from mlperturb.experiment.evaluate import Results
     from mlperturb.photos.datasets import Dataset
     from mlperturb.show.grids import Grid
 
@@ -75,7 +76,7 @@ class EvaluationRun:
             move_journal(path, old)
         long.share.agree(dataset.fingerprint, "photos")
         try:
-            rows, curves, failures = self._attack(dataset, path)
+            results, failures = self._attack(dataset, path)
         except UsageError:
             if overwrite and long.share.first and find_journal(old):  # a refused command must not lose the old journal
                 move_journal(old, path)
@@ -84,20 +85,19 @@ class EvaluationRun:
             if long.stopped == 130:
                 long.note(f"interrupted: the same command goes on from what {self.out} holds")
             return long.stopped
-        if not long.share.first:
+        if results is None:  # another process than the first
             return 0
         if overwrite:
             self._drop_old_images(old, path)
         remove_journal(old)
-        self._report(rows)
-        self._draw(curves)
+        self._report(results.rows)
+        self._draw(results)
         for line in failures:
             print_error(line)
         return long.exit_code(int(bool(failures)))
 
-    def _attack(self, dataset: Dataset, path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-        """Attack; return the rows of the tables, the curves, and a line for each photo that could not be attacked."""
-        from mlperturb.experiment.curves import read_curves
+    def _attack(self, dataset: Dataset, path: Path) -> tuple[Results | None, list[str]]:
+        """Attack; return the results, and a line for each photo that could not be attacked."""
         from mlperturb.experiment.evaluate import run as run_evaluation
         from mlperturb.experiment.records import failures
 
@@ -107,7 +107,7 @@ class EvaluationRun:
             long.bar("classified", len(dataset), "classifying"),
             long.stoppable(),
         ):
-            rows = run_evaluation(
+            results = run_evaluation(
                 self.classifier,
                 dataset,
                 self.protocol,
@@ -119,8 +119,8 @@ class EvaluationRun:
                 watch=long.watch,
                 hold=interrupts.hold,
             )
-            return rows, read_curves(journal, self.protocol) if rows else [], failures(journal)
-        return [], [], []
+            return results, failures(journal)
+        return None, []
 
     def _report(self, rows: list[dict[str, Any]]) -> None:
         """Write the tables, and print them."""
@@ -139,7 +139,7 @@ class EvaluationRun:
         )
         self._finish("tables", rows, grids, shown)
 
-    def _draw(self, curves: list[dict[str, Any]]) -> None:
+    def _draw(self, results: Results) -> None:
         """Write success against RMSD: the figures, and a picture for each case."""
         from mlperturb import __version__
         from mlperturb.experiment.curves import SCHEMA, by_case
@@ -150,6 +150,7 @@ class EvaluationRun:
         from mlperturb.show.figures import save_figure
         from mlperturb.show.grids import curves_csv
 
+        curves = results.curves
         self._write(CURVES, to_json({"schema": SCHEMA, "version": __version__, "curves": curves}) + "\n")
         self._write("curves.csv", curves_csv(curves))
         pictures = {f"{CURVE}{slug(case)}.png": (case, mine) for case, mine in by_case(curves, "saved")}

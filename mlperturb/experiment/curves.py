@@ -7,14 +7,14 @@ the hard photos. No torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlperturb.experiment.cases import Protocol
-from mlperturb.experiment.records import batches
+from mlperturb.experiment.records import gather
 from mlperturb.system.journal import Journal
 
 SCHEMA = "mlperturb.curves/1"
@@ -69,34 +69,31 @@ def trace(sizes: Sizes) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in named.items()}
 
 
-def read_curves(journal: Journal, protocol: Protocol) -> list[dict[str, Any]]:
-    """Return the curve of each case, method and result that has records, in the form of the schema."""
-    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for entry in batches(journal):
-        rows = found.setdefault((entry["case"], entry["method"]), {})
-        rows |= dict(zip(entry["rows"], entry["records"], strict=True))  # of two attempts at a photo, the later
+def read_curves(journal: Journal, protocol: Protocol, wanted: Mapping[str, Container[int]]) -> list[dict[str, Any]]:
+    """Return the curve of each case, method and result that has records, in the form of the schema.
+
+    `wanted` holds the rows of the data set that count, by case.
+    """
+    found = gather(journal, wanted, lambda record: {result: size_of(record, result) for result in RESULTS})
     return [
         {
             "case": case.name,
             "method": variant.name,
             "result": result,
-            "images": len(records),
-            **trace(sizes_of(records, result)),
+            "images": len(sizes),
+            **trace(np.array([size[result] for size in sizes])),
         }
         for case in protocol.cases
         for variant in protocol.variants
         for result in RESULTS
-        if (records := [record for _, record in sorted(found.get((case.name, variant.name), {}).items())])
+        if (sizes := found.get((case.name, variant.name)))
     ]
 
 
-def sizes_of(records: Sequence[dict[str, Any]], result: str) -> Sizes:
-    """Return the RMSD of each record's result, `float` or `saved`, infinite where it is not a success, (N,)."""
+def size_of(record: Mapping[str, Any], result: str) -> float:
+    """Return the RMSD of a record's result, `float` or `saved`, infinite where it is not a success."""
     key, distortion = RESULTS[result]
-    return np.array(
-        [record[distortion]["rmsd"] if record[key] in (True, "success") else math.inf for record in records],
-        dtype=np.float64,
-    )
+    return float(record[distortion]["rmsd"]) if record[key] in (True, "success") else math.inf
 
 
 def by_case(curves: Sequence[dict[str, Any]], result: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from mlperturb.attacks.problem import Meter
 from mlperturb.errors import CheckpointError, ImageError, StorageError, UsageError
 from mlperturb.experiment.cases import Protocol, Variant, choose
+from mlperturb.experiment.curves import read_curves
 from mlperturb.experiment.records import slug
 from mlperturb.experiment.statistics import tabulate
 from mlperturb.labels import Request
@@ -74,6 +75,19 @@ def predict_photos(
     return logits
 
 
+@dataclass(frozen=True)
+class Results:
+    """The results of an evaluation.
+
+    Attributes:
+        rows: of Tables IV and V, see `tabulate`.
+        curves: success against RMSD, see `read_curves`.
+    """
+
+    rows: list[dict[str, Any]]
+    curves: list[dict[str, Any]]
+
+
 def run(
     classifier: Classifier,
     dataset: Dataset,
@@ -86,8 +100,8 @@ def run(
     done: Callable[[Part, int], None] | None = None,
     watch: Callable[[Meter, int], None] = lambda *_: None,
     hold: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> list[dict[str, Any]]:
-    """Attack every case with every method, resume from the journal, and return the rows of the tables.
+) -> Results | None:
+    """Attack every case with every method, resume from the journal, and return the results.
 
     Args:
         classifier: to attack.
@@ -103,7 +117,7 @@ def run(
         hold: a context entered while the last batches are written.
 
     Returns:
-        The rows, from the records of all processes; an empty list in every process but the first.
+        The results, from the records of all processes; None in every process but the first.
 
     Raises:
         UsageError: if no photo has the labels for a case, or a finished photo has changed.
@@ -132,7 +146,7 @@ def run(
             watch=watch,
         )
     share.gather()
-    return _finish(classifier, dataset, protocol, journal, parts) if share.first else []
+    return _finish(classifier, dataset, protocol, journal, parts) if share.first else None
 
 
 def _plan(dataset: Dataset, correct: Sequence[int], protocol: Protocol, images: Path) -> list[tuple[Variant, Part]]:
@@ -160,13 +174,16 @@ def _finish(
     protocol: Protocol,
     journal: Journal,
     parts: Sequence[tuple[Variant, Part]],
-) -> list[dict[str, Any]]:
-    """Remove the folders of images that are not kept; return the rows of the tables, from the journal's records."""
+) -> Results:
+    """Remove the folders of images that are not kept; return the results, from the journal's records."""
     if not protocol.keep_images:
         _remove_empty_folders(journal.path.parent / "images")
     rows = {str(path): row for row, path in enumerate(dataset.paths)}
     wanted = {str(part.case): {rows[str(job.source)] for job in part.jobs} for _, part in parts}
-    return tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu(), wanted)
+    return Results(
+        tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu(), wanted),
+        read_curves(journal, protocol, wanted),
+    )
 
 
 def _keep(

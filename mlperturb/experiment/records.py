@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlperturb.run.record import NOT_FINITE
 from mlperturb.system.journal import Journal, find_journal
 from mlperturb.system.text import counted
+
+T = TypeVar("T")
 
 
 def batches(journal: Journal) -> Iterator[dict[str, Any]]:
@@ -23,6 +25,28 @@ def batches(journal: Journal) -> Iterator[dict[str, Any]]:
         StorageError: if the journal cannot be read.
     """
     return (entry for entry in journal.entries() if "records" in entry)
+
+
+def gather(
+    journal: Journal, wanted: Mapping[str, Container[int]], find: Callable[[dict[str, Any]], T]
+) -> dict[tuple[str, str], list[T]]:
+    """Return what `find` finds in each photo's record, by case and method, in the order of the data set.
+
+    Args:
+        journal: of the evaluation.
+        wanted: the rows of the data set that count, by case: an earlier start may have attacked more photos.
+        find: called with each record; of two attempts at a photo the later counts.
+
+    Raises:
+        StorageError: if the journal cannot be read.
+    """
+    found: dict[tuple[str, str], dict[int, T]] = {}
+    for entry in batches(journal):
+        rows = found.setdefault((entry["case"], entry["method"]), {})
+        for row, record in zip(entry["rows"], entry["records"], strict=True):
+            if row in wanted.get(entry["case"], ()):
+                rows[row] = find(record)
+    return {key: [value for _, value in sorted(rows.items())] for key, rows in found.items() if rows}
 
 
 def failures(journal: Journal) -> list[str]:

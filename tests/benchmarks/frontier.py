@@ -60,9 +60,10 @@ def measure(arguments: argparse.Namespace, method: str, passes: int) -> list[dic
     known = arguments.out / "correct.json"  # the same for every point
     if known.exists() and not journal.resumed:
         journal.append(json.loads(known.read_text()))
-    rows = run_evaluation(classifier, dataset, protocol, journal)
+    results = run_evaluation(classifier, dataset, protocol, journal)
+    assert results is not None  # this is the only process
     known.write_text(json.dumps(next(iter(journal.entries()))))
-    return [{**row, "cap": passes} for row in rows]
+    return [{**row, "cap": passes} for row in results.rows]
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

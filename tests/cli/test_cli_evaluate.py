@@ -262,9 +262,9 @@ def test_an_evaluation_may_lie_at_a_url(cli, evaluate, table, tiny):
 
 def test_more_images_go_on_and_fewer_count_fewer(evaluate, table):
     run = ("--budget", "fast", "--passes", 20, "--methods", "fgs", "--cases", "extreme")
-    tables = table.parent / "out" / "tables.json"
+    tables, curves = table.parent / "out" / "tables.json", table.parent / "out" / "curves.json"
     assert evaluate(*run, "--images", 2)[0] == 0
-    small = json.loads(tables.read_text())
+    small, few = json.loads(tables.read_text()), curves.read_bytes()
     code, _, err = evaluate(*run, "--images", 4)
     assert (code, err) == (0, "mlperturb: going on: 2 of 4 attacks are done already\n")
     large = json.loads(tables.read_text())
@@ -272,3 +272,4 @@ def test_more_images_go_on_and_fewer_count_fewer(evaluate, table):
     code, _, err = evaluate(*run, "--images", 2)
     assert (code, err) == (0, "mlperturb: going on: 2 of 2 attacks are done already\n")
     assert json.loads(tables.read_text()) == small
+    assert curves.read_bytes() == few

@@ -95,10 +95,11 @@ def curves(tmp_path) -> list[dict]:
         journal.append({"case": "random", "method": "a", "rows": [4, 2, 9], "records": first})
         journal.append({"case": "random", "method": "a", "rows": [4], "records": [_record("success", 2.0, 1.0)]})
         journal.append({"case": "random", "method": "b", "rows": [4], "records": [_record("partial", 0.1)]})
-        return read_curves(journal, protocol)
+        journal.append({"case": "random", "method": "a", "rows": [5], "records": [_record("success", 3.0, 3.0)]})
+        return read_curves(journal, protocol, {"random": {2, 4, 9}})
 
 
-def test_curves_are_read_from_the_latest_record_of_each_photo(curves):
+def test_curves_are_read_from_the_latest_record_of_each_photo_that_counts(curves):
     assert [(curve["method"], curve["result"], curve["images"]) for curve in curves] == [
         ("a", "float", 3),
         ("a", "saved", 3),

@@ -18,7 +18,7 @@ from mlperturb.attacks.methods import METHODS
 from mlperturb.errors import StorageError, UsageError
 from mlperturb.experiment import statistics
 from mlperturb.experiment.cases import Protocol, parse_cases, parse_variants
-from mlperturb.experiment.evaluate import predict_photos, run
+from mlperturb.experiment.evaluate import Results, predict_photos, run
 from mlperturb.experiment.records import failures
 from mlperturb.experiment.statistics import METRICS, make_row, measure
 from mlperturb.limits import Limits
@@ -201,15 +201,18 @@ def test_the_first_reader_decides_what_the_classifier_gets_right(classifier, tmp
 
 
 @pytest.fixture(scope="module")
-def whole(classifier, data, tmp_path_factory) -> tuple[list[dict], list[dict], Path]:
-    """Evaluate without a stop; return the rows, the journal and the folder."""
+def whole(classifier, data, tmp_path_factory) -> tuple[Results, list[dict], Path]:
+    """Evaluate without a stop; return the results, the journal and the folder."""
     folder = tmp_path_factory.mktemp("whole")
     with Journal(folder / "j.jsonl", {}) as journal:
-        return run(classifier, data, make_protocol(), journal), strip(list(journal.entries())), folder
+        results = run(classifier, data, make_protocol(), journal)
+        assert results is not None
+        return results, strip(list(journal.entries())), folder
 
 
 def test_an_evaluation_attacks_what_the_classifier_gets_right_and_counts_it(data, whole):
-    rows, (first, *batches), folder = whole
+    results, (first, *batches), folder = whole
+    rows = results.rows
     assert set(range(14)) - set(first["correct"]) == {3, 8}
     assert [(row["case"], row["method"]) for row in rows] == [
         (case, method) for case in ("random", "extreme", "reduce cat") for method in ("fgs", "ml-dp:solver=pinv")
@@ -247,10 +250,10 @@ def test_a_stopped_evaluation_goes_on_to_the_identical_tables(classifier, data, 
         stream.write(b'{"case": "random", "rec')  # as a killed process leaves it
     left = []
     with Journal(tmp_path / "j.jsonl", {}) as again:
-        rows = run(classifier, data, protocol, again, planned=lambda total, had: left.append(total - had))
+        results = run(classifier, data, protocol, again, planned=lambda total, had: left.append(total - had))
         found = list(again.entries())
     assert again.torn
-    assert rows == expected
+    assert results == expected
     assert strip(found) == entries
     sources = [(e["case"], e["method"], record["source"]) for e in found if "records" in e for record in e["records"]]
     assert len(set(sources)) == len(sources)
@@ -321,7 +324,7 @@ def test_a_photo_that_failed_is_attacked_again_and_its_last_attempt_counts(class
                 path.write_bytes(b"gone")
             broken.append(True)
 
-        rows = run(classifier, own, protocol, journal, planned=damage)
+        rows = run(classifier, own, protocol, journal, planned=damage).rows
         assert broken
         assert all(row["errors"] == row["images"] for row in rows)
         assert len(failures(journal)) == sum(row["images"] for row in rows)
