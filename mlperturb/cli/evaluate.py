@@ -144,7 +144,7 @@ def evaluate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run the paper's experiment on a data set: Tables IV and V, or with --clean Table III.
+    """Run the paper's experiment on a data set: Tables IV and V and Figure 1, or with --clean Table III.
 
     For each case and method, it attacks the photos on which the classifier gets every label right. After a stop, the
     same command resumes; with more --images, it attacks the photos that are new.

@@ -140,14 +140,14 @@ class EvaluationRun:
         self._finish("tables", rows, grids, shown)
 
     def _draw(self, results: Results) -> None:
-        """Write success against RMSD: the figures, and a picture for each case."""
+        """Write success against RMSD, with a picture for each case, and Figure 1 for each case that flips one label."""
         from mlperturb import __version__
         from mlperturb.experiment.curves import SCHEMA, by_case
         from mlperturb.experiment.records import slug
-        from mlperturb.run.outputs import CURVE, CURVES
+        from mlperturb.run.outputs import CURVE, CURVES, HISTOGRAM
         from mlperturb.run.report import to_json
         from mlperturb.show.curves import draw_curves
-        from mlperturb.show.figures import save_figure
+        from mlperturb.show.figures import draw_distribution, save_figure
         from mlperturb.show.grids import curves_csv
 
         curves = results.curves
@@ -156,8 +156,14 @@ class EvaluationRun:
         pictures = {f"{CURVE}{slug(case)}.png": (case, mine) for case, mine in by_case(curves, "saved")}
         for name, (case, mine) in pictures.items():
             save_figure(draw_curves(case, mine), self.out / name)
+        histograms = {f"{HISTOGRAM}{slug(one.case)}.png": one for one in results.distributions}
+        for name, one in histograms.items():
+            label, threshold = self.classifier.labels[one.label], self.classifier.thresholds[one.label]
+            save_figure(draw_distribution(one.series, label, threshold), self.out / name)
         if not self.json and not self.long.quiet:
             stdout.print(f"success against RMSD: {CURVES}, curves.csv, {', '.join(pictures)}", soft_wrap=True)
+            if histograms:
+                stdout.print(f"probabilities of the flipped label: {', '.join(histograms)}", soft_wrap=True)
 
     def _drop_old_images(self, old: Path, new: Path) -> None:
         """Delete the images that the replaced run kept and this run did not write again."""

@@ -14,7 +14,7 @@ from mlperturb.cli.console import print_error, print_note
 from mlperturb.cli.options import ANYWHERE, OUTPUT, WHAT, Overwrite
 from mlperturb.errors import ImageError, UsageError
 from mlperturb.labels import split_names
-from mlperturb.run.outputs import DEFENCE, FIGURES, folder_of, make_folder, refuse_existing
+from mlperturb.run.outputs import DEFENCE, FIGURES, HISTOGRAM, folder_of, make_folder, refuse_existing
 from mlperturb.system.text import counted, file_stem, printable
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _plan(
         if not chosen:
             print_note("no label was attacked: no histogram")
         for label in chosen:
-            yield f"histogram-{label}", _guarded(attacks[0][0], partial(draw_histogram, reports, label))
+            yield f"{HISTOGRAM}{label}", _guarded(attacks[0][0], partial(draw_histogram, reports, label))
     if kind in ("jpeg", "all"):
         for result in defences:
             yield "jpeg-curve", _guarded(Path(DEFENCE), partial(draw_curve, result))

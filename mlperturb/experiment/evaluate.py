@@ -18,6 +18,7 @@ from mlperturb.attacks.problem import Meter
 from mlperturb.errors import CheckpointError, ImageError, StorageError, UsageError
 from mlperturb.experiment.cases import Protocol, Variant, choose
 from mlperturb.experiment.curves import read_curves
+from mlperturb.experiment.distributions import Distribution, read_distributions
 from mlperturb.experiment.records import slug
 from mlperturb.experiment.statistics import tabulate
 from mlperturb.labels import Request
@@ -82,10 +83,12 @@ class Results:
     Attributes:
         rows: of Tables IV and V, see `tabulate`.
         curves: success against RMSD, see `read_curves`.
+        distributions: of the labels of the cases that flip a single label, see `read_distributions`.
     """
 
     rows: list[dict[str, Any]]
     curves: list[dict[str, Any]]
+    distributions: list[Distribution]
 
 
 def run(
@@ -183,6 +186,7 @@ def _finish(
     return Results(
         tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu(), wanted),
         read_curves(journal, protocol, wanted),
+        read_distributions(journal, protocol, dataset.labels, wanted),
     )
 
 

@@ -20,10 +20,11 @@ TRANSFER = "transfer.json"  # of `transfer`
 CHARTS = ("jpeg-histogram.png", "jpeg-curve.png")  # beside DEFENCE
 CURVES = "curves.json"  # of `evaluate`
 CURVE = "curve-"  # how the names of its pictures begin, beside CURVES
+HISTOGRAM = "histogram-"  # how the names of its pictures of Figure 1, and those of `figures`, begin
 FIGURES = "figures"  # the folder of `figures`, beside the first report
 FIGURE_OF = "mlperturb figures"  # in the PNGs of every command that draws, as their software
 PHOTOS = 200  # on a page of results
-_DRAWN = ("case-", "histogram-", "jpeg-")  # how the names of figures begin
+_DRAWN = ("case-", HISTOGRAM, "jpeg-")  # how the names of figures begin
 _SIGNED = (*_DRAWN, CURVE, "transfer", "matrix")  # how the names of all pictures begin that have FIGURE_OF in them
 
 

@@ -6,7 +6,7 @@ import io
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -176,11 +176,18 @@ def draw_histogram(reports: Sequence[dict[str, Any]], label: str) -> Figure:
                 series.setdefault(name, []).append(last[label])
     if not clean:
         raise UsageError(f"no image of these reports was asked to flip {label!r}")
-    return _histogram({"clean": list(clean.values()), **series}, label, thresholds_of(reports[0]["classifier"])[label])
+    threshold = thresholds_of(reports[0]["classifier"])[label]
+    return draw_distribution({"clean": list(clean.values()), **series}, label, threshold)
 
 
-def _histogram(series: dict[str, list[float]], label: str, threshold: float) -> Figure:
-    """Draw the first series filled grey, and the other series over it."""
+def draw_distribution(series: Mapping[str, Sequence[float]], label: str, threshold: float) -> Figure:
+    """Draw histograms of a label's probability: the first series filled grey, and the other series over it.
+
+    Args:
+        series: probabilities by name, such as those of the clean photos, then those after each method.
+        label: the name of the label.
+        threshold: the probability from which the label is present, drawn as a dashed line.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_COLUMN, 2.3), layout="constrained")
         axes = figure.subplots()
@@ -222,7 +229,7 @@ def draw_jpeg_histogram(result: dict[str, Any]) -> Figure:
             series["clean"].append(probabilities["clean"][label])
         series["adversarial PNG"].append(probabilities["adversarial"][label])
         series[best].append(probabilities["defended"][best][label])
-    return _histogram(series, label, thresholds[label])
+    return draw_distribution(series, label, thresholds[label])
 
 
 def draw_curve(result: dict[str, Any]) -> Figure:

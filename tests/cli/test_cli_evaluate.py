@@ -101,6 +101,18 @@ def test_curves_of_success_agree_with_the_records_and_the_tables(evaluate, table
     assert not is_own(table.parent / "photos" / "curve-random.png")
 
 
+def test_a_case_that_flips_one_label_has_figure_1(evaluate, table):
+    out = table.parent / "out"
+    code, stdout, stderr = evaluate(*QUICK, "--augment", "cat", "--reduce", "dog")
+    assert (code, stderr) == (0, "")
+    pictures = ["histogram-augment_cat.png", "histogram-reduce_dog.png"]
+    assert sorted(path.name for path in out.glob("histogram-*")) == pictures
+    assert all(is_own(out / name) for name in pictures)
+    last = stdout.splitlines()[-1]
+    assert last.startswith("probabilities of the flipped label: ")
+    assert all(name in last for name in pictures)
+
+
 def test_the_same_command_goes_on_and_another_one_is_refused(evaluate, table):
     out = table.parent / "out"
     evaluate(*QUICK)

@@ -228,6 +228,22 @@ def test_an_evaluation_attacks_what_the_classifier_gets_right_and_counts_it(data
     assert not (folder / "images").exists()
 
 
+def test_a_case_that_flips_one_label_has_its_probabilities_before_and_after(data, whole):
+    results, (_, *batches), _ = whole
+    (found,) = results.distributions
+    assert (found.case, data.labels[found.label]) == ("reduce cat", "cat")
+    mine = {method: {} for method in ("fgs", "ml-dp:solver=pinv")}
+    for entry in batches:
+        if entry["case"] == "reduce cat":
+            mine[entry["method"]] |= dict(zip(entry["rows"], entry["records"], strict=True))
+    assert list(found.series) == ["clean", *mine]
+    for method, records in mine.items():
+        seen = [record["probabilities"] for _, record in sorted(records.items())]
+        assert found.series["clean"] == [one["before"]["cat"] for one in seen]
+        assert found.series[method] == [one["after"]["cat"] for one in seen]
+    assert found.series["fgs"] != found.series["clean"]
+
+
 class StopError(Exception):
     pass
 
