@@ -33,7 +33,7 @@ Rounding = Literal["inside", "after"]
 Aim = Literal["least", "strongest"]
 
 # The constants of the rules below. Those of step 7 were measured at half and at twice their value
-# (`tests/benchmarks/constants.py`, docs/experiments.md); those of step 8 were chosen on a few photos of Extreme.
+# (`tests/benchmarks/constants.py`, docs/ml-ddn.md); those of step 8 were chosen on a few photos of Extreme.
 _RISE, _FALL = 0.4, -0.1  # step 7: change of log mu_j while v_j > 0, and while v_j <= 0; times `decay`
 _SMALLEST = 1e-3  # step 7: the least multiplier; the largest multiplier of an image is 1
 _RESTART_AFTER = 4  # step 8: an image that has not met its goal by iteration K / 4 restarts

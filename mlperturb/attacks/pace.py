@@ -13,7 +13,7 @@ from mlperturb.attacks.problem import Problem
 from mlperturb.attacks.walk import Seen, Walk
 
 # `_OVERSHOOT`, `_LEAST` and `SEARCH` were measured at half and at twice their value (`tests/benchmarks/constants.py`,
-# docs/experiments.md); `_REACH`, `_GROWTH` and `GENTLE` were not.
+# docs/ml-ddn.md); `_REACH`, `_GROWTH` and `GENTLE` were not.
 _OVERSHOOT = 1.3  # step 3: in place of the slope of the softplus, 0.5 to 1, because logits curve away from linear
 _LEAST = 0.55 / 255  # step 5: the least max|r|, a little over half a step of the lattice, below which r rounds to 0
 _REACH = 1.1  # step 5: ||r|| is at most this times the least ||r|| with which the goal was met
