@@ -38,8 +38,9 @@ WEIGHTS = 9  # of the second flipped label against the first
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--checkpoint", default="efficientnet-lite2", help="Name of a bundled one, or a path.")
     arguments = parser.parse_args()
-    classifier = load("mobilenet-v2")  # torchvision has it: a judge needs nothing of mlperturb
+    classifier = load(arguments.checkpoint)
     rows: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for record in json.loads((arguments.folder / "records.json").read_text()):
         if record["status"] == "success":

@@ -7,9 +7,10 @@
 another label, `person` to be removed; for Random, a label to be removed and a label to be added, drawn at random; the
 rest is to be kept. It attacks each with `--format png` and `--format jpeg`. With `--quality` the photos are encoded in
 that quality first, with 4:2:0 chroma and the best Huffman tables. `judge` opens each file with Pillow's, torchvision's
-and OpenCV's decoder, reads each in the five ways of `judge_readers.py`, and asks torchvision's own network. The
-distortion is measured against the photo as Pillow decodes it. The exit code is 1 if the aim is missed: 98% of the JPEGs
-hold everywhere, their size is within 2% of their photos' on average, and their mean RMSD is at most twice the PNGs'.
+and OpenCV's decoder, reads each in the five ways of `judge_readers.py`, and asks timm's or torchvision's own network.
+The distortion is measured against the photo as Pillow decodes it. The exit code is 1 if the aim is missed: 98% of the
+JPEGs hold everywhere, their size is within 2% of their photos' on average, and their mean RMSD is at most twice the
+PNGs'.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def make(arguments: argparse.Namespace) -> None:
     from mlperturb.run.runner import run_attack
     from mlperturb.run.settings import Settings
 
-    classifier = load("mobilenet-v2")  # torchvision has it: a judge needs nothing of mlperturb
+    classifier = load(arguments.checkpoint)
     found: list[dict[str, Any]] = []
     for name, photos in choose(arguments, classifier).items():
         for form in FORMATS:
@@ -178,11 +179,12 @@ if __name__ == "__main__":
     making.add_argument("--cases", nargs="+", choices=("Person", "Random"), default=["Person", "Random"])
     making.add_argument("--seed", type=int, default=0)
     making.add_argument("--budget", default="balanced")
+    making.add_argument("--checkpoint", default="efficientnet-lite2", help="Name of a bundled one, or a path.")
     making.add_argument("--quality", type=int, help="Encode the photos in this quality first; default: as they are.")
     making.set_defaults(go=lambda arguments: make(arguments))
     judging = commands.add_parser("judge")
     judging.add_argument("folder", type=Path)
-    judging.add_argument("--checkpoint", type=Path, default=Path("weights/voc-mobilenet-v2.safetensors"))
+    judging.add_argument("--checkpoint", type=Path, default=Path("weights/voc-efficientnet-lite2.safetensors"))
     judging.set_defaults(go=lambda arguments: judge(arguments))
     parsed = parser.parse_args()
     sys.exit(parsed.go(parsed))
