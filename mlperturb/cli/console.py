@@ -28,7 +28,10 @@ OPTIONS = {  # option of the command line by parameter of the library
     **{name: f"--{name}" for name in ("adversarial", "views")},
     "aim": "--strongest",
     **{name: f"--{name}" for name in ("thresholds", "preprocess", "activation", "prompt")},
-    "head_only": "--head-only",
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in ("head_only", "adversarial_steps", "clean_share", "norm_momentum")
+    },
     "rmsd": "--max-rmsd",
     "linf": "--max-linf",
     "architecture": "--arch",

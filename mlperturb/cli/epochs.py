@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mlperturb.model.metadata import Metadata
     from mlperturb.training.fitter import Progress
 
 
@@ -47,6 +50,24 @@ class Printer:
                 typer.echo(f"{text} step {progress.step}/{progress.steps}: loss {progress.loss:.4f}", err=True)
         if done == progress.epochs * progress.steps and progress.validation is None:
             self.bar.stop()
+
+
+def print_trained(metadata: Metadata, out: Path) -> None:
+    """Print what was chosen on held-out photos, and the figures."""
+    chosen, words = metadata.provenance, []
+    if probe := chosen.get("probe"):
+        words.append(f"weight decay of the last layer {probe['decay']:g}")
+    if blend := chosen.get("blend"):
+        words.append(f"share of the trained weights {blend['share']:g}")
+    if words:
+        typer.echo(f"chosen on held-out photos: {', '.join(words)}")
+    if metadata.metrics:
+        from mlperturb.cli.console import out as stdout
+        from mlperturb.show.grids import classifier_grid
+        from mlperturb.show.tables import show
+
+        stdout.print(show(classifier_grid(metadata.metrics)))
+    typer.echo(f"checkpoint: {out}")
 
 
 def _figure(value: object) -> str:

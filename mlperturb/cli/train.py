@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -28,9 +28,7 @@ from mlperturb.cli.options import (
 )
 from mlperturb.errors import UsageError
 from mlperturb.system.files import parse_local
-
-if TYPE_CHECKING:
-    from mlperturb.photos.datasets import Dataset
+from mlperturb.system.text import counted
 
 _LOSS: dict[str, Any] = {"rich_help_panel": "Loss"}
 _CROPS: dict[str, Any] = {"rich_help_panel": "Crops"}
@@ -247,6 +245,9 @@ def train(
             **HOW,
         ),
     ] = "label",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace an existing OUT, or its state.", **OUTPUT)
+    ] = False,
     over: Annotated[
         Path | None,
         typer.Option(**HERE, help="Write only what differs from this checkpoint, which must lie beside OUT.", **OUTPUT),
@@ -258,27 +259,36 @@ def train(
         ),
     ] = "",
 ) -> None:
-    """Train a multi-label classifier with the paper's ranking loss, calibrate it, and measure it."""
+    """Train a multi-label classifier with the paper's ranking loss, calibrate it, and measure it.
+
+    After a stop, the same command with --resume goes on.
+    """
     check_data(voc, year, photos, csv, coco)
     if out.suffix != ".safetensors":
         raise UsageError(f"expected --out to end in .safetensors, got {out}")
     files = [parse_local(name) for name in init or () if name != "torchvision"]
 
-    from mlperturb.cli.epochs import Printer
+    from mlperturb.cli.epochs import Printer, print_trained
+    from mlperturb.cli.splits import hold_out, read_tables, read_voc_splits
+    from mlperturb.model.checkpoints import find_checkpoint
     from mlperturb.system.devices import prepare
     from mlperturb.system.processes import join as join_run
     from mlperturb.system.processes import local_device
     from mlperturb.training.recipe import Recipe
-    from mlperturb.training.train import resume_file
+    from mlperturb.training.train import is_done, resume_file
     from mlperturb.training.train import train as run
 
+    share, state = join_run(), resume_file(out)
+    taken = next((path for path in (state, out) if path.exists()), None)
+    if taken is not None and not (resume or overwrite or share.any_restarted()):
+        raise UsageError(f"{taken} exists already: give --resume to go on, --overwrite or another --out")
     if voc is not None:
-        training, validation, tests = _read_voc(voc, year or [], train_split, val_split, test_split)
+        training, validation, tests = read_voc_splits(voc, year or [], train_split, val_split, test_split)
     else:
         assert photos is not None
-        training, validation, tests = _read_tables(photos, csv, coco, test_csv)
+        training, validation, tests = read_tables(photos, csv, coco, test_csv)
     if validation is None:
-        training, validation = _hold_out(training, seed)
+        training, validation = hold_out(training, seed)
     recipe = Recipe(
         architecture=arch,
         epochs=epochs,
@@ -319,63 +329,35 @@ def train(
         "teachers": [path.name for path in teacher or ()],
         "photos": {"training": len(training), "validation": len(validation)},
     }
-    share = join_run()
-    if resume and share.first and out.is_file() and not resume_file(out).exists():
-        print_note(f"going on from {out}, whose training is done: the optimiser starts afresh")
-    metadata = run(
-        recipe,
-        training,
-        validation,
-        tests,
-        output=out,
-        initial=files,
-        pretrained="torchvision" in (init or ()),
-        teachers=teacher or (),
-        half=half,
-        base=over,
-        device=prepare(local_device(device), seed),
-        resume=resume,
-        provenance=provenance,
-        report=Printer() if share.first else None,
-        share=share,
-    )
-    if metadata is None:
+    done = out.stat().st_mtime_ns if resume and is_done(out) else None  # when the training to go on from ended
+    try:
+        metadata = run(
+            recipe,
+            training,
+            validation,
+            tests,
+            output=out,
+            initial=files,
+            pretrained="torchvision" in (init or ()),
+            teachers=[find_checkpoint(path) for path in teacher or ()],
+            half=half,
+            base=over,
+            device=prepare(local_device(device), seed),
+            resume=resume,
+            provenance=provenance,
+            report=Printer() if share.first else None,
+            share=share,
+        )
+    except KeyboardInterrupt:
+        if share.first:
+            on = f"with --resume the same command goes on from {state}" if state.exists() else "no epoch was done"
+            print_note(f"interrupted: {on}")
+        raise
+    if metadata is None:  # another process than the first
         return
-    if metadata.metrics:
-        from mlperturb.cli.console import out as stdout
-        from mlperturb.show.grids import classifier_grid
-        from mlperturb.show.tables import show
-
-        stdout.print(show(classifier_grid(metadata.metrics)))
-    typer.echo(f"wrote {out}")
-
-
-def _read_voc(
-    voc: Path, year: list[str], train_split: str, val_split: str | None, test_split: str | None
-) -> tuple[Dataset, Dataset | None, dict[str, Dataset]]:
-    """Read the photos of a VOCdevkit to train, to validate and to measure on."""
-    from mlperturb.photos.datasets import join, read_splits
-
-    years = [name for value in year for name in value.split(",")]
-    training = join(read_splits(voc, years, train_split).values())
-    validation = join(read_splits(voc, years, val_split).values()) if val_split else None
-    return training, validation, read_splits(voc, years, test_split) if test_split else {}
-
-
-def _read_tables(
-    photos: Path, csv: Path | None, coco: Path | None, test_csv: Path | None
-) -> tuple[Dataset, None, dict[str, Dataset]]:
-    """Read a folder of photos and its tables, to train and to measure on."""
-    from mlperturb.photos.datasets import join, read_coco, read_csv
-
-    training = join([read(photos, table) for read, table in ((read_csv, csv), (read_coco, coco)) if table is not None])
-    return training, None, {test_csv.name: read_csv(photos, test_csv)} if test_csv else {}
-
-
-def _hold_out(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Split a data set into nine tenths and a random tenth."""
-    import numpy as np
-
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    cut = max(1, len(dataset) // 10)
-    return dataset.subset(np.sort(order[cut:])), dataset.subset(np.sort(order[:cut]))
+    if done is not None and out.stat().st_mtime_ns == done:
+        print_note(f"{out} has had its {counted(epochs, 'epoch')} and stays as it is: give more --epochs to go on")
+        return
+    if done is not None:
+        print_note(f"went on from {out}, whose training was done: the optimiser started afresh")
+    print_trained(metadata, out)

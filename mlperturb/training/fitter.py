@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from mlperturb.errors import CheckpointError, DatasetError, OutputError
+from mlperturb.errors import CheckpointError, DatasetError, OutputError, UsageError
 from mlperturb.model.checkpoints import read_metadata, read_tensors
 from mlperturb.model.preprocess import Preprocess
 from mlperturb.photos.datasets import Dataset
@@ -90,7 +90,7 @@ class Fitter:
         self.trained = find_head(self.network)[1] if self.recipe.head_only else self.network
         if self.recipe.views and not self.recipe.head_only:
             if has_moving_statistics(self.network, self.recipe.norm_momentum):
-                raise CheckpointError("batch normalisation moves: expected a momentum of 0, to keep what layers give")
+                raise UsageError("expected `views` with `norm_momentum` 0: what the frozen layers give must not change")
             self.below, self.trained = cut(self.network)
         if self.share.size > 1:
             if self.device.startswith("cuda"):

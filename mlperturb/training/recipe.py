@@ -55,8 +55,8 @@ class Recipe:
         workers: processes that decode photos.
 
     Raises:
-        UsageError: if `adversarial` is not a threat, or the photos do not pass through the whole network; if `shift` is
-            unknown.
+        UsageError: if `adversarial` is not a threat, or the photos do not pass through the whole network; if there are
+            steps or a share of clean photos without it; if `shift` is unknown.
     """
 
     architecture: str = "mobilenet_v2"
@@ -98,3 +98,5 @@ class Recipe:
             Threat.parse(self.adversarial)
             if self.head_only or self.views:
                 raise UsageError("expected `adversarial` without `head_only` and `views`: it perturbs whole photos")
+        elif (self.adversarial_steps, self.clean_share) != (1, 0.0):
+            raise UsageError("expected `adversarial` with `adversarial_steps` and `clean_share`, got none")

@@ -17,6 +17,7 @@ from mlperturb.model.checkpoints import (
     Metadata,
     default_preprocess,
     load_checkpoint,
+    read_metadata,
     save_checkpoint,
 )
 from mlperturb.model.classifier import Classifier, fold_batch_norm
@@ -69,7 +70,7 @@ def train(
         base: write only the tensors that differ from this checkpoint, which must lie beside `output` to load it.
         device: the device to train on.
         resume: resume from `.resume.pt`; where that training is done, go on from its checkpoint, whose recipe may have
-            had fewer epochs. The optimiser's moments are lost then.
+            had fewer epochs. The optimiser's moments are lost then. If no epoch is left, the checkpoint stays as it is.
         provenance: the provenance for the checkpoint's metadata.
         report: called after every step.
         share: the part of the training that this process does; None for the whole training.
@@ -89,7 +90,10 @@ def train(
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     start = _Start(recipe, training, choose_preprocess(recipe), device, share)
     with share.process_group(device):
+        was_done = resume and is_done(output)
         fitter = start.make_fitter(network, validation, teachers, given, output, resume)
+        if was_done and fitter.epoch == recipe.epochs:
+            return read_metadata(output) if share.first else None
         _run_epochs(fitter, validation, output, report)
     return _finish(fitter, validation, tests, provenance or {}, output, half, base) if share.first else None
 
@@ -108,6 +112,11 @@ def _check_labels(training: Dataset, others: Iterable[Dataset]) -> None:
 def resume_file(output: Path) -> Path:
     """Return the file of the state to resume from, beside the checkpoint; it exists while the training is not done."""
     return Path(f"{output}.resume.pt")
+
+
+def is_done(output: Path) -> bool:
+    """Say whether the training of a checkpoint is done: it is there, and no state to resume from."""
+    return output.is_file() and not resume_file(output).exists()
 
 
 def choose_preprocess(recipe: Recipe) -> Preprocess:
@@ -202,7 +211,7 @@ class _Start:
             notes["probe"] = {"decay": probe.decay, "validation map": round(probe.mean_precision, 4)}
             given |= {f"{find_head(network)[0]}.{part}" for part in ("weight", "bias")}
         fitter = Fitter(recipe, network, self.training, self.preprocess, self.device, given, share, teacher, notes)
-        if going_on and output.is_file() and not state.exists():  # that training is done
+        if going_on and is_done(output):
             fitter.load_trained(output)
         elif going_on:
             fitter.load(state)

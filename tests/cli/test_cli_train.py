@@ -51,7 +51,7 @@ def test_a_vocdevkit_is_trained_on_calibrated_and_measured(voc, monkeypatch, cap
     out = voc / "mine.safetensors"
     splits = ["--voc", voc, "--year", "2007", "--train-split", "train", "--val-split", "val", "--test-split", "test"]
     assert _run(monkeypatch, *splits, *TINY, "--out", out) == 0
-    assert "wrote" in capsys.readouterr().out
+    assert f"checkpoint: {out}" in capsys.readouterr().out
     metadata = read_metadata(out)
     assert metadata.labels == LABELS
     assert metadata.metrics["VOC2007 test"]["images"] == 4
@@ -109,10 +109,49 @@ def test_photos_are_perturbed_in_training_as_asked_for(voc, monkeypatch, capsys)
     recipe = read_metadata(out).provenance["recipe"]
     assert [recipe[name] for name in ("adversarial", "adversarial_steps", "clean_share")] == ["linf:2", 2, 0.25]
     capsys.readouterr()
-    assert _run(monkeypatch, *data, "--adversarial", "l3:2") == 2
+    assert _run(monkeypatch, *data, "--overwrite", "--adversarial", "l3:2") == 2
     assert "expected linf:RADIUS or l2:RMSD, above 0 and at most 255, got 'l3:2'" in capsys.readouterr().err
-    assert _run(monkeypatch, *data, "--adversarial", "l2:2", "--head-only") == 2
+    assert _run(monkeypatch, *data, "--overwrite", "--adversarial", "l2:2", "--head-only") == 2
     assert "without --head-only and --views" in capsys.readouterr().err
+    assert _run(monkeypatch, *data, "--overwrite", "--clean-share", 0.25) == 2
+    assert "expected --adversarial with --adversarial-steps and --clean-share" in capsys.readouterr().err
+    assert read_metadata(out).provenance["recipe"] == recipe
+
+
+def test_a_checkpoint_is_not_replaced_unasked_and_stays_if_no_epoch_is_left(voc, monkeypatch, capsys):
+    out = voc / "mine.safetensors"
+    data = ["--voc", voc, "--year", "2007", "--val-split", "val", *TINY, "--out", out]
+    assert _run(monkeypatch, *data) == 0
+    first = out.read_bytes()
+    capsys.readouterr()
+    assert _run(monkeypatch, *data, "--seed", 5) == 2
+    assert f"{out} exists already: give --resume to go on, --overwrite or another --out" in capsys.readouterr().err
+    assert _run(monkeypatch, *data, "--resume") == 0
+    assert f"{out} has had its 1 epoch and stays as it is: give more --epochs" in capsys.readouterr().err
+    assert out.read_bytes() == first
+    assert _run(monkeypatch, *data, "--resume", "--epochs", 2) == 0
+    assert "the optimiser started afresh" in capsys.readouterr().err
+    assert read_metadata(out).provenance["recipe"]["epochs"] == 2
+    assert _run(monkeypatch, *data, "--overwrite") == 0
+    assert read_metadata(out).provenance["recipe"]["epochs"] == 1
+
+
+def test_an_interrupted_training_says_how_to_go_on(voc, monkeypatch, capsys):
+    out, state = voc / "mine.safetensors", voc / "mine.safetensors.resume.pt"
+    data = ["--voc", voc, "--year", "2007", "--val-split", "val", *TINY, "--epochs", 3, "--out", out]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlperturb.training.train._validate", stop)  # after two epochs
+    assert _run(monkeypatch, *data) == 130
+    assert f"interrupted: with --resume the same command goes on from {state}" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert _run(monkeypatch, *data) == 2
+    assert f"{state} exists already: give --resume to go on" in capsys.readouterr().err
+    assert _run(monkeypatch, *data, "--resume") == 0
+    assert "epoch 3/3" in capsys.readouterr().err
+    assert not state.exists()
 
 
 def test_a_probe_and_gentle_fine_tuning_of_a_network_of_timms_in_one_command(voc, monkeypatch, capsys):
