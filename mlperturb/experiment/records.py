@@ -69,16 +69,31 @@ def failures(journal: Journal) -> list[str]:
 def kept_images(path: Path) -> set[str]:
     """Return the image files named by the records of a journal, relative to the journal's folder."""
     names: set[str] = set()
-    lines = [line for file in find_journal(path) for line in file.read_text("utf-8", "replace").splitlines()]
-    for line in lines:
+    for entry in _glance(path):
+        folder = f"images/{slug(entry['case'])}/{slug(entry['method'])}"
         try:
-            entry = json.loads(line)
-            folder = f"images/{slug(entry['case'])}/{slug(entry['method'])}"
             files = [name for record in entry["records"] for name in record["files"].values() if name]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue  # the line is not a batch, or is damaged
+        except (KeyError, TypeError, AttributeError):
+            continue  # the line is damaged
         names |= {f"{folder}/{name}" for name in files if Path(name).name == name}
     return names
+
+
+def kept_cases(path: Path) -> set[str]:
+    """Return the names of the cases that a journal has records of."""
+    return {entry["case"] for entry in _glance(path)}
+
+
+def _glance(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the batches of a journal that nobody has open; a damaged line is left out."""
+    for file in find_journal(path):
+        for line in file.read_text("utf-8", "replace").splitlines():
+            try:
+                entry = json.loads(line)
+                if all(isinstance(entry[name], str) for name in ("case", "method")):
+                    yield entry
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # the line is not a batch, or is damaged
 
 
 def slug(name: str) -> str:

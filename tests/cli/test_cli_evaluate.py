@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -111,6 +112,15 @@ def test_a_case_that_flips_one_label_has_figure_1(evaluate, table):
     last = stdout.splitlines()[-1]
     assert last.startswith("probabilities of the flipped label: ")
     assert all(name in last for name in pictures)
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite", "--seed", 4)])
+def test_pictures_of_cases_that_are_not_asked_for_any_more_go(evaluate, table, more):
+    out = table.parent / "out"
+    assert evaluate(*QUICK, "--augment", "cat")[0] == 0
+    shutil.copy(out / "curve-random.png", out / "curve-mine.png")
+    assert evaluate(*QUICK[:-1], "extreme", *more)[0] == 0
+    assert sorted(path.name for path in out.glob("*.png")) == ["curve-extreme.png", "curve-mine.png"]
 
 
 def test_the_same_command_goes_on_and_another_one_is_refused(evaluate, table):
