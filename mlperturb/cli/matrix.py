@@ -62,7 +62,7 @@ def write_matrix(
     write_file(out / MATRIX, (to_json(result) + "\n").encode())
     write_file(out / f"{stem}.md", to_markdown([grid]).encode())
     write_file(out / f"{stem}.tex", to_latex([grid]).encode())
-    rows = [{**row, "source": f"{row['source']}: {row['case']}, {row['method']}"} for row in result["rows"]]
+    rows = [{**row, "source": f"{row['source']}\n{row['case']}, {row['method']}"} for row in result["rows"]]
     if rows:
         save_figure(draw_transfer(rows), out / f"{stem}.png")
     if json:

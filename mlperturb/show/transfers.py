@@ -71,11 +71,16 @@ def draw_transfer(rows: Sequence[dict[str, Any]]) -> Figure:
                 text, colour = "-" if np.isnan(value) else f"{value:.0%}", "white" if value < 0.6 else "black"
                 axes.text(column, row, text, ha="center", va="center", color=colour)
             axes.set_xticks(range(len(targets)), [shorten(printable(name), 22) for name in targets], rotation=20)
-            axes.set_yticks(range(len(sources)), [shorten(printable(name), 34) for name in sources])
+            axes.set_yticks(range(len(sources)), [_lines(name) for name in sources])
             axes.set(xlabel="judged on", title=title)
             axes.spines[:].set_visible(False)
         panels[0].set_ylabel("made on")
     return figure
+
+
+def _lines(name: str) -> str:
+    """Return a name for an axis, each of its lines shortened."""
+    return "\n".join(shorten(printable(line), 34) for line in name.split("\n"))
 
 
 def _shares(row: dict[str, Any]) -> list[str]:
