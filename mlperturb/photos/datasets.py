@@ -190,7 +190,7 @@ def read_coco(root: Path, instances: Path) -> Dataset:
         raise DatasetError(f"{instances}: expected each `id` once in `categories` and in `images`")
     outside = next((name for _, name in images if Path(name).is_absolute() or ".." in Path(name).parts), None)
     if outside is not None:
-        raise DatasetError(f"{instances}: expected files inside {root}, got {outside!r:.80}")
+        raise DatasetError(f"{instances}: expected `file_name` relative to {root}, without '..', got {outside!r:.80}")
     truth = np.full((len(images), len(labels)), -1, dtype=np.int8)
     for image, category in _read_pairs(content, "annotations", {"image_id": int, "category_id": int}, instances):
         if image not in row or category not in column:
