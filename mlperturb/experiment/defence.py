@@ -50,6 +50,7 @@ class Attacked:
         truth: y, the decisions on the photo in the first reader. If None, y is taken from the decisions on the PNG,
             reversed for A.
         problem: why the PNG cannot be opened; None if it may be.
+        passes: forward and backward passes of its attack; None if no report says.
     """
 
     adversarial: Path
@@ -58,6 +59,7 @@ class Attacked:
     keep: tuple[str, ...]
     truth: dict[str, bool] | None = None
     problem: str | None = None
+    passes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def find_attacked(report: dict[str, Any], folder: Path, photos: Path | None = No
         if not known <= truth.keys() or not known >= {*flip, *keep}:
             raise KeyError("the labels of an image are not the classifier's")
         photo = find_photo(image, folder, report["settings"], photos)
-        found.append(Attacked(png, photo, flip, keep, truth, problem))
+        cost = image.get("cost")
+        passes = None if cost is None else (int(cost["forward"]), int(cost["backward"]))
+        found.append(Attacked(png, photo, flip, keep, truth, problem, passes))
     return found
 
 
@@ -152,7 +156,7 @@ def sweep(
                 done(str(error))
             continue
         for number, tally in enumerate(tallies):
-            tally.add(views, number, boundary)
+            tally.add(views, number, boundary, one.passes)
         entry |= _describe(one, views, classifier.labels, purifications, names)
         if done:
             done(None)
@@ -230,11 +234,12 @@ class _Tally:
         self.everywhere, self.each = _Counts(), {name: _Counts() for name in readers}
         self.images = self.controls = self.asked = 0
         self.sizes: list[float] = []
+        self.passes: list[tuple[int, int]] = []
         self.shift = torch.zeros(len(labels), dtype=torch.double)
         self.bytes: list[int] = []
 
-    def add(self, views: Views, number: int, boundary: Tensor) -> None:
-        """Count the labels of one photo under purification `number`."""
+    def add(self, views: Views, number: int, boundary: Tensor, passes: tuple[int, int] | None = None) -> None:
+        """Count the labels of one photo, whose attack took so many passes, under purification `number`."""
         self.everywhere.add(views, number, boundary, slice(None))
         for row, counts in enumerate(self.each.values()):
             counts.add(views, number, boundary, slice(row, row + 1))
@@ -243,6 +248,8 @@ class _Tally:
         self.asked += bool(views.asked[0].any())
         if views.rmsd is not None and bool(views.asked[0].any()):
             self.sizes.append(views.rmsd)
+        if passes is not None and bool(views.asked[0].any()):
+            self.passes.append(passes)
         after, before = views.defended[number][0].double(), views.adversarial[0].double()
         self.shift += torch.sigmoid(after) - torch.sigmoid(before)
         size = views.size[1 + number]
@@ -256,6 +263,9 @@ class _Tally:
             broken = counts.clean if control else counts.damaged
             score = counts.recovered[0] / counts.recovered[1] - broken[0] / max(broken[1], 1)
         shift = (self.shift / max(self.images, 1)).tolist()
+        forward, backward = (
+            (sum(spent) / len(spent) for spent in zip(*self.passes, strict=True)) if self.passes else (None, None)
+        )
         return {
             "defence": self.purification.kind,
             "quality": self.purification.setting,
@@ -265,6 +275,8 @@ class _Tally:
                 "images": self.asked,
                 "successes": counts.survived,
                 "rmsd": sum(self.sizes) / len(self.sizes) if self.sizes else None,
+                "forward": forward,
+                "backward": backward,
             },
             "clean_images": self.controls,
             "score": score,

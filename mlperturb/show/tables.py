@@ -204,15 +204,19 @@ def best_line(result: dict[str, Any]) -> Text:
 
 
 def adaptive_table(result: dict[str, Any]) -> Table:
-    """Show the files that hold after each defence, and their mean RMSD: of the plain and of the adaptive attack."""
-    table = _table("defence", "plain attack holds", "RMSD", "adaptive attack holds", "RMSD", "passes")
+    """Show the files that hold after each defence, their mean RMSD and passes: of the plain and the adaptive attack."""
+    table = _table("defence", "plain holds", "RMSD", "passes", "adaptive holds", "RMSD", "passes")
     for row in result["qualities"]:
         cells = [f"{row['defence']} {row['quality']}"]
         for which in ("plain", "adaptive"):
             rmsd = row[which]["rmsd"]
-            cells += [_share(row[which]["successes"], row[which]["images"]), "-" if rmsd is None else f"{rmsd:.3f}"]
-        passes = [row["adaptive"][name] for name in ("forward", "backward")]
-        table.add_row(*cells, "-" if None in passes else f"{passes[0]:.0f} + {passes[1]:.0f}")
+            passes = [row[which][name] for name in ("forward", "backward")]
+            cells += [
+                _share(row[which]["successes"], row[which]["images"]),
+                "-" if rmsd is None else f"{rmsd:.3f}",
+                "-" if None in passes else f"{passes[0]:.0f} + {passes[1]:.0f}",
+            ]
+        table.add_row(*cells)
     return table
 
 

@@ -33,7 +33,7 @@ def attacked(cli, tiny, tmp_path):
 def test_the_adaptive_attack_stands_beside_the_plain_attack(cli, attacked):
     code, text, err = cli("jpeg-defend", attacked, "--defence", "jpeg:60,median:3", "--adaptive", "--device", "cpu")
     assert code == 0, err
-    assert "adaptive attack holds" in text
+    assert "adaptive holds" in text
     rows = json.loads((attacked / "jpeg-defence.json").read_text())["qualities"]
     assert [row["defence"] for row in rows] == ["jpeg", "median"]
     for row in rows:
@@ -45,6 +45,9 @@ def test_the_adaptive_attack_stands_beside_the_plain_attack(cli, attacked):
     assert adaptive["forward"] > adaptive["backward"] > 0
     report = json.loads((attacked / "report.json").read_text())
     assert plain["rmsd"] == pytest.approx(report["images"][0]["distortion"]["rmsd"])
+    cost = report["images"][0]["cost"]
+    assert (plain["forward"], plain["backward"]) == (cost["forward"], cost["backward"])
+    assert f"{cost['forward']} + {cost['backward']}" in text
 
 
 def test_the_adaptive_attack_keeps_the_plain_attacks_limits(cli, attacked):
