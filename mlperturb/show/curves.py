@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from mlperturb.show.figures import COLOURS, STYLE
 from mlperturb.system.text import printable, shorten
@@ -39,7 +39,8 @@ def draw_curves(case: str, curves: Sequence[dict[str, Any]]) -> Figure:
         axes.set(xscale="log", xlim=(least, most), ylim=(-0.02, 1.02), xlabel="RMSD of the file, 0 to 255 scale")
         axes.set_ylabel("photos on which the method succeeds")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        narrow = most < 4 * least
+        axes.xaxis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25, linewidth=0.5)

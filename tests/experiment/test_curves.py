@@ -121,3 +121,17 @@ def test_the_picture_has_a_line_for_each_method_that_ends_at_its_success_rate(cu
     assert [line.get_label() for line in axes.lines] == ["a", "b"]
     assert [line.get_ydata()[-1] for line in axes.lines] == pytest.approx([2 / 3, 0.0])
     assert axes.lines[0].get_xdata()[1:-1] == pytest.approx([0.5, 2.0])
+
+
+def test_a_narrow_range_has_several_ticks():
+    curve = {
+        "method": "a",
+        "images": 2,
+        "rmsd": [1.1, 1.3],
+        "success": [0.5, 1.0],
+        "low": [0.0, 1.0],
+        "high": [1.0, 1.0],
+    }
+    (axes,) = draw_curves("random", [curve]).axes
+    low, high = axes.get_xlim()
+    assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 3
