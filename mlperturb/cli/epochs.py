@@ -1,4 +1,4 @@
-"""What `mlperturb train` shows of its epochs."""
+"""What `mlperturb train` shows of its epochs and of its result."""
 
 from __future__ import annotations
 

@@ -66,7 +66,6 @@ class EvaluationRun:
 
     def go(self, *, overwrite: bool) -> int:
         """Attack, write the tables, print; return the exit code."""
-        from mlperturb.experiment.records import kept_cases, slug
         from mlperturb.photos.datasets import join
         from mlperturb.system.journal import find_journal, move_journal, remove_journal
 
@@ -90,10 +89,10 @@ class EvaluationRun:
             return 0
         if overwrite:
             self._drop_old_images(old, path)
-        earlier = {slug(case) for file in (old, path) for case in kept_cases(file)}
+        self._drop_pictures(old, path)
         remove_journal(old)
         self._report(results.rows)
-        self._drop_pictures(earlier, self._draw(results))
+        self._draw(results)
         for line in failures:
             print_error(line)
         return long.exit_code(int(bool(failures)))
@@ -141,12 +140,8 @@ class EvaluationRun:
         )
         self._finish("tables", rows, grids, shown)
 
-    def _draw(self, results: Results) -> set[str]:
-        """Write success against RMSD, with a picture for each case, and Figure 1 for each case that flips one label.
-
-        Returns:
-            The names of the pictures.
-        """
+    def _draw(self, results: Results) -> None:
+        """Write success against RMSD, with a picture for each case, and Figure 1 for each case that flips one label."""
         from mlperturb import __version__
         from mlperturb.experiment.curves import SCHEMA, by_case
         from mlperturb.experiment.records import slug
@@ -170,15 +165,18 @@ class EvaluationRun:
             stdout.print(f"success against RMSD: {CURVES}, curves.csv, {', '.join(pictures)}", soft_wrap=True)
             if histograms:
                 stdout.print(f"probabilities of the flipped label: {', '.join(histograms)}", soft_wrap=True)
-        return {*pictures, *histograms}
 
-    def _drop_pictures(self, cases: set[str], drawn: set[str]) -> None:
-        """Delete the pictures of cases that an earlier run here drew and this run did not."""
+    def _drop_pictures(self, *journals: Path) -> None:
+        """Delete the pictures of earlier runs here, of the cases that these journals have; `_draw` draws today's."""
+        from mlperturb.experiment.records import kept_cases, slug
         from mlperturb.run.outputs import CURVE, HISTOGRAM, is_own
         from mlperturb.system.files import list_names, remove_file
 
-        names = {f"{kind}{case}.png" for kind in (CURVE, HISTOGRAM) for case in cases} - drawn
-        for name in names & set(list_names(self.out)):
+        there = {name for name in list_names(self.out) if name.startswith((CURVE, HISTOGRAM))}
+        if not there:
+            return  # the journals may be large
+        cases = {slug(case) for journal in journals for case in kept_cases(journal)}
+        for name in there & {f"{kind}{case}.png" for kind in (CURVE, HISTOGRAM) for case in cases}:
             if is_own(self.out / name):
                 remove_file(self.out / name)
 

@@ -245,11 +245,10 @@ class _Tally:
             counts.add(views, number, boundary, slice(row, row + 1))
         self.images += 1
         self.controls += views.control is not None
-        self.asked += bool(views.asked[0].any())
-        if views.rmsd is not None and bool(views.asked[0].any()):
-            self.sizes.append(views.rmsd)
-        if passes is not None and bool(views.asked[0].any()):
-            self.passes.append(passes)
+        if views.asked[0].any():
+            self.asked += 1
+            self.sizes += [views.rmsd] if views.rmsd is not None else []
+            self.passes += [passes] if passes is not None else []
         after, before = views.defended[number][0].double(), views.adversarial[0].double()
         self.shift += torch.sigmoid(after) - torch.sigmoid(before)
         size = views.size[1 + number]

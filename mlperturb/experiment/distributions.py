@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,32 +29,37 @@ class Distribution:
 
 
 def read_distributions(
-    journal: Journal, protocol: Protocol, labels: Sequence[str], wanted: Mapping[str, Container[int]]
+    journal: Journal, protocol: Protocol, wanted: Mapping[str, Container[int]]
 ) -> list[Distribution]:
     """Return the distribution of each case that flips a single label and has records.
 
     Args:
         journal: of the evaluation.
         protocol: the cases and methods.
-        labels: L names.
         wanted: the rows of the data set that count, by case.
     """
-    found = gather(journal, wanted, lambda record: record["probabilities"])
-    return [
-        Distribution(case.name, case.label, series)
-        for case in protocol.cases
-        if case.label is not None and (series := _read_case(found, case.name, protocol, labels[case.label]))
-    ]
+    single = {case.name: case.label for case in protocol.cases if case.label is not None}
+    rows = {name: wanted[name] for name in single if name in wanted}
+    found = gather(journal, rows, _read_pair) if rows else {}
+    distributions = []
+    for name, label in single.items():
+        series: dict[str, list[float]] = {}
+        for variant in protocol.variants:
+            if pairs := [pair for pair in found.get((name, variant.name), ()) if pair]:
+                series.setdefault(CLEAN, [before for before, _ in pairs])
+                series[variant.name] = [after for _, after in pairs]
+        if series:
+            distributions.append(Distribution(name, label, series))
+    return distributions
 
 
-def _read_case(
-    found: Mapping[tuple[str, str], Sequence[dict[str, Any] | None]], case: str, protocol: Protocol, label: str
-) -> dict[str, list[float]]:
-    """Return the series of a case, those without a photo left out. A photo without a file stays as it was."""
-    series: dict[str, list[float]] = {}
-    for variant in protocol.variants:
-        probabilities = [seen for seen in found.get((case, variant.name), ()) if seen]
-        if probabilities:
-            series.setdefault(CLEAN, [seen["before"][label] for seen in probabilities])
-            series[variant.name] = [(seen["after"] or seen["before"])[label] for seen in probabilities]
-    return series
+def _read_pair(record: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the probability of a record's only label to flip, on the photo and in the file.
+
+    A photo without a file stays as it was; None for a photo that could not be read.
+    """
+    seen = record["probabilities"]
+    if not seen:
+        return None
+    (label,) = record["flip"]
+    return seen["before"][label], (seen["after"] or seen["before"])[label]

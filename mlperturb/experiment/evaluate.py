@@ -186,7 +186,7 @@ def _finish(
     return Results(
         tabulate(journal, protocol, dataset.labels, classifier.boundary.cpu(), wanted),
         read_curves(journal, protocol, wanted),
-        read_distributions(journal, protocol, dataset.labels, wanted),
+        read_distributions(journal, protocol, wanted),
     )
 
 

@@ -61,8 +61,7 @@ def train(
         training: photos to train on.
         validation: photos to calibrate on, and to measure during training.
         tests: photos to measure at the end, by name; nothing is tuned on them.
-        output: the `.safetensors` file; beside it a `.resume.pt` is written after each epoch, and
-            deleted when the checkpoint is there.
+        output: the `.safetensors` file; from the first epoch until it is there, a `.resume.pt` lies beside it.
         initial: files of initial weights; a later file overrides earlier files.
         pretrained: start from torchvision's own weights, which it downloads.
         teachers: checkpoints of ours whose probabilities on the training photos, averaged over them, are targets too.
@@ -90,9 +89,8 @@ def train(
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     start = _Start(recipe, training, choose_preprocess(recipe), device, share)
     with share.process_group(device):
-        was_done = resume and is_done(output)
         fitter = start.make_fitter(network, validation, teachers, given, output, resume)
-        if was_done and fitter.epoch == recipe.epochs:
+        if resume and is_done(output) and fitter.epoch == recipe.epochs:
             return read_metadata(output) if share.first else None
         _run_epochs(fitter, validation, output, report)
     return _finish(fitter, validation, tests, provenance or {}, output, half, base) if share.first else None
